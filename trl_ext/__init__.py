@@ -1,0 +1,24 @@
+"""
+An extension layer on Hugging Face TRL: trainers that subclass TRL's.
+
+Whoever can use `trl.GRPOTrainer` can use it: change the import, keep the rest.
+"""
+
+from .rewards.guard import RewardFunctionError
+from .trainers.dapo import DAPOConfig, DAPOTrainer
+from .trainers.dupo import DUPOConfig, DUPOTrainer
+from .trainers.grpo import GRPOConfig, GRPOTrainer
+from .trainers.gspo import GSPOConfig, GSPOTrainer
+
+
+__all__ = [
+    "DAPOConfig",
+    "DAPOTrainer",
+    "DUPOConfig",
+    "DUPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "GSPOConfig",
+    "GSPOTrainer",
+    "RewardFunctionError",
+]

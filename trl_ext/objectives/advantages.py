@@ -1,0 +1,128 @@
+"""
+Outcome advantages that TRL's GRPO does not have: leave-one-out and REINFORCE.
+
+The group-relative advantage of GRPO stays TRL's own. Everything here takes one reward per completion, groups of
+`num_generations` standing side by side, and treats NaN as TRL does: "not applicable", advantage 0.
+"""
+
+import torch
+from trl.trainer.utils import nanstd
+
+
+# TRL's guard against a zero standard deviation; the same here, so that scaled advantages compare.
+STD_EPSILON = 1e-4
+
+
+def aggregate_rewards(
+    rewards_per_func: torch.Tensor, weights: torch.Tensor, aggregation: str, num_generations: int
+) -> torch.Tensor:
+    """
+    One reward per completion from several reward functions.
+
+    Args:
+        rewards_per_func (`torch.Tensor` of shape `(N, F)`):
+            Rewards of `N` completions by `F` functions, NaN where a function does not apply.
+        weights (`torch.Tensor` of shape `(F,)`):
+            Weight of each function.
+        aggregation (`str`):
+            `"sum_then_normalize"`: the weighted sum. `"normalize_then_sum"`: each function is first normalised within
+            its group (GDPO, https://huggingface.co/papers/2601.05242), then summed.
+        num_generations (`int`):
+            Size of a group.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: NaN where no function applies.
+    """
+    scored = rewards_per_func
+    if aggregation == "normalize_then_sum":
+        grouped = scored.view(-1, num_generations, scored.size(1))  # (P, G, F)
+        mean = torch.nanmean(grouped, dim=1, keepdim=True)
+        scored = ((grouped - mean) / (nanstd(grouped, dim=1, keepdim=True) + STD_EPSILON)).view_as(rewards_per_func)
+    total = (scored * weights.to(scored)).nansum(dim=1)
+    return total.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
+
+
+def leave_one_out(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """
+    A_i = R_i − mean of the other completions of the group (RLOO, https://huggingface.co/papers/2402.14740).
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N,)`):
+            One reward per completion; NaN is left out of the baseline of the others.
+        num_generations (`int`):
+            Size of a group.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: 0 where the reward is NaN, and where no other completion has one.
+    """
+    grouped = rewards.view(-1, num_generations)  # (P, G)
+    others = (~grouped.isnan()).sum(dim=1, keepdim=True) - 1
+    baseline = (grouped.nansum(dim=1, keepdim=True) - grouped) / others.clamp(min=1)
+    return (grouped - baseline).masked_fill(others < 1, 0.0).nan_to_num(nan=0.0).view(-1)
+
+
+def reinforce(rewards: torch.Tensor, baseline: float | None = None) -> torch.Tensor:
+    """
+    A_i = R_i − b, with a baseline that does not depend on the completions (Williams, 1992).
+
+    With one reward at the end and no discount, the reward-to-go of every token is R_i.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N,)`):
+            One reward per completion, NaN where none applies.
+        baseline (`float`, *optional*):
+            Running mean of earlier batches. `None`: nothing is subtracted.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`.
+    """
+    return (rewards - (baseline or 0.0)).nan_to_num(nan=0.0)
+
+
+def updated_baseline(baseline: float | None, rewards: torch.Tensor, momentum: float) -> float | None:
+    """
+    Exponential moving average of the mean reward, for [`reinforce`].
+
+    Args:
+        baseline (`float`, *optional*):
+            Value before this batch; `None` before the first.
+        rewards (`torch.Tensor` of shape `(N,)`):
+            Rewards of this batch; NaN is ignored.
+        momentum (`float`):
+            Weight of the past, in [0, 1).
+
+    Returns:
+        `float` or `None`: `None` as long as no reward was seen.
+    """
+    mean = torch.nanmean(rewards).item()
+    if mean != mean:
+        return baseline
+    return mean if baseline is None else momentum * baseline + (1 - momentum) * mean
+
+
+def scale_advantages(
+    advantages: torch.Tensor, rewards: torch.Tensor, scale_rewards: str, num_generations: int
+) -> torch.Tensor:
+    """
+    Divide advantages by a standard deviation of the rewards, with the meaning TRL gives to `scale_rewards`.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(N,)`):
+            Advantages before scaling.
+        rewards (`torch.Tensor` of shape `(N,)`):
+            The rewards they came from.
+        scale_rewards (`str`):
+            `"group"`, `"batch"` or `"none"`.
+        num_generations (`int`):
+            Size of a group.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`.
+    """
+    if scale_rewards == "none":
+        return advantages
+    if scale_rewards == "batch":
+        return advantages / (nanstd(rewards) + STD_EPSILON)
+    std = nanstd(rewards.view(-1, num_generations), dim=1).repeat_interleave(num_generations)
+    # A group with fewer than two rewards has no deviation; its advantages are zero or nothing to divide.
+    return advantages / (std.nan_to_num(nan=0.0) + STD_EPSILON)

@@ -1,0 +1,42 @@
+"""
+Importance ratios that TRL's loss does not have: GSPO-token (https://huggingface.co/papers/2507.18071, eq. 13–14).
+"""
+
+import torch
+
+
+def mean_log_ratio(per_token_logps: torch.Tensor, old_per_token_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    log s_i of GSPO (eq. 7): the mean over the tokens of a completion of logp − logp_old.
+
+    Args:
+        per_token_logps, old_per_token_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities in nats under the policy and under the policy that sampled.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 on the tokens that the policy wrote.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 1)`: 0 for a completion without tokens.
+    """
+    log_ratio = ((per_token_logps - old_per_token_logps) * mask).sum(dim=1, keepdim=True)
+    return log_ratio / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def sequence_token_old_logps(
+    per_token_logps: torch.Tensor, old_per_token_logps: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """
+    Old log-probabilities under which a token-level ratio is the one of GSPO-token.
+
+    s_it = sg[s_i] · π_θ(o_it) / sg[π_θ(o_it)] (eq. 14) = exp(logp_it − (sg[logp_it] − sg[log s_i])). Whoever computes
+    exp(logp − old) with what this returns gets s_i in value, and the gradient of a token ratio scaled by s_i.
+
+    Args:
+        per_token_logps, old_per_token_logps, mask (`torch.Tensor` of shape `(B, T)`):
+            As in [`mean_log_ratio`].
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, without gradient.
+    """
+    logps = per_token_logps.detach()
+    return logps - mean_log_ratio(logps, old_per_token_logps, mask)

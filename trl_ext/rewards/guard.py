@@ -1,0 +1,125 @@
+"""
+Reward functions are the user's code: when one fails, the message says which one, how, and on which sample.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from trl.trainer.utils import is_async_callable
+
+
+class RewardFunctionError(RuntimeError):
+    """A reward function raised, or returned something that can't be a reward."""
+
+
+# Infinity is no valid reward, so it can carry "this function failed here" through TRL's own gather: every rank learns
+# of a failure on any of them, without a collective that a healthy step would pay for.
+FAILED = math.inf
+
+
+def _describe(name: str, problem: str, sample: dict[str, Any]) -> str:
+    shown = "\n".join(f"  {key}: {value!r}"[:500] for key, value in sample.items())
+    return f"The reward function `{name}` {problem}\n{shown}"
+
+
+def _sample(columns: dict[str, Any], index: int) -> dict[str, Any]:
+    """The arguments of one completion."""
+    return {
+        key: value[index]
+        for key, value in columns.items()
+        if isinstance(value, list) and len(value) == len(columns["prompts"])
+    }
+
+
+class RewardGuard:
+    """
+    Calls a reward function and checks what comes back. A fault is kept in `fault` and reported as [`FAILED`] rewards;
+    the trainer raises it on all ranks together, after it has saved what was trained.
+
+    Args:
+        func (`Callable`):
+            A reward function as TRL takes them, sync or async.
+        name (`str`):
+            Its name in logs.
+    """
+
+    def __init__(self, func: Callable[..., Any], name: str) -> None:
+        self.func = func
+        self.__name__ = name
+        self.fault: str | None = None
+
+    def _failed(self, columns: dict[str, Any], problem: str, index: int) -> list[float]:
+        self.fault = _describe(self.__name__, problem, _sample(columns, index))
+        return [FAILED] * len(columns["prompts"])
+
+    def _raised(self, columns: dict[str, Any], error: Exception, index: int | None) -> list[float]:
+        where = "for this sample" if index is not None else "on the batch, though on no sample alone; its first one"
+        return self._failed(columns, f"raised {type(error).__name__}: {error} ({where}):", index or 0)
+
+    def _checked(self, columns: dict[str, Any], output: Any) -> Any:
+        expected = len(columns["prompts"])
+        try:
+            returned = len(output)
+        except TypeError:
+            return self._failed(columns, f"must return a list of {expected} rewards, not {output!r}:", 0)
+        if returned != expected:
+            return self._failed(
+                columns,
+                f"returned {returned} rewards for {expected} completions. Return one per completion, `None` where it "
+                "does not apply. The first completion:",
+                0,
+            )
+        for index, reward in enumerate(output):
+            if reward is None:
+                continue
+            try:
+                finite = math.isfinite(reward)
+            except TypeError:
+                finite = False
+            if not finite:
+                return self._failed(
+                    columns,
+                    f"returned {reward!r}. Return a finite number, or `None` where it does not apply. The sample:",
+                    index,
+                )
+        return output
+
+    def _one_by_one(self, columns: dict[str, Any]) -> Any:
+        """Arguments of every sample alone, to find the one on which a function raises."""
+        for index in range(len(columns["prompts"])):
+            alone = {key: [value] for key, value in _sample(columns, index).items()}
+            yield index, {**columns, **alone}
+
+    def __call__(self, **columns: Any) -> Any:
+        try:
+            return self._checked(columns, self.func(**columns))
+        except Exception as error:  # whatever the user's code raises
+            for index, alone in self._one_by_one(columns):
+                try:
+                    self.func(**alone)
+                except Exception:
+                    return self._raised(columns, error, index)
+            return self._raised(columns, error, None)
+
+
+class AsyncRewardGuard(RewardGuard):
+    """[`RewardGuard`] for an async reward function."""
+
+    async def __call__(self, **columns: Any) -> Any:
+        try:
+            return self._checked(columns, await self.func(**columns))
+        except Exception as error:
+            for index, alone in self._one_by_one(columns):
+                try:
+                    await self.func(**alone)
+                except Exception:
+                    return self._raised(columns, error, index)
+            return self._raised(columns, error, None)
+
+
+def guard(func: Callable[..., Any], name: str) -> RewardGuard:
+    """Wrap a reward function; see [`RewardGuard`]."""
+    if isinstance(func, RewardGuard):
+        return func
+    return AsyncRewardGuard(func, name) if is_async_callable(func) else RewardGuard(func, name)

@@ -1,0 +1,98 @@
+"""
+The prompts that refilling draws: a stream of its own beside the epoch's, so that an epoch stays what the main sampler
+says and a resumed run draws what the interrupted one would have drawn.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
+
+
+def prompt_key(row: dict[str, Any]) -> str:
+    """
+    Identity of a prompt, by content: what the policy sees of a row (its prompt and images), or the whole row where an
+    environment writes the prompt.
+    """
+    seen = {name: row[name] for name in ("prompt", "image", "images") if name in row}
+    return str(Hasher.hash(seen or row))
+
+
+def can_be_read_twice(dataset: IterableDataset) -> bool:
+    """Whether a second pass over an iterable data set starts where the first did (a generator object does not)."""
+    first = next(iter(dataset), None)
+    return first is not None and Hasher.hash(first) == Hasher.hash(next(iter(dataset), None))
+
+
+class PromptStream:
+    """
+    Rows of a data set, pass after pass, each pass in an order of its own that only the seed decides.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            Where prompts come from. An iterable one is shuffled with its buffered shuffle.
+        seed (`int`):
+            Seed of the orders. Equal on every rank: all draw the same rows.
+    """
+
+    def __init__(self, dataset: Dataset | IterableDataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.epoch = 0
+        self.position = 0
+        self._rows: Iterator[dict[str, Any]] | None = None
+
+    def _open(self) -> Iterator[dict[str, Any]]:
+        if isinstance(self.dataset, IterableDataset):
+            shuffled = self.dataset.shuffle(seed=self.seed)
+            shuffled.set_epoch(self.epoch)
+            return iter(shuffled.skip(self.position))
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.dataset), generator=generator)[self.position :].tolist()
+        return (self.dataset[index] for index in order)
+
+    def _next(self) -> dict[str, Any] | None:
+        """The next row, or `None` once at the end of each pass."""
+        if self._rows is None:
+            self._rows = self._open()
+        row = next(self._rows, None)
+        if row is None:
+            self.epoch, self.position, self._rows = self.epoch + 1, 0, None
+        else:
+            self.position += 1
+        return row
+
+    def draw(self, count: int, exclude: set[str]) -> list[dict[str, Any]]:
+        """
+        The next rows of the stream whose prompts are not in `exclude`.
+
+        Args:
+            count (`int`):
+                How many.
+            exclude (`set[str]`):
+                Keys ([`prompt_key`]) that must not be drawn. The keys of what is drawn are added to it.
+
+        Returns:
+            `list[dict]`: fewer than `count` rows if the data set holds no other prompts.
+        """
+        drawn: list[dict[str, Any]] = []
+        passes_ended = 0
+        # From the second end on, every row of the data set has been looked at since the call began.
+        while len(drawn) < count and passes_ended < 2:
+            row = self._next()
+            if row is None:
+                passes_ended += 1
+                continue
+            key = prompt_key(row)
+            if key not in exclude:
+                exclude.add(key)
+                drawn.append(row)
+        return drawn
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position, self._rows = state["epoch"], state["position"], None

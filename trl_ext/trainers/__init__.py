@@ -1,0 +1,1 @@
+"""One file a method, its Config and its Trainer together. A method is a preset on the axes of `grpo.py`."""

@@ -1,0 +1,60 @@
+"""
+DUPO: Duplicating Sampling Policy Optimization, of WebSailor (https://huggingface.co/papers/2507.02592, section 4.2).
+
+DAPO's objective, but the slots of groups without reward variance are filled with random copies of other groups of the
+same batch instead of new generations: made for agents, whose rollouts are long and slow. Before training, prompts that
+all rollouts solve are dropped: [`trl_ext.curriculum.difficulty`].
+
+Assumes at least one group with variance in most batches; tokens that an environment wrote carry no loss (TRL's
+`tool_mask`).
+"""
+
+import textwrap
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from .grpo import GRPOConfig, GRPOTrainer
+
+
+@dataclass
+class DUPOConfig(GRPOConfig):
+    """
+    [`GRPOConfig`] with the defaults of the DUPO paper: copies for dead groups, DAPO's clip range and token-level loss,
+    groups of 8 at temperature 1, learning rate 1e-6, and four optimizer steps per generation batch (there: batches of
+    128 in mini-batches of 32).
+    """
+
+    rollout_selection: str = field(default="duplicate", metadata={"help": "Copies of live groups for dead ones."})
+    num_generations: int | None = field(default=8, metadata={"help": "Completions per prompt."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    epsilon: float | None = field(default=0.2, metadata={"help": "Lower clip range."})  # type: ignore[assignment]
+    epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip range."})
+    loss_type: str = field(default="dapo", metadata={"help": "Token-level loss."})
+    token_normalization: str = field(
+        default="mini_batch",
+        metadata={"help": "'mini_batch' as in the DAPO paper, or TRL's 'generation_batch'."},
+    )
+    beta: float = field(default=0.0, metadata={"help": "No KL term."})
+    learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate."})
+
+    _updates_per_generation: ClassVar[int | None] = 4
+
+
+class DUPOTrainer(GRPOTrainer):
+    """[`GRPOTrainer`] with the defaults of DUPO, see [`DUPOConfig`]."""
+
+    config_class = DUPOConfig
+    _tag_names = ["trl", "trl_ext", "dupo"]
+    _name = "DUPO"
+    _paper = {
+        "title": "WebSailor: Navigating Super-human Reasoning for Web Agent",
+        "id": "2507.02592",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{li2025websailor,
+                title        = {{WebSailor: Navigating Super-human Reasoning for Web Agent}},
+                author       = {Kuan Li and others},
+                year         = 2025,
+                eprint       = {arXiv:2507.02592},
+            }"""),
+    }

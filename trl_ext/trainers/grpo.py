@@ -1,0 +1,648 @@
+"""
+The engine: TRL's GRPO with three axes that combine freely.
+
+| axis | values |
+|---|---|
+| `rollout_selection` | `all` · `refill` (DAPO) · `duplicate` (DUPO) |
+| `advantage_estimator` | `group` (GRPO) · `leave_one_out` (RLOO) · `reinforce` |
+| `importance_sampling_level` | `token` · `sequence` (GSPO) · `sequence_token` (GSPO-token) |
+
+With `all`, `group` and `token` (or `sequence`) it is `trl.GRPOTrainer`, number for number.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import trl
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from torch import nn
+from trl.rewards import get_soft_overlong_punishment
+from trl.trainer.utils import get_callable_name, get_config_model_id
+
+from ..objectives.advantages import aggregate_rewards, leave_one_out, reinforce, scale_advantages, updated_baseline
+from ..objectives.ratios import sequence_token_old_logps
+from ..rollouts.rollout import ScoredGroups, ScoredRound
+from ..rollouts.selection import AcceptanceRate, GroupSelection, census, has_variance, outcome_rewards
+from ..rollouts.stream import PromptStream, can_be_read_twice, prompt_key
+from .seams.grpo import GRPOSeams, Rows
+
+
+logger = get_logger(__name__)
+
+ROLLOUT_SELECTIONS = ("all", "refill", "duplicate")
+ADVANTAGE_ESTIMATORS = ("group", "leave_one_out", "reinforce")
+IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
+TOKEN_NORMALIZATIONS = ("generation_batch", "mini_batch")
+
+# Losses that clip the ratio to 1 ± epsilon, and losses normalised by a count of tokens
+CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+TOKEN_COUNT_LOSSES = ("dapo", "cispo", "vespo")
+# A sequence ratio is a geometric mean over tokens: it moves by 1e-4 to 1e-3 where a token ratio moves by 1e-1. Clip
+# ranges in use lie far from this border on either side (token 0.1–0.3, sequence 2e-4–3e-3).
+LARGEST_SEQUENCE_EPSILON = 0.02
+
+SHAPING_REWARD = "soft_overlong_punishment_reward"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class GRPOConfig(trl.GRPOConfig):
+    """
+    [`~trl.GRPOConfig`] with the axes of the engine. Every argument of TRL's keeps its meaning and, unless it is listed
+    here, its default.
+
+    Args:
+        rollout_selection (`str`, *optional*, defaults to `"all"`):
+            Which scored groups are trained on. `"all"`: TRL's behaviour. `"refill"`: groups without reward variance
+            are replaced by groups of new prompts (DAPO's dynamic sampling). `"duplicate"`: they are replaced by random
+            copies of groups that have variance (DUPO).
+        max_refill_rounds (`int`, *optional*, defaults to `10`):
+            Rounds of generation that `"refill"` may add to one batch. What is missing after that is filled with
+            copies; if nothing has variance, the batch is used as TRL would use it.
+        outcome_reward_funcs (`list[str]`, *optional*):
+            Names of the reward functions by which a group is judged, as they appear in the logs. `None`: all, except
+            TRL's soft overlong punishment, which shapes and doesn't judge.
+        success_threshold (`float`, *optional*, defaults to `0.5`):
+            Outcome reward from which a completion counts as solved, in metrics and pass rates.
+        advantage_estimator (`str`, *optional*, defaults to `"group"`):
+            `"group"`: TRL's group-relative advantage. `"leave_one_out"`: reward minus the mean of the others of the
+            group. `"reinforce"`: the reward, minus a running baseline if `reinforce_baseline_momentum` is set.
+        reinforce_baseline_momentum (`float`, *optional*):
+            Momentum of the running mean that `"reinforce"` subtracts, in [0, 1). `None`: no baseline.
+        importance_sampling_level (`str`, *optional*, defaults to `"token"`):
+            TRL's `"token"` and `"sequence"`, and `"sequence_token"`: GSPO-token, a sequence ratio with the gradient of
+            a token ratio, for advantages that differ between tokens.
+        token_normalization (`str`, *optional*, defaults to `"generation_batch"`):
+            What losses that divide by a token count (`dapo`, `cispo`, `vespo`) count: `"generation_batch"`, TRL's: all
+            tokens of the generation, scaled to one step; `"mini_batch"`: the tokens of the optimizer step itself, as
+            in the DAPO paper. The two agree when there is one optimizer step per generation.
+        soft_punish_cache (`int`, *optional*, defaults to `0`):
+            Tokens before `max_completion_length` over which TRL's soft overlong punishment grows to −1; it is added to
+            the reward functions with weight 1. `0`: no punishment. (Overlong *filtering* is TRL's
+            `mask_truncated_completions`.)
+        updates_per_generation (`int`, *optional*):
+            Optimizer steps per generation batch: sets `steps_per_generation` to this times
+            `gradient_accumulation_steps`. `None`: the method's default, or what `steps_per_generation` or
+            `generation_batch_size` say.
+        epsilon (`float`, *optional*):
+            Lower (and default upper) clip range. `None`: TRL's 0.2.
+        scale_rewards (`str`, *optional*):
+            TRL's argument. `None`: `"group"` for the group estimator, as in TRL, `"none"` for the others.
+        use_bias_correction_kl (`bool`, *optional*):
+            TRL's argument. `None`: `True` as in TRL, `False` under `"sequence_token"`, where it would be inexact.
+    """
+
+    rollout_selection: str = field(
+        default="all",
+        metadata={"help": "Which scored groups are trained on: 'all', 'refill' (DAPO) or 'duplicate' (DUPO)."},
+    )
+    max_refill_rounds: int = field(
+        default=10,
+        metadata={"help": "Rounds of generation that 'refill' may add to one batch."},
+    )
+    outcome_reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Reward functions by which a group is judged. None: all but the soft overlong punishment."},
+    )
+    success_threshold: float = field(
+        default=0.5,
+        metadata={"help": "Outcome reward from which a completion counts as solved."},
+    )
+    advantage_estimator: str = field(
+        default="group",
+        metadata={"help": "'group', 'leave_one_out' or 'reinforce'."},
+    )
+    reinforce_baseline_momentum: float | None = field(
+        default=None,
+        metadata={"help": "Momentum of the running baseline of 'reinforce', in [0, 1). None: no baseline."},
+    )
+    importance_sampling_level: str = field(
+        default="token",
+        metadata={"help": "'token', 'sequence' (GSPO) or 'sequence_token' (GSPO-token)."},
+    )
+    token_normalization: str = field(
+        default="generation_batch",
+        metadata={"help": "Tokens that token-count losses divide by: those of the 'generation_batch' or 'mini_batch'."},
+    )
+    soft_punish_cache: int | None = field(
+        default=0,
+        metadata={"help": "Tokens before max_completion_length over which the overlong punishment grows. 0: none."},
+    )
+    updates_per_generation: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps per generation batch. None: the method's default."},
+    )
+    epsilon: float | None = field(  # type: ignore[assignment]  # None is resolved in __post_init__
+        default=None,
+        metadata={"help": "Clip range. None: TRL's 0.2."},
+    )
+    scale_rewards: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "'group', 'batch' or 'none'. None: 'group' for the group estimator, 'none' for the others."},
+    )
+    use_bias_correction_kl: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "TRL's argument. None: True, except under 'sequence_token'."},
+    )
+
+    # Optimizer steps per generation batch where the user says nothing of it
+    _updates_per_generation: ClassVar[int | None] = None
+    # Sizes belong to the task and the machine: taken from a `trl.GRPOConfig` even where they are TRL's defaults
+    _sizes: ClassVar[tuple[str, ...]] = ("max_completion_length", "num_generations", "steps_per_generation")
+
+    def __post_init__(self) -> None:
+        self._check_axes()
+        given_epsilon = self.epsilon is not None
+        inherited = {f.name: f.default for f in fields(trl.GRPOConfig)}
+        if self.epsilon is None:
+            self.epsilon = inherited["epsilon"]
+        if self.scale_rewards is None:
+            self.scale_rewards = inherited["scale_rewards"] if self.advantage_estimator == "group" else "none"
+        self._check_clip(given_epsilon)
+        self._check_sequence_token()
+        if self.use_bias_correction_kl is None:
+            self.use_bias_correction_kl = self.importance_sampling_level != "sequence_token"
+        self._check_overlong()
+        self._set_updates_per_generation()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "divisible by num_generations" not in str(error):
+                raise
+            raise ValueError(
+                f"{error} A generation batch holds whole groups: choose per_device_train_batch_size × processes × "
+                "steps_per_generation (default: gradient_accumulation_steps) as a multiple of num_generations."
+            ) from error
+        self._check_token_normalization()
+
+    def _check_axes(self) -> None:
+        for name, known in (
+            ("rollout_selection", ROLLOUT_SELECTIONS),
+            ("advantage_estimator", ADVANTAGE_ESTIMATORS),
+            ("importance_sampling_level", IMPORTANCE_SAMPLING_LEVELS),
+            ("token_normalization", TOKEN_NORMALIZATIONS),
+        ):
+            value = getattr(self, name)
+            _require(value in known, f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, known))}.")
+        momentum = self.reinforce_baseline_momentum
+        if momentum is not None:
+            _require(
+                self.advantage_estimator == "reinforce",
+                f"reinforce_baseline_momentum={momentum} has no effect with advantage_estimator="
+                f"{self.advantage_estimator!r}. Set advantage_estimator='reinforce', or leave it out.",
+            )
+            _require(
+                0 <= momentum < 1, f"reinforce_baseline_momentum={momentum} must lie in [0, 1); 0.9 is a usual value."
+            )
+        _require(
+            self.max_refill_rounds >= 1,
+            f"max_refill_rounds={self.max_refill_rounds} must be at least 1. For no refilling at all, set "
+            "rollout_selection='all' or 'duplicate'.",
+        )
+
+    def _check_clip(self, given: bool) -> None:
+        """A token ratio needs a token clip range, a sequence ratio a sequence one."""
+        assert self.epsilon is not None
+        if self.loss_type not in CLIPPED_LOSSES:
+            return
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.importance_sampling_level == "token":
+            _require(
+                max(self.epsilon, high) > LARGEST_SEQUENCE_EPSILON,
+                f"epsilon={self.epsilon}, epsilon_high={high} are clip ranges for sequence ratios (GSPO), but "
+                "importance_sampling_level='token': nearly every token would be clipped. Set "
+                "importance_sampling_level='sequence', or epsilon=0.2.",
+            )
+        elif max(self.epsilon, high) > LARGEST_SEQUENCE_EPSILON:
+            problem = (
+                f"epsilon={self.epsilon}, epsilon_high={high} are clip ranges for token ratios, but "
+                f"importance_sampling_level={self.importance_sampling_level!r}: nothing would ever be clipped. Set "
+                "epsilon=3e-4 and epsilon_high=4e-4 (GSPO), or importance_sampling_level='token'."
+            )
+            # A script written for TRL, which sets the level and leaves the clip alone, runs as it does there
+            if given or self.epsilon_high is not None:
+                raise ValueError(problem)
+            logger.warning(f"{problem} As in TRL, training goes on with it.")
+
+    def _check_sequence_token(self) -> None:
+        if self.importance_sampling_level != "sequence_token":
+            return
+        refused = {
+            "use_bias_correction_kl": (bool(self.use_bias_correction_kl), "False"),
+            "top_entropy_quantile": (self.top_entropy_quantile < 1.0, "1.0"),
+            "loss_type": (self.loss_type == "vespo", "'grpo'"),
+        }
+        for name, (wrong, remedy) in refused.items():
+            _require(
+                not wrong,
+                f"{name}={getattr(self, name)!r} is not exact with importance_sampling_level='sequence_token'. Set "
+                f"{name}={remedy}, or importance_sampling_level='sequence'.",
+            )
+
+    def _check_overlong(self) -> None:
+        if self.soft_punish_cache is None:
+            # The DAPO paper's proportion: 4,096 of 20,480
+            self.soft_punish_cache = (self.max_completion_length or 0) // 5
+        _require(
+            0 <= self.soft_punish_cache <= (self.max_completion_length or math.inf),
+            f"soft_punish_cache={self.soft_punish_cache} must lie between 0 (no punishment) and "
+            f"max_completion_length={self.max_completion_length}.",
+        )
+
+    def _set_updates_per_generation(self) -> None:
+        updates = self.updates_per_generation
+        sized = [
+            name for name in ("steps_per_generation", "generation_batch_size") if getattr(self, name) is not None
+        ]
+        if updates is None and not sized:
+            updates = self._updates_per_generation
+        if updates is None:
+            return
+        _require(
+            not sized,
+            f"updates_per_generation={updates} and {' and '.join(sized)} both set the size of a generation batch. "
+            "Set one of them.",
+        )
+        _require(updates >= 1, f"updates_per_generation={updates} must be at least 1.")
+        self.steps_per_generation = updates * self.gradient_accumulation_steps
+
+    def _check_token_normalization(self) -> None:
+        if self.token_normalization == "generation_batch":
+            return
+        _require(
+            self.loss_type in TOKEN_COUNT_LOSSES,
+            f"token_normalization='mini_batch' has no effect with loss_type={self.loss_type!r}. Set "
+            "token_normalization='generation_batch', or loss_type='dapo'.",
+        )
+        _require(
+            self.steps_per_generation % self.gradient_accumulation_steps == 0,
+            f"token_normalization='mini_batch' needs whole optimizer steps in a generation batch, but "
+            f"steps_per_generation={self.steps_per_generation} is no multiple of gradient_accumulation_steps="
+            f"{self.gradient_accumulation_steps}. Change one of them, or set token_normalization='generation_batch'.",
+        )
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether training is TRL's own, number for number."""
+        return (
+            self.rollout_selection == "all"
+            and self.advantage_estimator == "group"
+            and self.importance_sampling_level != "sequence_token"
+        )
+
+    @classmethod
+    def adopt(cls, args: trl.GRPOConfig) -> Self:
+        """
+        Take over a configuration written for TRL: what was set there is kept, as are all sizes; what was left at TRL's
+        default follows this class.
+
+        Args:
+            args ([`~trl.GRPOConfig`]):
+                A configuration of this class is returned as it is.
+
+        Raises:
+            TypeError: if it is the configuration of another method.
+        """
+        if isinstance(args, cls):
+            return args
+        if not isinstance(args, trl.GRPOConfig):
+            raise TypeError(f"`args` must be a {cls.__name__} or a trl.GRPOConfig, not {type(args).__name__}.")
+        if type(args) is not trl.GRPOConfig and not issubclass(cls, type(args)):
+            raise TypeError(
+                f"`args` is a {type(args).__name__}, whose defaults belong to another method. Pass a {cls.__name__}."
+            )
+        own, parents = {f.name: f for f in fields(cls)}, {f.name: f for f in fields(type(args))}
+        changed = {name for name in own.keys() & parents.keys() if own[name].default != parents[name].default}
+        taken = {}
+        for name in own.keys() & parents.keys():
+            value = getattr(args, name)
+            if own[name].init and (name not in changed or name in cls._sizes or value != parents[name].default):
+                taken[name] = value
+        # TRL has computed one of the two from the other, and takes only one
+        taken.pop("generation_batch_size", None)
+        if type(args) is trl.GRPOConfig and args.scale_rewards == "group":
+            taken.pop("scale_rewards", None)
+        return cls(**taken)
+
+
+@dataclass
+class Counters:
+    """
+    Totals of a run over all processes.
+
+    Args:
+        generated_tokens (`int`):
+            Completion tokens that the policy wrote for training, discarded ones included.
+        trained_tokens (`int`):
+            Completion tokens that entered a loss, copies included, counted once per generation.
+        generation_rounds (`int`):
+            Rounds of generation. Optimizer steps are `trainer.state.global_step`.
+        batches_without_variance (`int`):
+            Generation batches in which no group had variance.
+    """
+
+    generated_tokens: int = 0
+    trained_tokens: int = 0
+    generation_rounds: int = 0
+    batches_without_variance: int = 0
+
+
+def _reward_name(func: Any) -> str:
+    """The name TRL will give a reward function; known before anything is loaded."""
+    if isinstance(func, str):
+        return func.split("/")[-1]
+    if isinstance(func, nn.Module):
+        return get_config_model_id(func.config).split("/")[-1]
+    return get_callable_name(func)
+
+
+class GRPOTrainer(GRPOSeams):
+    """
+    [`~trl.GRPOTrainer`] with the axes of [`GRPOConfig`]. Takes the same arguments; `args` may be a
+    [`~trl.GRPOConfig`], which [`GRPOConfig.adopt`] takes over.
+
+    Raises:
+        ValueError: before a model is loaded, for a data set without prompts, with fewer prompts than one generation
+            batch, or that `rollout_selection="refill"` can't draw from; for unknown names in `outcome_reward_funcs`.
+        RewardFunctionError: in training, if a reward function fails. What was trained is saved first.
+    """
+
+    config_class: ClassVar[type[GRPOConfig]] = GRPOConfig
+    _tag_names = ["trl", "trl_ext", "grpo"]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(trl.GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
+        given.pop("self")
+        if given.get("args") is None:
+            model = given["model"]
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            given["args"] = self.config_class(f"{name.split('/')[-1]}-{self._name}")
+        config = given["args"] = self.config_class.adopt(given["args"])
+        self._check_data(config, given.get("train_dataset"), given.get("environment_factory"))
+        funcs = given.get("reward_funcs")
+        given["reward_funcs"] = [] if funcs is None else list(funcs) if isinstance(funcs, list) else [funcs]
+        self._add_overlong_punishment(given)
+        if given.get("environment_factory") is None:
+            self._check_outcome_names(config, [_reward_name(func) for func in given["reward_funcs"]])
+        self.selects = config.rollout_selection != "all"
+        self.card_sections: list[Callable[[], str]] = []
+        self.counters = Counters()
+        self._acceptance = AcceptanceRate()
+        self._baseline: float | None = None
+        self._duplicates = torch.Generator().manual_seed(config.seed)
+        super().__init__(**given)
+        self._check_outcome_names(config, self.reward_func_names)  # with those of environments
+        outcome = config.outcome_reward_funcs or [n for n in self.reward_func_names if n != SHAPING_REWARD]
+        self.is_outcome = torch.tensor([name in outcome for name in self.reward_func_names])
+        if config.importance_sampling_level == "sequence_token":
+            # TRL's loss runs at token level, on old log-probabilities that make its ratio the sequence's
+            self.importance_sampling_level = "token"
+        if config.rollout_selection == "refill":
+            dataset = self._remove_unused_columns(self.train_dataset, description="refill")
+            self._refill_stream = PromptStream(dataset, seed=config.seed)
+
+    # What is refused before a model is loaded
+
+    @staticmethod
+    def _check_data(config: GRPOConfig, dataset: Any, environment_factory: Any) -> None:
+        columns = getattr(dataset, "column_names", None)
+        refills = config.rollout_selection == "refill"
+        if environment_factory is None:
+            _require(dataset is not None, "train_dataset=None: pass a data set with a `prompt` column.")
+            _require(
+                columns is None or "prompt" in columns,
+                f"train_dataset has no column `prompt`, only {columns}. Rename the column that holds the prompts.",
+            )
+        elif refills:
+            _require(
+                dataset is not None and (columns is None or "prompt" in columns),
+                "rollout_selection='refill' draws new prompts from train_dataset, but here the environment owns the "
+                "data. Set rollout_selection='duplicate' (DUPO), or pass a data set with a `prompt` column.",
+            )
+        if isinstance(dataset, Dataset):
+            prompts = config.generation_batch_size // config.num_generations
+            _require(
+                len(dataset) >= prompts,
+                f"train_dataset has {len(dataset)} prompts, fewer than the {prompts} of one generation batch "
+                f"(generation_batch_size={config.generation_batch_size} / num_generations={config.num_generations}). "
+                "Lower per_device_train_batch_size, gradient_accumulation_steps or updates_per_generation.",
+            )
+        elif isinstance(dataset, IterableDataset) and refills:
+            _require(
+                can_be_read_twice(dataset),
+                "rollout_selection='refill' reads train_dataset beside the training loop, but this iterable data set "
+                "can't be read twice (a second pass doesn't start where the first did). Build it from a function that "
+                "opens the source anew, or set rollout_selection='duplicate'.",
+            )
+
+    @staticmethod
+    def _check_outcome_names(config: GRPOConfig, names: list[str]) -> None:
+        for name in config.outcome_reward_funcs or []:
+            _require(
+                name in names, f"outcome_reward_funcs names {name!r}, but the reward functions are {', '.join(names)}."
+            )
+
+    @staticmethod
+    def _add_overlong_punishment(given: dict[str, Any]) -> None:
+        """Append TRL's soft punishment to the reward functions, unless the user passes one."""
+        config, funcs = given["args"], given["reward_funcs"]
+        if not config.soft_punish_cache or not funcs or SHAPING_REWARD in map(_reward_name, funcs):
+            return
+        funcs.append(get_soft_overlong_punishment(config.max_completion_length, config.soft_punish_cache))
+        if config.reward_weights is not None:
+            given["args"] = copy.copy(config)
+            given["args"].reward_weights = [*config.reward_weights, 1.0]
+        if isinstance(given.get("reward_processing_classes"), list):
+            given["reward_processing_classes"] = [*given["reward_processing_classes"], None]
+
+    # Selection
+
+    def group_outcomes(self, rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
+        """
+        Outcome rewards by group.
+
+        Args:
+            rewards (`torch.Tensor` of shape `(N, F)`):
+                Rewards by function, NaN = not applicable.
+            num_generations (`int`):
+                Size of a group.
+
+        Returns:
+            `torch.Tensor` of shape `(N / num_generations, num_generations)`.
+        """
+        return outcome_rewards(rewards, self.reward_weights, self.is_outcome).view(-1, num_generations)
+
+    def select_groups(self, first: ScoredRound) -> GroupSelection:
+        live = has_variance(self.group_outcomes(first.rewards, self.num_generations)).tolist()
+        selection = GroupSelection(live, self.num_generations, rows_per_rank=len(first.rollouts))
+        self._acceptance.observe(sum(live), len(live))
+        if self.args.rollout_selection == "refill":
+            self._refill(first, selection)
+        if not any(selection.live):
+            self._warn_without_variance()
+        selection.duplicate(self._duplicates)
+        return selection
+
+    def _refill(self, first: ScoredRound, selection: GroupSelection) -> None:
+        """Generate for new prompts until every slot holds a live group, the rounds are used up, or the prompts are."""
+        processes, size = self.accelerator.num_processes, self.num_generations
+        together = processes // math.gcd(processes, size)  # prompts that give every rank equally many rows
+        drawn: set[str] | None = None
+        for _ in range(self.args.max_refill_rounds):
+            missing = len(selection.dead_slots)
+            if not missing:
+                return
+            if drawn is None:
+                drawn = set(gather_object([prompt_key(rollout.row) for rollout in first.rollouts]))
+            count = self._acceptance.draws_for(missing, at_most=len(selection.slots), multiple_of=together)
+            rows = self._refill_stream.draw(count, exclude=drawn)
+            rows = rows[: len(rows) // together * together]
+            if not rows:
+                return
+            scored = self.score_round(self._local_rows(rows, size))
+            self._rounds.append(scored)
+            live = has_variance(self.group_outcomes(scored.rewards, size)).tolist()
+            self._acceptance.observe(sum(live), len(live))
+            selection.fill(len(self._rounds) - 1, live, rows_per_rank=len(scored.rollouts))
+
+    def _local_rows(self, rows: Rows, num_generations: int) -> Rows:
+        """This rank's part of `rows`, each repeated for its completions; copies, since rollouts write into them."""
+        repeated = [row for row in rows for _ in range(num_generations)]
+        per_rank = len(repeated) // self.accelerator.num_processes
+        start = self.accelerator.process_index * per_rank
+        return [copy.deepcopy(row) for row in repeated[start : start + per_rank]]
+
+    def _warn_without_variance(self) -> None:
+        self.counters.batches_without_variance += 1
+        times = self.counters.batches_without_variance
+        if times & (times - 1) == 0:  # the 1st, 2nd, 4th, 8th, …
+            logger.warning(
+                f"No group of this generation batch has reward variance ({len(self._rounds)} rounds of generation; "
+                f"it happened {times} times so far). The step goes on as TRL's would, without a policy gradient. Are "
+                "the prompts all solved or all out of reach, or does the reward not tell completions apart?"
+            )
+
+    # Advantages and ratios
+
+    def estimate_advantages(self, rewards: torch.Tensor, num_generations: int) -> torch.Tensor | None:
+        estimator = self.args.advantage_estimator
+        if estimator == "group":
+            return None
+        reward = aggregate_rewards(rewards, self.reward_weights, self.multi_objective_aggregation, num_generations)
+        if estimator == "leave_one_out":
+            advantages = leave_one_out(reward, num_generations)
+        else:
+            advantages = reinforce(reward, self._baseline)
+            momentum = self.args.reinforce_baseline_momentum
+            if momentum is not None and self.model.training:
+                self._baseline = updated_baseline(self._baseline, reward, momentum)
+        return scale_advantages(advantages, reward, self.scale_rewards, num_generations)
+
+    def old_logps_for_loss(
+        self, per_token_logps: torch.Tensor, inputs: dict[str, Any], mask: torch.Tensor
+    ) -> torch.Tensor | None:
+        if self.args.importance_sampling_level != "sequence_token":
+            return None
+        old = inputs.get("old_per_token_logps")
+        # TRL leaves them out where the policy that sampled is the policy that learns
+        return sequence_token_old_logps(per_token_logps, per_token_logps.detach() if old is None else old, mask)
+
+    def on_new_buffer(self, micro_batches: list[dict[str, Any]]) -> None:
+        if self.args.token_normalization == "generation_batch":
+            return
+        window = self.args.gradient_accumulation_steps
+        tokens = torch.stack([(b["completion_mask"] * b.get("tool_mask", 1)).sum() for b in micro_batches])
+        tokens = self.accelerator.reduce(tokens.view(-1, window).sum(dim=1), reduction="sum")
+        for i, batch in enumerate(micro_batches):
+            # TRL's loss scales the count of a generation batch down to a step: this is that step's, scaled up
+            batch["num_items_in_batch"] = tokens[i // window] * (len(micro_batches) / window)
+
+    # Metrics, checkpoints
+
+    def on_rollouts(self, output: dict[str, Any], selection: GroupSelection | None, rounds: list[ScoredRound]) -> None:
+        metrics, counters = self._metrics["train"], self.counters
+        completions = sum(len(scored.rewards) for scored in rounds) or self.args.generation_batch_size
+        counters.generated_tokens += round(metrics["completions/mean_length"][-1] * completions)
+        counters.trained_tokens += int(output["num_items_in_batch"])
+        counters.generation_rounds += len(rounds) or 1
+        if self.args.is_neutral:
+            return
+        for name in ("generated_tokens", "trained_tokens", "generation_rounds"):
+            metrics[f"selection/{name}"] = [getattr(counters, name)]
+        if selection is None:
+            return
+        rewards = torch.cat([scored.rewards for scored in rounds])
+        counts = census(self.group_outcomes(rewards, self.num_generations), self.args.success_threshold)
+        counts["kept"] = sum(selection.live)
+        counts["surplus"] = selection.surplus
+        counts["duplicated"] = sum(source != slot for slot, source in enumerate(selection.sources))
+        for name, value in counts.items():
+            metrics[f"selection/groups_{name}"].append(value)
+        metrics["selection/rounds"].append(len(rounds))
+        metrics["selection/acceptance"].append(self._acceptance.rate)
+
+    def run_state(self) -> dict[str, Any]:
+        state = {
+            "counters": asdict(self.counters),
+            "acceptance": asdict(self._acceptance),
+            "baseline": self._baseline,
+            "duplicates": self._duplicates.get_state(),
+        }
+        if self.args.rollout_selection == "refill":
+            state["refill_stream"] = self._refill_stream.state_dict()
+        return state
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        self.counters = Counters(**state["counters"])
+        self._acceptance = AcceptanceRate(**state["acceptance"])
+        self._baseline = state["baseline"]
+        self._duplicates.set_state(state["duplicates"].cpu())
+        if self.args.rollout_selection == "refill" and "refill_stream" in state:
+            self._refill_stream.load_state_dict(state["refill_stream"])
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's model card, followed by what `self.card_sections` return (Markdown)."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and self.card_sections:
+            card = Path(self.args.output_dir) / "README.md"
+            sections = [section() for section in self.card_sections]
+            card.write_text("\n\n".join([card.read_text(encoding="utf-8").rstrip(), *sections]) + "\n", "utf-8")
+
+    # Rollouts without training
+
+    def roll_out(self, rows: Rows, num_generations: int, seed: int | None = None) -> ScoredGroups:
+        """
+        Generate and score completions without training on them. Leaves random states and metrics as they were.
+
+        Args:
+            rows (`list[dict]`):
+                Data set rows; the same on every rank.
+            num_generations (`int`):
+                Completions for each.
+            seed (`int`, *optional*):
+                Seed of the sampling.
+
+        Returns:
+            [`~trl_ext.rollouts.rollout.ScoredGroups`]
+        """
+        processes = self.accelerator.num_processes
+        together = processes // math.gcd(processes, num_generations)
+        padded = rows + rows[:1] * (-len(rows) % together)
+        with self._apart_from_training(num_generations, seed):
+            scored = self.score_round(self._local_rows(padded, num_generations))
+        tokens = sum(sum(r.tool_mask) if r.tool_mask else len(r.completion_ids) for r in scored.rollouts)
+        rewards = scored.rewards[: len(rows) * num_generations].view(len(rows), num_generations, -1)
+        total = self.accelerator.reduce(torch.tensor(tokens, device=self.accelerator.device), reduction="sum")
+        return ScoredGroups(rewards, self.reward_func_names, int(total), scored.rollouts)

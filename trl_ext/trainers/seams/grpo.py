@@ -1,0 +1,369 @@
+"""
+`trl.GRPOTrainer` with its private methods wrapped, never copied: what a method of ours needs of them, under names of
+ours. `tests/upstream/` records the source of everything that is wrapped or leaned on here.
+
+How a batch is selected: TRL binds environments and tools to rows, prepares images and prompts, generates, *and then*
+computes log-probabilities and asks for rewards. So completions are scored as soon as `_generate` has them, further
+rounds of generation start from inside it, and TRL goes on as if it had generated what was selected.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+import trl
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import Sampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ...rewards.guard import FAILED, RewardFunctionError, RewardGuard, guard
+from ...rollouts.exchange import RolloutExchange
+from ...rollouts.rollout import Generation, Rollout, ScoredRound, generation_of, rollouts_of
+from ...rollouts.selection import GroupSelection
+from ...rollouts.statistics import pool_rounds, reward_statistics
+
+
+Rows = list[dict[str, Any]]
+
+
+class _RoundScored(Exception):
+    """Leaves TRL's method once the completions are scored: rows nobody trains on cost no forward pass."""
+
+    def __init__(self, scored: ScoredRound) -> None:
+        self.scored = scored
+
+
+class EpochSampler(Sampler[int]):
+    """
+    TRL's sampler with its order tied to the epoch: TRL's generator starts over when a run is resumed, so that a later
+    epoch would repeat the order of the first.
+
+    Args:
+        sampler (`Sampler`):
+            TRL's `RepeatSampler`.
+        epoch (`Callable[[], int]`):
+            The epoch that is about to be walked.
+    """
+
+    def __init__(self, sampler: Any, epoch: Callable[[], int]) -> None:
+        self.sampler = sampler
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed)
+            for _ in range(self.epoch()):
+                torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+class GRPOSeams(trl.GRPOTrainer):
+    """
+    Hooks for [`GRPOTrainer`]; all of them neutral here.
+
+    - `selects`: whether rollouts are selected in training.
+    - `select_groups`: which groups of a generation batch are trained on.
+    - `estimate_advantages`: advantages instead of TRL's.
+    - `old_logps_for_loss`: old log-probabilities instead of TRL's.
+    - `run_state`, `load_run_state`: what a checkpoint must hold.
+    """
+
+    selects = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._rows: Rows | None = None  # the rows that `_generate` is generating for
+        self._round_only = False
+        self._rounds: list[ScoredRound] = []
+        self._selection: GroupSelection | None = None
+        self._base_rewards: torch.Tensor | None = None  # (N, F): rewards of the batch TRL logs
+        self._loss_inputs: dict[str, Any] | None = None
+        self._window: tuple[int | None, int] = (None, 0)  # global step and micro-step at which it began
+        super().__init__(*args, **kwargs)
+        # After TRL has named the functions and added those of environments
+        self.reward_funcs = [
+            func if isinstance(func, nn.Module) else guard(func, name)
+            for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
+
+    # Hooks
+
+    def select_groups(self, first: ScoredRound) -> GroupSelection:
+        """Decide on `self._rounds`, which starts with `first`. [`score_round`] generates more of them."""
+        raise NotImplementedError
+
+    def estimate_advantages(self, rewards: torch.Tensor, num_generations: int) -> torch.Tensor | None:
+        """Advantages `(N,)` from the rewards `(N, F)` of all ranks. `None`: TRL's."""
+        return None
+
+    def old_logps_for_loss(
+        self, per_token_logps: torch.Tensor, inputs: dict[str, Any], mask: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Old log-probabilities `(B, T)` for the loss. `None`: those in `inputs`."""
+        return None
+
+    def on_rollouts(self, output: dict[str, Any], selection: GroupSelection | None, rounds: list[ScoredRound]) -> None:
+        """Called with TRL's tensors of each generation batch in training."""
+
+    def run_state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the trainer's own checkpoint."""
+        return {}
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """The reverse of [`run_state`]."""
+
+    # Generation and selection
+
+    def _generate(self, prompts: list[Any]) -> Generation:
+        if not (self._round_only or (self.selects and self.model.training)):
+            return super()._generate(prompts)
+        scored = self._score(prompts, super()._generate(prompts))
+        if self._round_only:
+            raise _RoundScored(scored)
+        self._rounds = [scored]
+        self._selection = selection = self.select_groups(scored)
+        exchange = RolloutExchange(self._rounds, self.accelerator.process_index, self.accelerator.num_processes)
+        base = selection.rows(list(range(len(selection.slots))))
+        size = selection.num_generations
+        keys = [(ref.round, ref.group * size + i) for ref in selection.slots for i in range(size)]
+        trained_rows = selection.rows(selection.sources)
+        logged = exchange.fetch(keys)
+        # Where nothing is copied both are the same rows, and nothing more has to travel
+        trained = logged if trained_rows == base else exchange.fetch([keys[row] for row in trained_rows])
+        starts = [0, *accumulate(len(scored.rewards) for scored in self._rounds)]
+        rewards = torch.cat([scored.rewards for scored in self._rounds])
+        self._base_rewards = rewards[[starts[round_] + row for round_, row in keys]]
+        self._bind(prompts, logged, trained)
+        return generation_of(logged, trained)
+
+    def _bind(self, prompts: list[Any], logged: list[Rollout], trained: list[Rollout]) -> None:
+        """Make what TRL holds by row agree with the selection."""
+        # TRL renders the prompts again only where there are images; everywhere else they are only logged.
+        images = any(rollout.images for rollout in trained)
+        prompts[:] = [rollout.prompt for rollout in (trained if images else logged)]
+        if self.environment_factories is not None:
+            names = [rollout.row.get("environment") if self._multi_environment else None for rollout in trained]
+            self._batch_environments = names
+        self._pending_extra_logs.clear()
+        for column in {column for rollout in logged for column in rollout.extra_logs}:
+            self._pending_extra_logs[column] = [rollout.extra_logs.get(column) for rollout in logged]
+
+    def _score(self, prompts: list[Any], generation: Generation) -> ScoredRound:
+        rows = self._rows
+        assert rows is not None
+        rollouts = rollouts_of(rows, prompts, generation)
+        rewards = self._calculate_rewards(
+            rows,
+            prompts,
+            [rollout.completion for rollout in rollouts],
+            [rollout.completion_ids for rollout in rollouts],
+        )
+        for column, values in self._pending_extra_logs.items():
+            for rollout, value in zip(rollouts, values, strict=False):
+                rollout.extra_logs[column] = value
+        self._pending_extra_logs.clear()
+        return ScoredRound(rollouts, rewards)
+
+    def score_round(self, rows: Rows) -> ScoredRound:
+        """
+        Generate for `rows` (this rank's, each standing for one completion) and score, without tensors or log-probs.
+        """
+        outer, self._rows = self._rows, rows
+        self._round_only = True
+        try:
+            super()._generate_and_score_completions(rows)
+        except _RoundScored as done:
+            return done.scored
+        finally:
+            self._round_only, self._rows = False, outer
+        raise AssertionError("TRL no longer calls `_generate` from `_generate_and_score_completions`")
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._selection is not None:  # TRL asks again for what was scored to select
+            assert self._base_rewards is not None
+            return self._base_rewards
+        rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+        self._raise_reward_faults(rewards)
+        if not self._round_only:
+            self._base_rewards = rewards
+        return rewards
+
+    def _raise_reward_faults(self, rewards: torch.Tensor) -> None:
+        """Every rank sees the same gathered rewards, so all of them raise or none does."""
+        from_model = torch.tensor([isinstance(func, nn.Module) for func in self.reward_funcs], device=rewards.device)
+        bad = (rewards == FAILED) | (~rewards.isfinite() & from_model)
+        if not bad.any():
+            return
+        for column in bad.any(dim=0).nonzero().flatten().tolist():
+            func, name = self.reward_funcs[column], self.reward_func_names[column]
+            faults = [func.fault] if isinstance(func, RewardGuard) and func.fault else []
+            row = int(bad[:, column].nonzero()[0])
+            where = f"completion {row} of {len(rewards)} (counted over all processes)"
+            told = [*gather_object(faults), f"The reward model `{name}` returned NaN or infinity for {where}."]
+            raise RewardFunctionError(told[0])
+
+    def _generate_and_score_completions(self, inputs: Rows) -> dict[str, Any]:
+        training = self.model.training
+        self._rows, self._rounds, self._selection, self._base_rewards = inputs, [], None, None
+        metrics = self._metrics["train" if training else "eval"]
+        try:
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        except Exception as error:
+            # Reward faults reach every rank; anything else may be one rank's alone, and saving takes all of them.
+            if training and (isinstance(error, RewardFunctionError) or self.accelerator.num_processes == 1):
+                self.save_before_stopping(error)
+            raise
+        self._credit(output)
+        if self._selection is not None and len(self._rounds) > 1:
+            rewards = torch.cat([scored.rewards for scored in self._rounds])
+            pool_rounds(metrics, [len(scored.rewards) for scored in self._rounds])
+            stats = reward_statistics(rewards, self.reward_weights, self.reward_func_names, self.num_generations)
+            for key, value in stats.items():
+                metrics[key][-1] = value
+        if training:
+            self.on_rollouts(output, self._selection, self._rounds)
+        self._rounds, self._selection, self._base_rewards, self._rows = [], None, None, None
+        return output
+
+    def _credit(self, output: dict[str, Any]) -> None:
+        """Put advantages of ours into TRL's output, and give copies those of their source."""
+        training, rewards = self.model.training, self._base_rewards
+        assert rewards is not None
+        advantages = self.estimate_advantages(
+            rewards, self.num_generations if training else self.num_generations_eval
+        )
+        copied = self._selection is not None and self._selection.sources != list(range(len(self._selection.slots)))
+        if advantages is not None:
+            log = self._logs["advantages"]
+            earlier = list(log)[: -len(advantages)]
+            log.clear()
+            log.extend(earlier + advantages.tolist())
+        elif not copied:
+            return
+        else:
+            # Computed by TRL on the batch without copies: a copy has the advantage of its source
+            advantages = self.accelerator.gather(output["advantages"])
+        if copied and self._selection is not None:
+            advantages = advantages[self._selection.rows(self._selection.sources)]
+        per_rank = len(output["advantages"])
+        start = self.accelerator.process_index * per_rank
+        output["advantages"] = advantages[start : start + per_rank]
+
+    # Loss
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if self.model.training and self._window[0] != self.state.global_step:
+            self._window = (self.state.global_step, self._step)
+        before = self._buffered_inputs
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        if self.model.training and self._buffered_inputs is not before:
+            self.on_new_buffer(self._buffered_inputs)
+        return inputs
+
+    def on_new_buffer(self, micro_batches: list[dict[str, Any]]) -> None:
+        """Called when TRL has dealt a generation batch into micro-batches; they may be changed in place."""
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._loss_inputs is not None:
+            # The forward of the loss: TRL reads the old log-probabilities from its inputs after it
+            inputs, logps = self._loss_inputs, result[0]
+            mask = inputs["completion_mask"]
+            if "tool_mask" in inputs:
+                mask = mask * inputs["tool_mask"]
+            old = inputs.get("old_per_token_logps")
+            replaced = self.old_logps_for_loss(logps, inputs, mask)
+            if replaced is not None:
+                # The off-policy mask measures the drift from the real ones
+                inputs.setdefault("sampling_per_token_logps", logps.detach() if old is None else old)
+                inputs["old_per_token_logps"] = replaced
+        return result
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self._loss_inputs = dict(inputs)
+        try:
+            loss: torch.Tensor = super()._compute_loss(model, self._loss_inputs)
+        finally:
+            self._loss_inputs = None
+        return loss
+
+    # Data
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
+        return EpochSampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
+
+    # Checkpoints
+
+    @property
+    def _finished_micro_steps(self) -> int:
+        """Micro-batches of finished optimizer steps; TRL's `_step` runs ahead of it inside a step."""
+        global_step, start = self._window
+        return start if global_step == self.state.global_step else self._step
+
+    def _run_state_file(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"trl_ext_state_{self.accelerator.process_index}.pt")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Ours first: when TRL's files are complete, so is the checkpoint
+        if not self.args.save_only_model:
+            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            directory = os.path.join(self._get_output_dir(trial=trial), checkpoint)
+            os.makedirs(directory, exist_ok=True)
+            generate_every = self.args.steps_per_generation * self.num_iterations
+            state = {
+                "step": self._finished_micro_steps,
+                # Between two generations the rest of the buffer is still to be trained on
+                "buffer": self._buffered_inputs if self._finished_micro_steps % generate_every else None,
+                "metrics": {key: list(values) for key, values in self._metrics["train"].items()},
+                "run": self.run_state(),
+            }
+            torch.save(state, self._run_state_file(directory))
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not os.path.exists(self._run_state_file(checkpoint)):
+            return
+        state = torch.load(self._run_state_file(checkpoint), map_location=self.args.device, weights_only=False)
+        self._step, self._buffered_inputs = state["step"], state["buffer"]
+        self._metrics["train"].update(state["metrics"])
+        self.load_run_state(state["run"])
+
+    def save_before_stopping(self, error: Exception) -> None:
+        """Write a checkpoint of the last finished optimizer step before an error ends the process."""
+        if self.state.global_step == 0:
+            return
+        self._save_checkpoint(self.model, trial=None)
+        directory = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        error.add_note(
+            f"What was trained until then is saved in {os.path.join(self.args.output_dir, directory)}: go on with "
+            "`resume_from_checkpoint=True` once the cause is mended."
+        )
+
+    # Rollouts without training
+
+    @contextmanager
+    def _apart_from_training(self, num_generations: int, seed: int | None) -> Iterator[None]:
+        """Evaluation mode that leaves no trace in random states, metrics and logs."""
+        training, generations = self.model.training, self.num_generations_eval
+        metrics, pending = self._metrics["eval"], copy.deepcopy(self._pending_metrics)
+        self._metrics["eval"] = copy.deepcopy(metrics)
+        self.model.eval()
+        self.num_generations_eval = num_generations
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                if seed is not None:
+                    torch.manual_seed(seed + self.accelerator.process_index)
+                yield
+        finally:
+            self.model.train(training)
+            self.num_generations_eval = generations
+            self._metrics["eval"], self._pending_metrics = metrics, pending
