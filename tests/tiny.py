@@ -2,12 +2,19 @@
 Tiny models, tokenizers, data and rewards for tests: built from a config and a seed, nothing is downloaded.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from trl_ext import GRPOTrainer
+from trl_ext.rollouts.rollout import ScoredRound
+from trl_ext.rollouts.selection import GroupSelection
 
 
 WORDS = [f"w{i}" for i in range(20)]
@@ -114,3 +121,146 @@ def first_token_even(completion_ids: list[list[int]], **kwargs: Any) -> list[flo
 def constant(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     """Every group is dead."""
     return [0.0] * len(completion_ids)
+
+
+def hashed(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """A number in [0, 1) that differs between nearly all completions."""
+    return [sum(token * 7**i for i, token in enumerate(ids)) % 101 / 101 for ids in completion_ids]
+
+
+@dataclass
+class LiveFor:
+    """A reward with variance only for prompts whose `target` is among `targets`; all others get `otherwise`."""
+
+    targets: set[int]
+    otherwise: float = 0.0
+    __name__: str = "live_for"
+
+    def __call__(self, completion_ids: list[list[int]], target: list[int], **kwargs: Any) -> list[float]:
+        rewards = hashed(completion_ids)
+        return [r if t in self.targets else self.otherwise for r, t in zip(rewards, target, strict=True)]
+
+
+@dataclass
+class Call:
+    """One call of a reward function."""
+
+    step: int
+    prompts: list[Any]
+    completions: list[Any]
+    completion_ids: list[list[int]]
+    rewards: list[Any]
+    columns: dict[str, Any]
+
+
+@dataclass
+class Remembering:
+    """A reward function that remembers all it was asked, and what it answered."""
+
+    func: Callable[..., list[Any]]
+    __name__: str = "remembering"
+    calls: list[Call] = field(default_factory=list)
+
+    def __call__(self, prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[Any]:
+        rewards = self.func(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        step = columns["trainer_state"].global_step
+        self.calls.append(Call(step, list(prompts), list(completions), list(completion_ids), list(rewards), columns))
+        return rewards
+
+    def at_step(self, step: int) -> list[Call]:
+        """The calls for one generation batch, one a round, where every optimizer step generates one batch."""
+        return [call for call in self.calls if call.step == step]
+
+
+@dataclass
+class TrainedBatch:
+    """What `on_rollouts` saw: TRL's tensors of a generation batch, before they are shuffled."""
+
+    output: dict[str, Any]
+    selection: GroupSelection | None
+    rounds: list[ScoredRound]
+
+    @property
+    def completions(self) -> list[list[int]]:
+        """Completion ids without padding."""
+        lengths = self.output["completion_mask"].sum(dim=1).tolist()
+        return [row[:n] for row, n in zip(self.output["completion_ids"].tolist(), lengths, strict=True)]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Prompt ids without padding, which stands on the left."""
+        lengths = self.output["prompt_mask"].sum(dim=1).tolist()
+        return [row[len(row) - n :] for row, n in zip(self.output["prompt_ids"].tolist(), lengths, strict=True)]
+
+
+def recorded(trainer_class: type[GRPOTrainer]) -> Any:
+    """`trainer_class` that keeps what it trained on."""
+
+    class Recorded(trainer_class):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.batches: list[TrainedBatch] = []
+            self.losses: list[dict[str, Any]] = []  # inputs of each loss, and its value
+            self.forwards = 0  # of the model, outside of generation
+            self._generating = False
+            super().__init__(*args, **kwargs)
+            self.model.register_forward_hook(self._count)
+
+        def _count(self, *args: Any) -> None:
+            self.forwards += not self._generating
+
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            self._generating = True
+            try:
+                return super()._generate_single_turn(*args, **kwargs)
+            finally:
+                self._generating = False
+
+        def on_rollouts(self, output: dict[str, Any], selection: Any, rounds: Any) -> None:
+            super().on_rollouts(output, selection, rounds)
+            self.batches.append(TrainedBatch(dict(output), selection, list(rounds)))
+
+        def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+            loss: torch.Tensor = super()._compute_loss(model, inputs)
+            if model.training:
+                self.losses.append({**inputs, "loss": loss.item()})
+            return loss
+
+    Recorded.__name__ = trainer_class.__name__
+    return Recorded
+
+
+def trainer(
+    trainer_class: type[GRPOTrainer],
+    output_dir: str | Path,
+    reward_funcs: Any = first_token_even,
+    arguments: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """
+    A trainer on a tiny model: `arguments` go to the trainer, `settings` to its configuration. What a method's defaults
+    make too large or too slow for a test (16 updates a batch, a warm-up of 20 steps, an overlong punishment that every
+    completion of 6 tokens would get) is set back.
+    """
+    settled = {"updates_per_generation": 1, "soft_punish_cache": 0, "warmup_steps": 0, **settings}
+    if "steps_per_generation" in settings:
+        settled.pop("updates_per_generation")
+    given = {
+        "model": qwen2(),
+        "train_dataset": prompts(),
+        "processing_class": tokenizer(),
+        **(arguments or {}),
+    }
+    config = trainer_class.config_class(**cpu_settings(output_dir, **settled))
+    return trainer_class(reward_funcs=reward_funcs, args=config, **given)
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all weights."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def history(trainer: Any, *leave_out: str) -> list[dict[str, Any]]:
+    """What was logged in training, without what a clock decides."""
+    clocks = {"step_time", *leave_out}
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{key: value for key, value in entry.items() if key not in clocks} for entry in steps]

@@ -5,7 +5,9 @@ Importance ratios that TRL's loss does not have: GSPO-token (https://huggingface
 import torch
 
 
-def mean_log_ratio(per_token_logps: torch.Tensor, old_per_token_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def mean_log_ratio(
+    per_token_logps: torch.Tensor, old_per_token_logps: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
     """
     log s_i of GSPO (eq. 7): the mean over the tokens of a completion of logp − logp_old.
 

@@ -183,14 +183,15 @@ class GroupSelection:
             rows_per_rank (`int`):
                 Rows of that round on each rank.
         """
-        arrivals = [group for group, is_live in enumerate(live) if is_live]
+        dead = self.dead_slots
+        found = [group for group, is_live in enumerate(live) if is_live]
+        # Which groups are kept must not depend on the number of ranks; which slot they get may
+        arrivals = found[: len(dead)]
+        self.surplus += len(found) - len(arrivals)
         home_of = {group: group * self.num_generations // rows_per_rank for group in arrivals}
-        for slot in self.dead_slots:
-            if not arrivals:
-                break
+        for slot in dead[: len(arrivals)]:
             group = _home_first(arrivals, self.rank_of(slot), home_of)
             self.slots[slot], self.live[slot] = GroupRef(round_index, group), True
-        self.surplus += len(arrivals)
 
     def duplicate(self, generator: torch.Generator) -> int:
         """

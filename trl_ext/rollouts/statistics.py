@@ -24,9 +24,7 @@ def pool_rounds(metrics: dict[str, list[float]], completions: list[int]) -> None
     def last(key: str) -> list[float]:
         return metrics[key][-rounds:]
 
-    terminated = [
-        n * (1 - clipped) for n, clipped in zip(completions, last("completions/clipped_ratio"), strict=True)
-    ]
+    terminated = [n * (1 - clipped) for n, clipped in zip(completions, last("completions/clipped_ratio"), strict=True)]
     weights: dict[str, list[float]] = {"completions/mean_terminated_length": terminated}
     if "tools/call_frequency" in metrics:
         calls = [n * frequency for n, frequency in zip(completions, last("tools/call_frequency"), strict=True)]

@@ -18,9 +18,9 @@ from .grpo import GRPOConfig, GRPOTrainer
 @dataclass
 class DAPOConfig(GRPOConfig):
     """
-    [`GRPOConfig`] with the defaults of the DAPO paper: refilled batches, clip range 0.2/0.28, groups of 16, completions
-    of up to 20,480 tokens of which the last 4,096 are punished, learning rate 1e-6 after a warm-up of 20 steps, 16
-    optimizer steps per generation batch, and the loss of a step divided by the tokens of that step.
+    [`GRPOConfig`] with the defaults of the DAPO paper: refilled batches, clip range 0.2/0.28, groups of 16,
+    completions of up to 20,480 tokens of which the last 4,096 are punished, learning rate 1e-6 after a warm-up of 20
+    steps, 16 optimizer steps per generation batch, and the loss of a step divided by the tokens of that step.
 
     The batch of the paper is 512 prompts; yours follows from `per_device_train_batch_size` and
     `gradient_accumulation_steps`. Overlong *filtering*, the paper's alternative to punishment, is
@@ -34,7 +34,7 @@ class DAPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Tokens over which the overlong punishment grows. None: a fifth of max_completion_length."},
     )
-    epsilon: float | None = field(default=0.2, metadata={"help": "Lower clip range."})  # type: ignore[assignment]
+    epsilon: float | None = field(default=0.2, metadata={"help": "Lower clip range."})
     epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip range."})
     loss_type: str = field(default="dapo", metadata={"help": "Token-level loss."})
     token_normalization: str = field(
@@ -43,9 +43,7 @@ class DAPOConfig(GRPOConfig):
     )
     beta: float = field(default=0.0, metadata={"help": "No KL term."})
     learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate."})
-    lr_scheduler_type: str = field(  # type: ignore[assignment]
-        default="constant_with_warmup", metadata={"help": "Learning rate schedule."}
-    )
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=20, metadata={"help": "Optimizer steps of linear warm-up."})
 
     _updates_per_generation: ClassVar[int | None] = 16

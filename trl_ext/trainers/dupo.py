@@ -27,7 +27,7 @@ class DUPOConfig(GRPOConfig):
     rollout_selection: str = field(default="duplicate", metadata={"help": "Copies of live groups for dead ones."})
     num_generations: int | None = field(default=8, metadata={"help": "Completions per prompt."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    epsilon: float | None = field(default=0.2, metadata={"help": "Lower clip range."})  # type: ignore[assignment]
+    epsilon: float | None = field(default=0.2, metadata={"help": "Lower clip range."})
     epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip range."})
     loss_type: str = field(default="dapo", metadata={"help": "Token-level loss."})
     token_normalization: str = field(

@@ -134,7 +134,9 @@ class GRPOConfig(trl.GRPOConfig):
     )
     token_normalization: str = field(
         default="generation_batch",
-        metadata={"help": "Tokens that token-count losses divide by: those of the 'generation_batch' or 'mini_batch'."},
+        metadata={
+            "help": "Tokens that token-count losses divide by: those of the 'generation_batch' or 'mini_batch'."
+        },
     )
     soft_punish_cache: int | None = field(
         default=0,
@@ -165,7 +167,7 @@ class GRPOConfig(trl.GRPOConfig):
     def __post_init__(self) -> None:
         self._check_axes()
         given_epsilon = self.epsilon is not None
-        inherited = {f.name: f.default for f in fields(trl.GRPOConfig)}
+        inherited: dict[str, Any] = {f.name: f.default for f in fields(trl.GRPOConfig)}
         if self.epsilon is None:
             self.epsilon = inherited["epsilon"]
         if self.scale_rewards is None:
@@ -263,9 +265,7 @@ class GRPOConfig(trl.GRPOConfig):
 
     def _set_updates_per_generation(self) -> None:
         updates = self.updates_per_generation
-        sized = [
-            name for name in ("steps_per_generation", "generation_batch_size") if getattr(self, name) is not None
-        ]
+        sized = [name for name in ("steps_per_generation", "generation_batch_size") if getattr(self, name) is not None]
         if updates is None and not sized:
             updates = self._updates_per_generation
         if updates is None:
@@ -287,7 +287,7 @@ class GRPOConfig(trl.GRPOConfig):
             "token_normalization='generation_batch', or loss_type='dapo'.",
         )
         _require(
-            self.steps_per_generation % self.gradient_accumulation_steps == 0,
+            (self.steps_per_generation or 0) % self.gradient_accumulation_steps == 0,
             f"token_normalization='mini_batch' needs whole optimizer steps in a generation batch, but "
             f"steps_per_generation={self.steps_per_generation} is no multiple of gradient_accumulation_steps="
             f"{self.gradient_accumulation_steps}. Change one of them, or set token_normalization='generation_batch'.",
@@ -359,13 +359,15 @@ class Counters:
     batches_without_variance: int = 0
 
 
+def _model_name(model: Any) -> str:
+    """The last part of a model's Hub id or path, as TRL names things by it."""
+    identifier = model if isinstance(model, str) else get_config_model_id(model.config)
+    return identifier.split("/")[-1]
+
+
 def _reward_name(func: Any) -> str:
     """The name TRL will give a reward function; known before anything is loaded."""
-    if isinstance(func, str):
-        return func.split("/")[-1]
-    if isinstance(func, nn.Module):
-        return get_config_model_id(func.config).split("/")[-1]
-    return get_callable_name(func)
+    return _model_name(func) if isinstance(func, str | nn.Module) else get_callable_name(func)
 
 
 class GRPOTrainer(GRPOSeams):
@@ -380,15 +382,14 @@ class GRPOTrainer(GRPOSeams):
     """
 
     config_class: ClassVar[type[GRPOConfig]] = GRPOConfig
+    args: GRPOConfig
     _tag_names = ["trl", "trl_ext", "grpo"]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(trl.GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
         given.pop("self")
         if given.get("args") is None:
-            model = given["model"]
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            given["args"] = self.config_class(f"{name.split('/')[-1]}-{self._name}")
+            given["args"] = self.config_class(f"{_model_name(given['model'])}-{self._name}")
         config = given["args"] = self.config_class.adopt(given["args"])
         self._check_data(config, given.get("train_dataset"), given.get("environment_factory"))
         funcs = given.get("reward_funcs")
@@ -410,7 +411,8 @@ class GRPOTrainer(GRPOSeams):
             # TRL's loss runs at token level, on old log-probabilities that make its ratio the sequence's
             self.importance_sampling_level = "token"
         if config.rollout_selection == "refill":
-            dataset = self._remove_unused_columns(self.train_dataset, description="refill")
+            dataset: Any = self.train_dataset
+            dataset = self._remove_unused_columns(dataset, description="refill")
             self._refill_stream = PromptStream(dataset, seed=config.seed)
 
     # What is refused before a model is loaded
@@ -432,6 +434,7 @@ class GRPOTrainer(GRPOSeams):
                 "data. Set rollout_selection='duplicate' (DUPO), or pass a data set with a `prompt` column.",
             )
         if isinstance(dataset, Dataset):
+            assert config.generation_batch_size and config.num_generations  # TRL has set and checked both
             prompts = config.generation_batch_size // config.num_generations
             _require(
                 len(dataset) >= prompts,
@@ -616,7 +619,7 @@ class GRPOTrainer(GRPOSeams):
         """TRL's model card, followed by what `self.card_sections` return (Markdown)."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and self.card_sections:
-            card = Path(self.args.output_dir) / "README.md"
+            card = Path(str(self.args.output_dir)) / "README.md"
             sections = [section() for section in self.card_sections]
             card.write_text("\n\n".join([card.read_text(encoding="utf-8").rstrip(), *sections]) + "\n", "utf-8")
 

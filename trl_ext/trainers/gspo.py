@@ -26,7 +26,7 @@ class GSPOConfig(GRPOConfig):
         default="sequence",
         metadata={"help": "'sequence' (GSPO) or 'sequence_token' (GSPO-token)."},
     )
-    epsilon: float | None = field(default=3e-4, metadata={"help": "Lower clip range."})  # type: ignore[assignment]
+    epsilon: float | None = field(default=3e-4, metadata={"help": "Lower clip range."})
     epsilon_high: float | None = field(default=4e-4, metadata={"help": "Upper clip range."})
     loss_type: str = field(default="grpo", metadata={"help": "Mean over sequences."})
     beta: float = field(default=0.0, metadata={"help": "No KL term."})

@@ -78,6 +78,14 @@ class GRPOSeams(trl.GRPOTrainer):
 
     selects = False
 
+    # Narrower than upstream's annotations: never None once a trainer exists
+    args: Any
+    model: Any
+    reward_funcs: list[Any]
+    _logs: dict[str, Any]
+    num_generations: int
+    num_generations_eval: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._rows: Rows | None = None  # the rows that `_generate` is generating for
         self._round_only = False
@@ -236,9 +244,7 @@ class GRPOSeams(trl.GRPOTrainer):
         """Put advantages of ours into TRL's output, and give copies those of their source."""
         training, rewards = self.model.training, self._base_rewards
         assert rewards is not None
-        advantages = self.estimate_advantages(
-            rewards, self.num_generations if training else self.num_generations_eval
-        )
+        advantages = self.estimate_advantages(rewards, self.num_generations if training else self.num_generations_eval)
         copied = self._selection is not None and self._selection.sources != list(range(len(self._selection.slots)))
         if advantages is not None:
             log = self._logs["advantages"]

@@ -1,0 +1,51 @@
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/.ready
+TORCH := $(shell grep '^torch==' requirements.lock)
+
+# One process, one device. Every value is named because `accelerate launch` warns about those that it had to guess;
+# --cpu also keeps the user's own accelerate configuration out.
+LAUNCH := $(PY) -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no \
+	--dynamo_backend no $(if $(shell command -v nvidia-smi 2>/dev/null),,--cpu)
+
+# On models this small, OpenMP threads that spin for each other can make a step a hundred times slower.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+# Nothing here needs the network. To publish what the quickstart trains:
+# HF_HUB_OFFLINE=0 make quickstart ARGS=--push_to_hub
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: help setup test lint quickstart clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## build .venv with the versions in requirements.lock (PYTHON=python3.12 picks another Python)
+
+# torch goes first and by its exact version: pip keeps a build that .venv already has, and what follows takes that one.
+# CPU or CUDA depends on where pip is told to look. On Linux without a GPU, the public index would give CUDA; to avoid
+# it, put the CPU build into .venv beforehand (`uv pip install --python .venv --torch-backend cpu torch==...` does it).
+$(READY): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=...)")'
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	$(PY) -m pip install $(TORCH)
+	$(PY) -m pip install -c requirements.lock -e '.[test,deepspeed,quantization]'
+	@touch $@
+
+test: lint ## lint, then every test (ARGS="-k gspo" for some)
+	$(PY) -m pytest $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+quickstart: setup ## train a tiny model to sort digits, on a CPU too: SFT, then DAPO
+	$(PY) recipes/tasks/sort_digits.py --output_dir runs/quickstart
+	$(LAUNCH) recipes/sft.py --config recipes/configs/quickstart_sft.yaml
+	$(LAUNCH) recipes/dapo.py --config recipes/configs/quickstart_dapo.yaml $(ARGS)
+
+clean: ## remove caches and build output; .venv and runs stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,86 @@
+"""
+Selection under several processes: given the same rollouts, one process and two keep the same groups and take the same
+step. The cases are in `worker.py`; both launches run all of them.
+"""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed.worker import CASES
+
+
+pytestmark = pytest.mark.distributed
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[str, Any]]:
+    """What every process of every launch wrote, by (processes, rank)."""
+    directory = tmp_path_factory.mktemp("processes")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+    for command in ([sys.executable], torchrun):
+        run = subprocess.run(
+            [*command, str(WORKER), str(directory)], env=env, capture_output=True, text=True, timeout=150
+        )
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    return {
+        (world, rank): torch.load(directory / f"results_{world}_{rank}.pt", weights_only=False)
+        for world, rank in ((1, 0), (2, 0), (2, 1))
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_on_the_rows_of_one(results: Any, case: str) -> None:
+    alone = results[1, 0][case]["trained"]
+    together = results[2, 0][case]["trained"], results[2, 1][case]["trained"]
+    assert len(together[0]) == len(together[1])
+    assert Counter(alone) == Counter(together[0] + together[1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_take_the_step_of_one(results: Any, case: str) -> None:
+    alone, first, second = (results[key][case]["weights"] for key in ((1, 0), (2, 0), (2, 1)))
+    for name, weight in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], weight)
+    start = results[1, 0]["all"]["weights"]
+    assert case == "all" or any(not torch.equal(start[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_metrics_do_not_depend_on_the_number_of_processes(results: Any, case: str) -> None:
+    alone, first, second = (results[key][case] for key in ((1, 0), (2, 0), (2, 1)))
+    assert alone["counters"] == first["counters"] == second["counters"]
+    for one, two in zip(alone["logs"], first["logs"], strict=True):
+        assert one == pytest.approx(two, rel=1e-5, nan_ok=True)
+
+
+def test_the_cases_are_what_they_say(results: Any) -> None:
+    """Copies, refills and the cap really happened, so that the comparisons above compare something."""
+
+    def logged(case: str, key: str) -> list[float]:
+        return [log[f"selection/{key}"] for log in results[1, 0][case]["logs"] if f"selection/{key}" in log]
+
+    for case in ("refill", "refill_spanning", "refill_odd_groups"):
+        assert max(logged(case, "rounds")) > 1, case
+        assert sum(logged(case, "groups_duplicated")) == 0, case
+    assert sum(logged("refill_capped", "groups_duplicated")) > 0
+    assert max(logged("refill_capped", "rounds")) == 2
+    for case in ("duplicate", "duplicate_spanning", "duplicate_rare", "batch_scaled_copies"):
+        assert sum(logged(case, "groups_duplicated")) > 0, case
+
+
+def test_a_fault_on_one_process_stops_all_with_a_checkpoint(results: Any) -> None:
+    for key in ((1, 0), (2, 0), (2, 1)):
+        fault = results[key]["fault"]
+        assert "fails_on_last_process" in fault["error"]
+        assert "KeyError" in fault["error"]
+        assert fault["saved"] == ["checkpoint-4"]  # DUPO takes four steps per generation
