@@ -582,8 +582,8 @@ class GRPOTrainer(GRPOSeams):
         counters.generation_rounds += len(rounds) or 1
         if self.args.is_neutral:
             return
-        for name in ("generated_tokens", "trained_tokens", "generation_rounds"):
-            metrics[f"selection/{name}"] = [getattr(counters, name)]
+        for name, total in asdict(counters).items():
+            metrics[f"selection/{name}"] = [total]
         if selection is None:
             return
         rewards = torch.cat([scored.rewards for scored in rounds])

@@ -225,7 +225,7 @@ class GRPOSeams(trl.GRPOTrainer):
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         except Exception as error:
             # Reward faults reach every rank; anything else may be one rank's alone, and saving takes all of them.
-            if training and (isinstance(error, RewardFunctionError) or self.accelerator.num_processes == 1):
+            if isinstance(error, RewardFunctionError) or self.accelerator.num_processes == 1:
                 self.save_before_stopping(error)
             raise
         self._credit(output)
@@ -344,7 +344,7 @@ class GRPOSeams(trl.GRPOTrainer):
 
     def save_before_stopping(self, error: Exception) -> None:
         """Write a checkpoint of the last finished optimizer step before an error ends the process."""
-        if self.state.global_step == 0:
+        if not self.is_in_train or self.state.global_step == 0:
             return
         self._save_checkpoint(self.model, trial=None)
         directory = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -1,0 +1,21 @@
+"""
+DAPO (https://huggingface.co/papers/2503.14476): new prompts take the place of groups that are all right or all wrong,
+the clip is wider upwards, every token weighs the same, and answers that run too long are punished softly.
+
+```shell
+accelerate launch recipes/dapo.py --config recipes/configs/quickstart_dapo.yaml          # a laptop, minutes
+accelerate launch recipes/dapo.py --config recipes/configs/dapo_qwen2.5_0.5b_gsm8k.yaml  # a GPU
+```
+
+Defaults are the paper's (see `trl_ext.DAPOConfig`), made for long reasoning on many GPUs: set
+`max_completion_length`, `num_generations` and `updates_per_generation` for anything smaller. See
+`common.PolicyArguments` for data, rewards and held-out evaluation.
+"""
+
+from common import train_policy
+
+from trl_ext import DAPOConfig, DAPOTrainer
+
+
+if __name__ == "__main__":
+    train_policy(DAPOTrainer, DAPOConfig)

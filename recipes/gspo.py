@@ -1,0 +1,19 @@
+"""
+GSPO (https://huggingface.co/papers/2507.18071): importance ratios of whole completions, length-normalised and clipped
+tightly, which is steadier over several updates per rollout and for mixtures of experts.
+
+```shell
+accelerate launch recipes/gspo.py --config recipes/configs/gspo_qwen2.5_0.5b_gsm8k.yaml
+```
+
+GSPO-token, for advantages that differ between tokens, is `--importance_sampling_level sequence_token`. See
+`common.PolicyArguments` for data, rewards and held-out evaluation.
+"""
+
+from common import train_policy
+
+from trl_ext import GSPOConfig, GSPOTrainer
+
+
+if __name__ == "__main__":
+    train_policy(GSPOTrainer, GSPOConfig)

@@ -1,0 +1,170 @@
+"""What the recipes share: arguments, data, reward functions."""
+
+import os
+from pathlib import Path
+
+import common
+import pytest
+import tiny
+import trl.rewards
+from datasets import DatasetDict
+from trl import DatasetMixtureConfig, SFTConfig
+
+import trl_ext
+
+
+RECIPES = Path(common.__file__).parent
+CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+CONFIG_CLASSES = {name.lower(): getattr(trl_ext, f"{name}Config") for name in ("GRPO", "DAPO", "DUPO", "GSPO")}
+
+
+def script(**arguments) -> common.PolicyArguments:
+    return common.PolicyArguments(**arguments)
+
+
+def parse(*argv: str, config_class=trl_ext.GRPOConfig):
+    return common.parse_arguments(common.PolicyArguments, config_class, list(argv))
+
+
+def rewards(tmp_path, *names: str, **arguments):
+    config = trl_ext.GRPOConfig(**tiny.cpu_settings(tmp_path))
+    return common.load_reward_funcs(script(reward_funcs=list(names), **arguments), config)
+
+
+def test_recipes_are_short():
+    for name in ("sft", "grpo", "dapo", "dupo", "gspo", "filter_prompts"):
+        lines = (RECIPES / f"{name}.py").read_text().splitlines()
+        assert len(lines) <= 70, name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_is_understood(path, monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    method = path.stem.removeprefix("quickstart_").split("_")[0]
+    if method == "sft":
+        parsed = common.parse_arguments(common.DataArguments, SFTConfig, ["--config", str(path)])
+    else:
+        parsed = parse("--config", str(path), config_class=CONFIG_CLASSES[method])
+        assert len(common.load_reward_funcs(parsed[0], parsed[1])) == 1
+        if parsed[0].prepare_row is not None:
+            assert callable(common.load_function(parsed[0].prepare_row, "prepare_row"))
+    assert parsed[2].model_name_or_path and parsed[0].dataset_name
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("model_name_or_path: m\nlearning_rate: 0.5\nmax_steps: 3\nheld_out_prompts: 5\n")
+    script_args, training_args, model_args, _ = parse("--config", str(tmp_path / "a.yaml"), "--learning_rate", "0.25")
+    assert (training_args.learning_rate, training_args.max_steps) == (0.25, 3)
+    assert (script_args.held_out_prompts, model_args.model_name_or_path) == (5, "m")
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+def test_settings_without_an_accelerator_are_chosen_and_said(tmp_path, no_accelerator, capsys):
+    _, training_args, _, _ = parse("--model_name_or_path", "m", "--output_dir", str(tmp_path))
+    assert (training_args.use_cpu, training_args.bf16, training_args.gradient_checkpointing) == (True, False, False)
+    said = capsys.readouterr().out.strip().splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("No accelerator in use: use_cpu=True, bf16=False, gradient_checkpointing=False")
+
+
+def test_what_the_user_says_about_them_stands(no_accelerator, capsys):
+    _, training_args, _, _ = parse("--model_name_or_path", "m", "--gradient_checkpointing", "true")
+    assert training_args.gradient_checkpointing is True
+    assert "gradient_checkpointing=True" in capsys.readouterr().out
+
+
+def test_wrong_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--model_name_or_path is missing"):
+        parse("--learning_rate", "0.1")
+    (tmp_path / "a.yaml").write_text("model_name_or_path: m\nlerning_rate: 0.5\n")
+    with pytest.raises(ValueError, match="lerning_rate"):
+        parse("--config", str(tmp_path / "a.yaml"))
+
+
+def test_functions_from_files_and_modules(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n\ndef one(row):\n    return {'x': 1}\n\nN = 3\n"
+    )
+    assert common.load_function(f"{tmp_path}/mine.py:one", "prepare_row")({}) == {"x": 1}
+    assert common.load_function("os.path.join", "prepare_row") is os.path.join
+    monkeypatch.chdir(tmp_path)
+    assert common.load_function("mine.one", "prepare_row")({}) == {"x": 1}  # from the working directory
+    for spec, message in {
+        "missing.py:one": "--prepare_row is 'missing.py:one', but there is no file 'missing.py'",
+        "mine.py:two": "'two' is not a function there",
+        "mine.N": "'N' is not a function there",
+        "nothing.here.f": "importing 'nothing.here' fails",
+        "f": "importing '' fails",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            common.load_function(spec, "prepare_row")
+
+
+def test_reward_functions_by_every_name(tmp_path):
+    (tmp_path / "model").mkdir()
+    found = rewards(
+        tmp_path,
+        "accuracy_reward",
+        "trl.rewards.think_format_reward",
+        "recipes/tasks/sort_digits.py:exact_match",
+        str(tmp_path / "model"),
+        "org/reward-model-v1.5",
+        "get_soft_overlong_punishment",
+        reward_model_name_or_path="reward.model",
+    )
+    assert found[0] == "reward.model"  # said to be a model, whatever it looks like
+    assert found[1:3] == [trl.rewards.accuracy_reward, trl.rewards.think_format_reward]
+    assert found[3](completion_ids=[[1], [2]], answer_ids=[[1], [1]]) == [1, 0]
+    assert found[4:6] == [str(tmp_path / "model"), "org/reward-model-v1.5"]
+    # 6 tokens at most, of which the last fifth, 1, is punished: 5 tokens are free, the 6th costs 1
+    assert found[6](completion_ids=[[0] * 5, [0] * 6]) == [0, -1]
+
+
+def test_unknown_reward_functions_are_named(tmp_path):
+    with pytest.raises(ValueError, match="--reward_funcs is missing"):
+        rewards(tmp_path)
+    with pytest.raises(ValueError, match="--reward_funcs has 'acuracy_reward'"):
+        rewards(tmp_path, "acuracy_reward")
+    with pytest.raises(ValueError, match=r"importing 'my\.rewards' fails"):
+        rewards(tmp_path, "my.rewards.exact")
+
+
+@pytest.mark.parametrize("form", ["folder", "split", "json", "jsonl", "csv", "parquet"])
+def test_data_in_every_form(form, tmp_path):
+    rows = tiny.prompts(3)
+    path = tmp_path / f"data.{form}"
+    if form == "folder":
+        DatasetDict(train=rows, test=rows).save_to_disk(path)
+    elif form == "split":
+        rows.save_to_disk(path)
+    else:
+        getattr(rows, f"to_{form.removesuffix('l')}")(path)
+    data = common.load_data(script(dataset_name=str(path)), DatasetMixtureConfig())
+    assert data["train"]["prompt"] == rows["prompt"]
+    assert data["train"]["target"] == rows["target"]
+    assert ("test" in data) == (form == "folder")
+
+
+def test_mixtures_and_prepared_rows(tmp_path):
+    tiny.prompts(3).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "mine.py").write_text("def shout(row):\n    return {'prompt': row['prompt'].upper()}\n")
+    mixture = DatasetMixtureConfig(datasets=[{"path": "parquet", "data_files": str(tmp_path / "a.parquet")}])
+    data = common.load_data(script(prepare_row=f"{tmp_path}/mine.py:shout"), mixture)
+    assert data["train"]["prompt"] == ["W0 W0", "W1 W0", "W2 W0"]
+
+
+def test_missing_data_is_named(tmp_path):
+    (tmp_path / "data.txt").write_text("w1\n")
+    with pytest.raises(ValueError, match="--dataset_name is missing"):
+        common.load_data(script(), DatasetMixtureConfig())
+    with pytest.raises(ValueError, match=r"data.txt', but only \.json, \.jsonl, \.csv, \.parquet files"):
+        common.load_data(script(dataset_name=str(tmp_path / "data.txt")), DatasetMixtureConfig())
+    tiny.prompts(2).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="--dataset_streaming doesn't apply"):
+        common.load_data(script(dataset_name=str(tmp_path / "saved"), dataset_streaming=True), DatasetMixtureConfig())
+    with pytest.raises(ValueError, match="--dataset_train_split is 'trian', but the data set has only: train, test"):
+        common.get_split({"train": 1, "test": 2}, "trian", "dataset_train_split")

@@ -1,0 +1,150 @@
+"""The recipes, run as a user runs them, on the quickstart's task made small."""
+
+import json
+import shutil
+from pathlib import Path
+
+import common
+import filter_prompts
+import pytest
+import sft
+import sort_digits
+import torch
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import trl_ext
+
+
+ROOT = Path(common.__file__).parents[1]
+# The task's reward, which a model this untrained never gets, and one that tells its completions apart
+REWARDS = [str(ROOT / "recipes/tasks/sort_digits.py:exact_match"), str(ROOT / "tests/tiny.py:first_token_even")]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Path:
+    """`data/` and, after a few supervised steps with the quickstart's configuration, `sft/`."""
+    folder = tmp_path_factory.mktemp("task")
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = ["--sft_size", "256", "--train_size", "256", "--test_size", "40"]
+        patch.setattr("sys.argv", ["sort_digits.py", "--output_dir", str(folder), *sizes])
+        sort_digits.main()
+        patch.setattr("sys.argv", ["sft.py", *quickstart("sft", folder, "init", "sft"), "--max_steps", "4"])
+        sft.main()
+    return folder
+
+
+def quickstart(config: str, folder: Path, model: str, output: str) -> list[str]:
+    return [
+        *("--config", str(ROOT / f"recipes/configs/quickstart_{config}.yaml")),
+        *("--model_name_or_path", str(folder / model)),
+        *("--dataset_name", str(folder / "data")),
+        *("--output_dir", str(folder / output)),
+    ]
+
+
+def policy(folder: Path, output: str, *more: str) -> list[str]:
+    # Groups of 4, so that some are dead
+    small = [
+        "--num_generations",
+        "4",
+        "--max_steps",
+        "4",
+        "--per_device_train_batch_size",
+        "32",
+        "--save_steps",
+        "2",
+        "--save_total_limit",
+        "2",
+    ]
+    held_out = ["--held_out_prompts", "16", "--held_out_samples", "2", "--held_out_every", "2"]
+    return [*quickstart("dapo", folder, "sft", output), "--reward_funcs", *REWARDS, *small, *held_out, *more]
+
+
+@pytest.fixture(scope="module")
+def dapo(task):
+    argv = policy(task, "dapo")
+    return common.train_policy(trl_ext.DAPOTrainer, trl_ext.DAPOConfig, argv), task / "dapo"
+
+
+def test_supervised_fine_tuning_writes_a_model(task):
+    assert (task / "sft" / "README.md").is_file()
+    trained = AutoModelForCausalLM.from_pretrained(task / "sft")
+    start = AutoModelForCausalLM.from_pretrained(task / "init")
+    assert not torch.equal(trained.model.embed_tokens.weight, start.model.embed_tokens.weight)
+
+
+def test_a_run_leaves_everything_in_its_folder(dapo):
+    trainer, folder = dapo
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(model.model.embed_tokens.weight, trainer.model.model.embed_tokens.weight)
+    assert AutoTokenizer.from_pretrained(folder)("s31=")["input_ids"] == [17, 7, 5, 15]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["method"] == "DAPO"
+    assert summary["before"]["exact_match"] == 0
+    assert 0 < summary["before"]["first_token_even"] < 1
+    assert 0 < summary["after"]["first_token_even"] < 1
+    assert (summary["after"]["prompts"], summary["after"]["samples"]) == (16, 32)
+    assert summary["steps"] == 4
+    assert summary["generated_tokens"] > summary["trained_tokens"] > 0
+    assert (folder / "learning.png").stat().st_size > 10_000
+    card = (folder / "README.md").read_text()
+    assert "## Results" in card and "](learning.png)" in card
+
+
+def test_held_out_prompts_come_from_the_test_split(dapo):
+    trainer, _ = dapo
+    callback = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "HeldOut")
+    prompts = [row["prompt"] for row in callback.dataset]
+    assert len(set(prompts)) == 16
+    assert not set(prompts) & set(trainer.train_dataset["prompt"])
+    assert list(callback.measured) == [0, 2, 4]
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(dapo, task):
+    trainer, folder = dapo
+    (task / "resumed").mkdir()
+    shutil.copytree(folder / "checkpoint-2", task / "resumed" / "checkpoint-2")
+    argv = policy(task, "resumed", "--resume_from_checkpoint", "true")
+    resumed = common.train_policy(trl_ext.DAPOTrainer, trl_ext.DAPOConfig, argv)
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+    whole, rest = (json.loads((task / run / "summary.json").read_text()) for run in ("dapo", "resumed"))
+    for key in ("before", "after", "generated_tokens", "trained_tokens", "generation_rounds", "steps"):
+        assert whole[key] == rest[key], key
+
+
+@pytest.mark.parametrize("name", ["GRPO", "DUPO", "GSPO"])
+def test_the_other_methods(name, task):
+    trainer_class, config_class = getattr(trl_ext, f"{name}Trainer"), getattr(trl_ext, f"{name}Config")
+    argv = policy(task, name, "--max_steps", "2", "--use_peft", "--lora_target_modules", "q_proj", "v_proj")
+    trainer = common.train_policy(trainer_class, config_class, argv)
+    summary = json.loads((task / name / "summary.json").read_text())
+    assert summary["method"] == name
+    assert summary["trainable_parameters"] == 2 * 2 * (64 * 16 + 16 * 64)  # layers, projections, A and B of rank 16
+    assert (task / name / "adapter_model.safetensors").is_file()
+    assert trainer.state.global_step == 2
+
+
+def test_a_data_set_without_test_split_trains_unmeasured(task, tmp_path, capsys):
+    load_from_disk(task / "data")["train"].to_parquet(tmp_path / "train.parquet")
+    argv = policy(task, "unmeasured", "--max_steps", "1", "--dataset_name", str(tmp_path / "train.parquet"))
+    common.train_policy(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, argv)
+    assert "No held-out evaluation: the data set has no split 'test'" in capsys.readouterr().out
+    assert json.loads((task / "unmeasured" / "summary.json").read_text())["after"] is None
+
+
+def test_filtered_prompts_are_the_next_data_set(task, monkeypatch, capsys):
+    output = task / "filtered"
+    settings = ["--dataset_train_split", "test", "--num_generations", "4", "--per_device_train_batch_size", "32"]
+    files = [*quickstart("dapo", task, "sft", "filtered")[2:], "--reward_funcs", *REWARDS, *settings]
+    argv = ["filter_prompts.py", *files, "--max_completion_length", "14", "--drop_unsolved"]
+    monkeypatch.setattr("sys.argv", argv)
+    filter_prompts.main()
+    assert "rolled out 40 of 40 prompts" in capsys.readouterr().out
+    rates = [rate for line in (output / "pass_rates.jsonl").read_text().splitlines()[1:] for rate in json.loads(line)]
+    assert len(rates) == 40
+    assert 0 < len([rate for rate in rates if rate in (0, 1)]) < 40
+    kept = common.load_data(common.DataArguments(dataset_name=str(output)), common.DatasetMixtureConfig())
+    assert list(kept["test"]["pass_rate"]) == [rate for rate in rates if 0 < rate < 1]
+    assert len(kept["train"]) == 256

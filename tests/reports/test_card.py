@@ -1,0 +1,61 @@
+"""The card's section: the results in words and tables, and nobody's password."""
+
+import tiny
+
+from trl_ext import DAPOTrainer
+from trl_ext.reports.card import results_section
+
+
+SUMMARY = {
+    "method": "DAPO",
+    "model": "runs/sft",
+    "dataset": "runs/data",
+    "before": {"exact_match": 0.3359, "intervals": {"exact_match": [0.3038, 0.3681]}, "prompts": 512, "samples": 2048},
+    "after": {"exact_match": 0.7654, "intervals": {"exact_match": [0.74, 0.79]}, "prompts": 512, "samples": 2048},
+    "gain": {"exact_match": 0.4295, "intervals": {"exact_match": [0.4, 0.46]}, "prompts": 512, "samples": 2048},
+    "seconds": 22.1,
+    "steps": 120,
+    "generation_rounds": 133,
+    "generated_tokens": 159_801,
+    "trained_tokens": 117_444,
+    "parameters": 109_248,
+    "trainable_parameters": 109_248,
+    "seed": 0,
+    "command": "accelerate launch recipes/dapo.py --config a.yaml --hub_token ***",
+    "machine": {"device": "cpu", "processes": 1, "cpus": 2, "platform": "Linux"},
+    "versions": {"python": "3.11.7", "trl": "1.16.0"},
+}
+
+
+def test_results_as_a_table():
+    card = results_section(SUMMARY, "learning.png", "max_steps: 120\nhub_token: hf_abc\n", "s3142=")
+    assert card.startswith("## Results\n")
+    assert "Held-out prompts (512, 2048 sampled completions), before and after 120 optimizer steps" in card
+    assert "| exact_match | 0.336 (0.304 to 0.368) | 0.765 (0.740 to 0.790) | 0.429 (0.400 to 0.460) |" in card
+    assert "](learning.png)" in card
+    assert "| tokens generated | 160k |" in card
+    assert "| parameters | 109,248 trained of 109,248 |" in card
+    assert "tokenizer('s3142=', return_tensors=\"pt\")" in card
+    assert "```yaml\nmax_steps: 120\nhub_token: ***\n```" in card
+    assert "--config a.yaml --hub_token ***" in card
+    assert "hf_abc" not in card
+    assert card.rstrip().endswith("Made with python 3.11.7, trl 1.16.0.")
+
+
+def test_a_run_without_evaluation_says_so():
+    missing = {"before": None, "after": None, "gain": None, "generated_tokens": None, "command": None}
+    card = results_section(SUMMARY | missing)
+    assert "without held-out evaluation" in card
+    assert "tokens generated" not in card
+    assert "Train it again" not in card
+
+
+def test_the_section_stands_in_the_model_card(tmp_path):
+    trainer = tiny.trainer(DAPOTrainer, tmp_path)
+    trainer.card_sections.append(lambda: results_section(SUMMARY))
+    trainer.create_model_card(model_name="tiny")
+    trainer.create_model_card(model_name="tiny")  # as saving, and then pushing, do
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n")
+    assert card.count("## Results") == 1
+    assert "0.336 (0.304 to 0.368)" in card

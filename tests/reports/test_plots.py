@@ -1,0 +1,111 @@
+"""The figure: what is drawn is what was logged."""
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from trl_ext.reports import plots
+
+
+def held_out(step: int, mean: float) -> dict:
+    parts = {"low": mean - 0.05, "high": mean + 0.04, "prompts": 256, "samples": 1024}
+    return {"step": step, "held_out/r": mean} | {f"held_out/r/{name}": value for name, value in parts.items()}
+
+
+def selected(step: int) -> dict:
+    return {
+        "step": step,
+        "reward": 0.1 * step + 1,
+        "rewards/r/mean": 0.1 * step,
+        "selection/groups_kept": 4.0,
+        "selection/groups_surplus": 1.0,
+        "selection/groups_all_wrong": 2.0,
+        "selection/groups_all_right": float(step),
+        "selection/groups_duplicated": 0.0,
+        "selection/generated_tokens": 1000.0 * step,
+        "selection/trained_tokens": 600.0 * step,
+    }
+
+
+LOG = [held_out(0, 0.2), *map(selected, (1, 2, 3, 4)), held_out(4, 0.6)]
+
+
+@pytest.fixture
+def axis():
+    return Figure().subplots()
+
+
+def labels(axis) -> list[str]:
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        LOG,
+        LOG[1:5],  # no held-out evaluation
+        [{"step": 1, "reward": 0.5, "frac_reward_zero_std": 0.25, "num_tokens": 100.0}],  # TRL's own trainer
+        [{"step": 1, "loss": 2.0}],  # nothing of all that
+        [],
+    ],
+)
+def test_every_log_makes_a_picture(log, tmp_path):
+    path = plots.plot_learning(log, tmp_path / "deep" / "learning.png", "title")
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.size == (1430, 936)  # 11 x 7.2 inches at 130 dots
+        assert len(image.convert("RGB").getcolors(maxcolors=1_000_000)) > 50
+
+
+def test_series_takes_steps_that_have_all_keys_and_the_later_of_two():
+    log = [{"step": 2, "a": 1, "b": 1}, {"step": 1, "a": 5, "b": 6}, {"step": 3, "a": 9}, {"step": 2, "a": 7, "b": 8}]
+    assert plots.series(log, "a", "b") == ([1, 2], [[5.0, 7.0], [6.0, 8.0]])
+    assert plots.series(log, "c") == ([], [[]])
+
+
+def test_smoothing_neither_lags_nor_shortens():
+    assert plots.smooth([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
+    assert plots.smooth([5.0], 3) == [5.0]
+
+
+def test_reward_and_held_out_results_share_an_axis(axis):
+    read = plots.read_estimates(LOG)
+    plots._draw_reward(axis, LOG, {step: found["r"] for step, found in read.items()}, "r")
+    sampled, smoothed = axis.lines[:2]
+    assert list(sampled.get_ydata()) == pytest.approx([0.1, 0.2, 0.3, 0.4])  # `r` alone, not the sum of rewards
+    assert len(smoothed.get_ydata()) == 4
+    points, _, bars = axis.containers[0]
+    assert list(points.get_ydata()) == [0.2, 0.6]
+    ends = [list(segment[:, 1]) for segment in bars[0].get_segments()]
+    assert ends == [pytest.approx([0.15, 0.24]), pytest.approx([0.55, 0.64])]
+
+
+def test_groups_are_stacked(axis):
+    plots._draw_groups(axis, LOG)
+    assert labels(axis) == ["kept: trained on", "live, but not needed", "dead: all wrong", "dead: all right"]
+    tops = [max(collection.get_paths()[0].vertices[:, 1]) for collection in axis.collections]
+    assert tops == pytest.approx([4, 5, 7, 11])
+
+
+def test_copies_are_drawn_where_there_are_any(axis):
+    plots._draw_groups(axis, [selected(1), selected(2) | {"selection/groups_duplicated": 3.0}])
+    assert list(axis.lines[0].get_ydata()) == [0, 3]
+    assert "copies of live groups" in labels(axis)
+
+
+def test_tokens_are_labelled_with_their_totals(axis):
+    plots._draw_tokens(axis, LOG)
+    assert labels(axis) == ["generated: 4k", "trained on: 2.4k"]
+    assert [list(line.get_ydata()) for line in axis.lines] == [[1000, 2000, 3000, 4000], [600, 1200, 1800, 2400]]
+
+
+def test_before_and_after(axis):
+    plots._draw_before_after(axis, {step: found["r"] for step, found in plots.read_estimates(LOG).items()}, "r")
+    assert [bar.get_height() for bar in axis.patches] == [0.2, 0.6]
+    assert {"0.20", "0.60"} <= {text.get_text() for text in axis.texts}
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["before\nstep 0", "after\nstep 4"]
+
+
+def test_what_was_not_logged_is_said(axis):
+    plots._draw_tokens(axis, [])
+    assert axis.texts[0].get_text() == "no token was counted"

@@ -1,0 +1,92 @@
+"""summary.json: every number is the run's."""
+
+import json
+import math
+import os
+
+import pytest
+import tiny
+
+from trl_ext import DAPOTrainer, GSPOTrainer
+from trl_ext.evaluation.held_out import Estimate, HeldOut
+from trl_ext.reports.summary import redact, summarize, write_summary
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    trainer = tiny.trainer(DAPOTrainer, tmp_path_factory.mktemp("run"), max_steps=3)
+    held_out = HeldOut(trainer, list(tiny.prompts(12)), num_samples=4)
+    trainer.add_callback(held_out)
+    trainer.train()
+    return trainer, held_out
+
+
+def test_results_are_those_measured(run):
+    trainer, held_out = run
+    summary = summarize(trainer, held_out.measured, seconds=12.34, model="m", dataset="d", command="c")
+    before, after = held_out.before["first_token_even"], held_out.after["first_token_even"]
+    assert summary["before"]["first_token_even"] == pytest.approx(before.mean, abs=5e-5)
+    assert summary["after"]["first_token_even"] == pytest.approx(after.mean, abs=5e-5)
+    assert summary["after"]["intervals"]["first_token_even"] == pytest.approx([after.low, after.high], abs=5e-5)
+    assert summary["gain"]["first_token_even"] == pytest.approx(after.mean - before.mean, abs=1e-4)
+    assert (summary["before"]["step"], summary["after"]["step"]) == (0, 3)
+    assert (summary["after"]["prompts"], summary["after"]["samples"]) == (12, 48)
+
+
+def test_costs_are_those_counted(run):
+    trainer, held_out = run
+    summary = summarize(trainer, held_out.measured, seconds=12.34)
+    last = [entry for entry in trainer.state.log_history if "selection/generated_tokens" in entry][-1]
+    assert summary["method"] == "DAPO"
+    assert summarize(trainer, {}, 0, command="run --hub_token hf_x")["command"] == "run --hub_token ***"
+    assert summary["seconds"] == 12.3
+    assert summary["steps"] == 3
+    assert summary["generated_tokens"] == last["selection/generated_tokens"]
+    assert summary["trained_tokens"] == last["selection/trained_tokens"]
+    assert summary["generation_rounds"] == last["selection/generation_rounds"] > 3
+    assert summary["parameters"] == sum(p.numel() for p in tiny.qwen2().parameters())
+    machine = summary["machine"]
+    assert (machine["device"], machine["processes"], machine["cpus"]) == ("cpu", 1, os.cpu_count())
+    assert {"python", "trl", "torch", "transformers"} <= set(summary["versions"])
+
+
+def test_the_gain_is_paired(run):
+    # All of 3 prompts gain exactly 0.25: no spread, whatever the prompts' own difficulty is
+    measured = {
+        0: {"r": Estimate(0.5, 0.0, 1.0, 3, 12, (0.25, 0.5, 0.75))},
+        9: {"r": Estimate(0.75, 0.25, 1.0, 3, 12, (0.5, 0.75, 1.0))},
+    }
+    summary = summarize(run[0], measured, seconds=1)
+    assert summary["gain"]["r"] == 0.25
+    assert summary["gain"]["intervals"]["r"] == [0.25, 0.25]
+
+
+def test_without_evaluation_there_are_no_results(tmp_path):
+    trainer = tiny.trainer(GSPOTrainer, tmp_path)
+    summary = summarize(trainer, {}, seconds=0)
+    assert (summary["method"], summary["before"], summary["after"], summary["gain"]) == ("GSPO", None, None, None)
+
+
+def test_it_is_read_back_as_written(run, tmp_path):
+    trainer, held_out = run
+    summary = summarize(trainer, held_out.measured, seconds=1, dataset="données")
+    write_summary(summary, tmp_path / "summary.json")
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == summary
+    assert not any(isinstance(value, float) and math.isnan(value) for value in summary["after"].values())
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("--hub_token hf_x --seed 1", "--hub_token *** --seed 1"),
+        ("--hub_token=hf_x", "--hub_token=***"),
+        (
+            "env:\n  WANDB_API_KEY: abc\n  HF_TOKEN: hf_x\nseed: 0",
+            "env:\n  WANDB_API_KEY: ***\n  HF_TOKEN: ***\nseed: 0",
+        ),
+        ("hub_token:\nseed: 0", "hub_token:\nseed: 0"),
+        ("eos_token: <|im_end|>\nmax_tokens: 5", "eos_token: <|im_end|>\nmax_tokens: 5"),
+    ],
+)
+def test_secrets_stay_at_home(text, shown):
+    assert redact(text) == shown

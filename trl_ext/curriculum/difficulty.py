@@ -1,0 +1,154 @@
+"""
+How hard each prompt is for a policy, and the offline half of DUPO (https://huggingface.co/papers/2507.02592, section
+4.2): before training, prompts that all of a model's G samples solve are dropped, because their groups have no variance
+and so nothing to teach.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+
+from ..trainers.grpo import GRPOTrainer
+
+
+PASS_RATE = "pass_rate"
+
+
+def pass_rates(
+    trainer: GRPOTrainer,
+    dataset: Dataset,
+    num_generations: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    partial_results: str | Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """
+    Rolls out every row and adds the column `pass_rate`: the fraction of its samples whose weighted outcome reward
+    reaches `args.success_threshold`, `None` where no outcome reward applied to any sample.
+
+    Args:
+        trainer ([`GRPOTrainer`]):
+            A `trl_ext` trainer with the policy and the reward functions. Every process must make the call.
+        dataset ([`~datasets.Dataset`]):
+            Rows with `prompt` and the columns the rewards need.
+        num_generations (`int`, *optional*):
+            Samples per prompt (G), by default the trainer's.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Prompts per generation.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the sampling. The batch that starts at row i has `seed + i`, so that a continued roll-out draws
+            what an uninterrupted one would have drawn.
+        partial_results (`str` or `Path`, *optional*):
+            File in which finished batches are kept. If it is there already, with the same data set and settings, the
+            roll-out goes on where it stopped.
+        on_progress (`Callable[[int, int], None]`, *optional*):
+            Called with (rows done, rows in all) after each batch.
+
+    Returns:
+        [`~datasets.Dataset`]: the same rows in the same order, with the new column.
+
+    Raises:
+        `ValueError`: if the data set is streamed or already has the column, or `partial_results` is from another
+            roll-out.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`dataset` is a {type(dataset).__name__}, whose length isn't known. Load it without streaming."
+        )
+    if PASS_RATE in dataset.column_names:
+        raise ValueError(f"The data set already has a column `{PASS_RATE}`. Remove it before rolling out again.")
+    samples = num_generations or trainer.num_generations
+    identity = {
+        "model": trainer.model.config._name_or_path,
+        "rows": len(dataset),
+        "fingerprint": dataset._fingerprint,
+        "reward_funcs": trainer.reward_func_names,
+        "success_threshold": trainer.args.success_threshold,
+        "temperature": trainer.args.temperature,
+        "max_completion_length": trainer.args.max_completion_length,
+        "num_generations": samples,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    writes = trainer.is_world_process_zero()
+    rates = _continued(partial_results, identity, writes)
+    for start in range(len(rates), len(dataset), batch_size):
+        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        scored = trainer.roll_out(rows, samples, seed=seed + start)
+        batch = _solved_fraction(trainer, scored.rewards)
+        rates += batch
+        if partial_results is not None and writes:
+            with open(partial_results, "a") as file:
+                file.write(json.dumps(batch) + "\n")
+        if on_progress is not None:
+            on_progress(len(rates), len(dataset))
+    return dataset.add_column(PASS_RATE, rates)
+
+
+def drop_solved(dataset: Dataset, drop_unsolved: bool = False) -> Dataset:
+    """
+    Drops the prompts that every sample solved. Rows whose `pass_rate` is `None` stay.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            What [`pass_rates`] returned.
+        drop_unsolved (`bool`, *optional*, defaults to `False`):
+            Drop also the prompts that no sample solved. A policy that learns may come to solve them later.
+
+    Raises:
+        `ValueError`: if there is no column `pass_rate`.
+    """
+    if PASS_RATE not in dataset.column_names:
+        raise ValueError(
+            f"The data set has no column `{PASS_RATE}` (it has {dataset.column_names}). Add it by `pass_rates`."
+        )
+    dropped = {1.0, 0.0} if drop_unsolved else {1.0}
+    return dataset.filter(lambda rate: rate not in dropped, input_columns=PASS_RATE)
+
+
+def _solved_fraction(trainer: GRPOTrainer, rewards: torch.Tensor) -> list[float | None]:
+    """Fraction of solved samples of each prompt, from rewards of shape (P, G, F)."""
+    outcome = trainer.group_outcomes(rewards.flatten(0, 1), rewards.shape[1])  # (P, G), NaN where not applicable
+    solved = (outcome >= trainer.args.success_threshold).to(torch.float64)
+    rates = solved.masked_fill(outcome.isnan(), torch.nan).nanmean(dim=1).tolist()
+    return [None if math.isnan(rate) else rate for rate in rates]
+
+
+def _continued(path: str | Path | None, identity: dict[str, Any], writes: bool) -> list[float | None]:
+    """Pass rates of finished batches, the same on every process: the main one reads the file and tells the others."""
+    if path is None:
+        return []
+    outcome: list[Any] = [None]
+    if writes:
+        try:
+            outcome = [_open_partial(Path(path), identity)]
+        except ValueError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], ValueError):
+        raise outcome[0]
+    return list(outcome[0])
+
+
+def _open_partial(path: Path, identity: dict[str, Any]) -> list[float | None]:
+    """Reads the file, or creates it. Its first line says what it belongs to, each further one holds a batch."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(identity) + "\n")
+        return []
+    # A line without its end was being written when the process stopped: that batch is done again.
+    header, *batches = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] or ["null"]
+    if json.loads(header) != identity:
+        raise ValueError(
+            f"`partial_results` is {path}, which holds another roll-out ({header.strip()}; this one is "
+            f"{json.dumps(identity)}). Remove it or name another file."
+        )
+    path.write_text(header + "".join(batches))
+    return [rate for batch in batches for rate in json.loads(batch)]

@@ -1,0 +1,102 @@
+"""
+What a run adds to the model card that TRL writes: the result with its interval, the figure, what it took, and the
+command and configuration that repeat it.
+"""
+
+from typing import Any
+
+from ..monitors.progress import count
+from .summary import redact
+
+
+def results_section(
+    summary: dict[str, Any],
+    figure: str | None = None,
+    config: str | None = None,
+    example_prompt: str | None = None,
+) -> str:
+    """
+    Markdown for a model card.
+
+    Args:
+        summary (`dict[str, Any]`):
+            What [`summarize`] returned.
+        figure (`str`, *optional*):
+            Path of the figure relative to the card.
+        config (`str`, *optional*):
+            Text of the yaml file the run was launched with. Access tokens in it, and in the command line, are replaced
+            by `***`.
+        example_prompt (`str`, *optional*):
+            A plain-text prompt to show how the model is asked. Models with a chat template need none: TRL's own card
+            shows that.
+
+    Returns:
+        `str`: a section that begins with a heading of level 2.
+    """
+    parts = ["## Results", _headline(summary)]
+    if figure is not None:
+        parts.append(f"![{summary['method']}: reward, groups, tokens and held-out results]({figure})")
+    parts.append(_costs(summary))
+    if example_prompt is not None:
+        parts += ["### Ask it", _usage(example_prompt)]
+    if summary["command"]:
+        parts += ["### Train it again", f"```shell\n{summary['command']}\n```"]
+        if config:
+            parts.append(f"with this configuration:\n\n```yaml\n{redact(config.strip())}\n```")
+    versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
+    parts.append(f"Made with {versions}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _headline(summary: dict[str, Any]) -> str:
+    before, after, gain = summary["before"], summary["after"], summary["gain"]
+    if after is None:
+        return "This run was made without held-out evaluation."
+    lines = [
+        f"Held-out prompts ({after['prompts']}, {after['samples']} sampled completions), before and after "
+        f"{summary['steps']} optimizer steps, with 95 % intervals that take the prompt as the unit:",
+        "",
+        "| metric | before | after | gain |",
+        "|---|---|---|---|",
+    ]
+    for name in after["intervals"]:
+        cells = [_cell(part, name) for part in (before, after, gain)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(part: dict[str, Any], name: str) -> str:
+    if name not in part:
+        return "–"
+    low, high = part["intervals"][name]
+    return f"{part[name]:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _costs(summary: dict[str, Any]) -> str:
+    rows = {
+        "method": summary["method"],
+        "trained from": f"`{summary['model']}`" if summary["model"] else None,
+        "data": f"`{summary['dataset']}`" if summary["dataset"] else None,
+        "parameters": f"{summary['trainable_parameters']:,} trained of {summary['parameters']:,}",
+        "optimizer steps": summary["steps"],
+        "generation rounds": summary["generation_rounds"],
+        "tokens generated": None if summary["generated_tokens"] is None else count(summary["generated_tokens"]),
+        "tokens trained on": None if summary["trained_tokens"] is None else count(summary["trained_tokens"]),
+        "wall-clock seconds": summary["seconds"],
+        "machine": f"{summary['machine']['processes']} × {summary['machine']['device']}",
+        "seed": summary["seed"],
+    }
+    shown = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| | |", "|---|---|", *shown])
+
+
+def _usage(prompt: str) -> str:
+    return (
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
+        f'inputs = tokenizer({prompt!r}, return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))\n"
+        "```"
+    )

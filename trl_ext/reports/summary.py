@@ -1,0 +1,115 @@
+"""
+A run in one small file, `summary.json`: what was trained, how good it was before and after, and what that took.
+Everything in it is read from the run.
+"""
+
+import json
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.held_out import Estimate, difference
+
+
+# Reports are made to be published: whatever follows one of these words in a command line or a yaml file stays at home.
+_SECRET = re.compile(
+    r"((?:hub|hf|auth|access)_token|api_key|password|secret)([ \t]*[:=][ \t]*|[ \t]+)([^\s-]\S*)", re.I
+)
+
+PACKAGES = ("trl_ext", "trl", "transformers", "torch", "accelerate", "peft", "datasets")
+
+
+def summarize(
+    trainer: Any,
+    measured: dict[int, dict[str, Estimate]],
+    seconds: float,
+    model: str | None = None,
+    dataset: str | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """
+    Builds the summary of a finished run.
+
+    Args:
+        trainer ([`GRPOTrainer`]):
+            The trainer that ran. `trl_ext`'s count tokens; for others those entries are `None`.
+        measured (`dict[int, dict[str, Estimate]]`):
+            Held-out estimates by optimizer step and metric, as [`HeldOut`] has them; the first is the policy before
+            training, the last the one after. May be empty.
+        seconds (`float`):
+            Wall-clock seconds of the whole run, of this session if it was resumed.
+        model (`str`, *optional*):
+            What was trained.
+        dataset (`str`, *optional*):
+            On what.
+        command (`str`, *optional*):
+            The command line. Access tokens in it are replaced by `***`.
+
+    Returns:
+        `dict[str, Any]`: `before`, `after` and `gain` map each metric to its mean, and hold under `intervals` the
+        metric's `[low, high]` (95 %), under `prompts` and `samples` what it was measured on, and under `step` the
+        optimizer step. Tokens, rounds and steps count the whole run, over all processes.
+    """
+    counters = getattr(trainer, "counters", None)
+    summary: dict[str, Any] = {
+        "method": type(trainer).__name__.removesuffix("Trainer"),
+        "model": model,
+        "dataset": dataset,
+        "before": None,
+        "after": None,
+        "gain": None,
+        "seconds": round(seconds, 1),
+        "steps": trainer.state.global_step,
+        "generation_rounds": getattr(counters, "generation_rounds", None),
+        "generated_tokens": getattr(counters, "generated_tokens", None),
+        "trained_tokens": getattr(counters, "trained_tokens", None),
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "seed": trainer.args.seed,
+        "command": None if command is None else redact(command),
+        "machine": {
+            "device": trainer.accelerator.device.type,
+            "processes": trainer.accelerator.num_processes,
+            "cpus": os.cpu_count(),
+            "platform": platform.system(),
+        },
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+    if measured:
+        (first, before), (last, after) = next(iter(measured.items())), next(reversed(measured.items()))
+        gain = {name: difference(before[name], after[name]) for name in after if name in before}
+        summary |= {"before": _entry(before, first), "after": _entry(after, last), "gain": _entry(gain, last)}
+    return summary
+
+
+def write_summary(summary: dict[str, Any], path: str | Path) -> None:
+    """Writes a summary as indented JSON."""
+    Path(path).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def redact(text: str) -> str:
+    """Replaces the values of access tokens and passwords in a command line or a yaml text."""
+    return _SECRET.sub(r"\1\2***", text)
+
+
+def _entry(estimates: dict[str, Estimate], step: int) -> dict[str, Any]:
+    means = {name: round(estimate.mean, 4) for name, estimate in estimates.items()}
+    return means | {
+        "intervals": {name: [round(e.low, 4), round(e.high, 4)] for name, e in estimates.items()},
+        "prompts": max((e.prompts for e in estimates.values()), default=0),
+        "samples": max((e.samples for e in estimates.values()), default=0),
+        "step": step,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # trl_ext itself, when it is used from a checkout without being installed
+            continue
+    return found
