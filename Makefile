@@ -42,7 +42,7 @@ lint: setup ## ruff and mypy
 	$(PY) -m mypy
 
 quickstart: setup ## train a tiny model to sort digits, on a CPU too: SFT, then DAPO
-	$(PY) recipes/tasks/sort_digits.py --output_dir runs/quickstart
+	$(PY) recipes/tasks/sort_digits.py --output_dir runs/sort_digits
 	$(LAUNCH) recipes/sft.py --config recipes/configs/quickstart_sft.yaml
 	$(LAUNCH) recipes/dapo.py --config recipes/configs/quickstart_dapo.yaml $(ARGS)
 

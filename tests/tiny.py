@@ -59,6 +59,14 @@ def qwen2(seed: int = 0, **overrides: Any) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(Qwen2Config(**{**settings, **overrides}))
 
 
+def stopping(seed: int = 0) -> Qwen2ForCausalLM:
+    """[`qwen2`] that ends about half of its completions of 6 tokens, so that lengths differ."""
+    model = qwen2(seed)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[2] *= 2.0
+    return model
+
+
 def gpt2(seed: int = 0) -> GPT2LMHeadModel:
     """Absolute positions, dropout off."""
     torch.manual_seed(seed)
@@ -134,7 +142,9 @@ class LiveFor:
 
     targets: set[int]
     otherwise: float = 0.0
-    __name__: str = "live_for"
+
+    def __post_init__(self) -> None:
+        self.__name__ = "live_for"
 
     def __call__(self, completion_ids: list[list[int]], target: list[int], **kwargs: Any) -> list[float]:
         rewards = hashed(completion_ids)
@@ -158,8 +168,11 @@ class Remembering:
     """A reward function that remembers all it was asked, and what it answered."""
 
     func: Callable[..., list[Any]]
-    __name__: str = "remembering"
+    name: str = "remembering"
     calls: list[Call] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.__name__ = self.name
 
     def __call__(self, prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[Any]:
         rewards = self.func(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
@@ -245,7 +258,7 @@ def trainer(
     if "steps_per_generation" in settings:
         settled.pop("updates_per_generation")
     given = {
-        "model": qwen2(),
+        "model": stopping(),
         "train_dataset": prompts(),
         "processing_class": tokenizer(),
         **(arguments or {}),

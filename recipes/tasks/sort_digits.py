@@ -15,7 +15,7 @@ and `test` (`prompt`, `answer`, `answer_ids`), and `init/`, the tokenizer and a 
 test prompt is in `sft` or `train`.
 
 ```shell
-python recipes/tasks/sort_digits.py --output_dir runs/quickstart --task_set N --seed 0
+python recipes/tasks/sort_digits.py --output_dir runs/sort_digits --task_set N --seed 0
 ```
 """
 

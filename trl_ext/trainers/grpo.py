@@ -618,10 +618,15 @@ class GRPOTrainer(GRPOSeams):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's model card, followed by what `self.card_sections` return (Markdown)."""
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and self.card_sections:
-            card = Path(str(self.args.output_dir)) / "README.md"
-            sections = [section() for section in self.card_sections]
-            card.write_text("\n\n".join([card.read_text(encoding="utf-8").rstrip(), *sections]) + "\n", "utf-8")
+        if not self.is_world_process_zero():
+            return
+        card = Path(str(self.args.output_dir)) / "README.md"
+        text = card.read_text(encoding="utf-8")
+        # TRL's template names the Hub ids of base model and result, and says None where there are none
+        text = text.replace("[None](https://huggingface.co/None)", "a model without a Hub id")
+        text = text.replace('model="None"', f'model="{card.parent.name}"')
+        sections = [section() for section in self.card_sections]
+        card.write_text("\n\n".join([text.rstrip(), *sections]) + "\n", encoding="utf-8")
 
     # Rollouts without training
 
