@@ -3,7 +3,7 @@ Reward functions are the user's code: when one fails, the message says which one
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from trl.trainer.utils import is_async_callable
@@ -59,6 +59,8 @@ class RewardGuard:
 
     def _checked(self, columns: dict[str, Any], output: Any) -> Any:
         expected = len(columns["prompts"])
+        if isinstance(output, Iterator):  # TRL takes a generator or a map
+            output = list(output)
         try:
             returned = len(output)
         except TypeError:

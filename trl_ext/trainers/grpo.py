@@ -300,6 +300,7 @@ class GRPOConfig(trl.GRPOConfig):
             self.rollout_selection == "all"
             and self.advantage_estimator == "group"
             and self.importance_sampling_level != "sequence_token"
+            and self.token_normalization == "generation_batch"
         )
 
     @classmethod
@@ -411,9 +412,7 @@ class GRPOTrainer(GRPOSeams):
             # TRL's loss runs at token level, on old log-probabilities that make its ratio the sequence's
             self.importance_sampling_level = "token"
         if config.rollout_selection == "refill":
-            dataset: Any = self.train_dataset
-            dataset = self._remove_unused_columns(dataset, description="refill")
-            self._refill_stream = PromptStream(dataset, seed=config.seed)
+            self._refill_stream = PromptStream(self.rows_seen_in_training(), seed=config.seed)
 
     # What is refused before a model is loaded
 
@@ -575,7 +574,7 @@ class GRPOTrainer(GRPOSeams):
     # Metrics, checkpoints
 
     def on_rollouts(self, output: dict[str, Any], selection: GroupSelection | None, rounds: list[ScoredRound]) -> None:
-        metrics, counters = self._metrics["train"], self.counters
+        metrics, counters = self.train_metrics, self.counters
         completions = sum(len(scored.rewards) for scored in rounds) or self.args.generation_batch_size
         counters.generated_tokens += round(metrics["completions/mean_length"][-1] * completions)
         counters.trained_tokens += int(output["num_items_in_batch"])

@@ -300,7 +300,17 @@ class GRPOSeams(trl.GRPOTrainer):
             self._loss_inputs = None
         return loss
 
-    # Data
+    # Data and metrics
+
+    def rows_seen_in_training(self) -> Any:
+        """The training set with the columns that the training loop deals."""
+        dataset: Any = self.train_dataset
+        return self._remove_unused_columns(dataset, description="refill")
+
+    @property
+    def train_metrics(self) -> dict[str, list[float]]:
+        """What TRL averages into its next log of training."""
+        return self._metrics["train"]
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
         return EpochSampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))

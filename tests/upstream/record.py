@@ -1,0 +1,251 @@
+"""
+Which sources of TRL, transformers and accelerate `trl_ext` is built on, and what they looked like when they were read.
+
+    python tests/upstream/record.py
+
+writes `sources.json` anew. Do that after reading what changed upstream, never before: the record is the only thing
+that says somebody has.
+"""
+
+import ast
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import pkgutil
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import transformers
+import trl
+
+import trl_ext
+import trl_ext.trainers
+
+
+RECORD = Path(__file__).with_name("sources.json")
+PACKAGES = ("trl", "transformers", "accelerate")
+COMMAND = "python tests/upstream/record.py"
+
+# Sources that we don't override, but whose behaviour something of ours relies on. Found by introspection and therefore
+# not here: what is overridden, what is imported from a submodule of TRL, and private methods that are called.
+LEANED_ON = {
+    "trl.trainer.grpo_trainer.GRPOTrainer._generate_single_turn": (
+        "takes the number of generations from `num_generations` or `num_generations_eval`, which `roll_out` sets"
+    ),
+    "trl.trainer.grpo_trainer.GRPOTrainer._log_completion_extra": (
+        "fills `_pending_extra_logs`, which are taken apart by row and put together again for what was selected"
+    ),
+    "trl.trainer.grpo_trainer.GRPOTrainer._log_metric": "fills `_pending_metrics`, which `roll_out` puts back",
+    "trl.trainer.grpo_trainer.GRPOTrainer._set_signature_columns_if_needed": (
+        "says which columns the refill stream may drop, so that its rows look like those of the main loader"
+    ),
+    "trl.trainer.grpo_trainer.GRPOTrainer._tokenize_prompts": (
+        "reads `_batch_environments`, which must name the environments of the selected rows"
+    ),
+    "trl.trainer.grpo_trainer.GRPOTrainer._tool_call_loop": (
+        "says what a `tool_mask` masks, and runs the tools of row i for row i: selection happens after it"
+    ),
+    "trl.trainer.grpo_trainer.GRPOTrainer.compute_loss": "goes through `_compute_loss` with the micro-batch itself",
+    "trl.trainer.grpo_trainer.GRPOTrainer.get_off_policy_mask": (
+        "measures drift from `sampling_per_token_logps`, which stay the real ones under GSPO-token"
+    ),
+    "trl.trainer.grpo_trainer.GRPOTrainer.get_train_dataloader": (
+        "asks `_get_train_sampler` for the order, and deals whole generation batches"
+    ),
+    "trl.trainer.grpo_trainer.GRPOTrainer.log": (
+        "averages the lists in `_metrics`, to which ours are added, and clears them"
+    ),
+    "trl.trainer.grpo_trainer.GRPOTrainer.prediction_step": (
+        "evaluates through `_prepare_inputs` and `compute_loss`, where nothing may be selected"
+    ),
+    "trl.trainer.grpo_trainer.GRPOTrainer.training_step": (
+        "counts `_step` up once a micro-batch, after the loss: what a checkpoint stores of it depends on that"
+    ),
+    "trl.trainer.utils.RepeatSampler": (
+        "`EpochSampler` reseeds its `generator` and draws one permutation of `num_samples` for each epoch gone by"
+    ),
+    "trl.trainer.utils.shuffle_sequence_dict": (
+        "deals rows to micro-batches: one permutation of the global generator for every tensor of the batch"
+    ),
+    "trl.trainer.utils.split_tensor_dict": (
+        "makes the micro-batches that `on_new_buffer` changes; scalars such as `num_items_in_batch` go into each"
+    ),
+    "trl.rewards.other_rewards._SoftOverlongPunishment": (
+        "its `__name__` is how the shaping reward is told from outcome rewards, its arguments are DAPO's eq. 13"
+    ),
+    "transformers.trainer.Trainer._inner_training_loop": (
+        "loads `state` before `_load_optimizer_and_scheduler`, and builds the loader once, not once an epoch"
+    ),
+    "transformers.trainer.Trainer._load_optimizer_and_scheduler": "called with a checkpoint's directory, or `None`",
+    "transformers.trainer.Trainer._load_rng_state": "what a resumed run samples is restored after skipped batches",
+    "transformers.trainer.Trainer._maybe_log_save_evaluate": (
+        "logs, then evaluates, then saves: a checkpoint is written between two steps, after the metrics are cleared"
+    ),
+    "transformers.trainer.Trainer._run_epoch": (
+        "opens the loader's iterator while `state.epoch` is the epoch about to be walked, skips batches on resuming, "
+        "and prefetches an accumulation window before its first micro-batch"
+    ),
+    "transformers.trainer.Trainer._save_checkpoint": (
+        "writes `checkpoint-<global_step>` under `_get_output_dir`, where ours is already"
+    ),
+    "accelerate.utils.operations.gather_object": "flattens one list a process, in the order of the processes",
+}
+
+
+def our_modules(package: Any = trl_ext.trainers) -> list[Any]:
+    names = [info.name for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    return [importlib.import_module(name) for name in names]
+
+
+@cache
+def our_classes() -> list[type]:
+    """Every trainer and configuration of ours, those that nobody exports included."""
+    found = {
+        value
+        for module in our_modules()
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and value.__module__ == module.__name__
+        and issubclass(value, transformers.Trainer | transformers.TrainingArguments)
+    }
+    return sorted(found, key=lambda cls: (cls.__module__, cls.__qualname__))
+
+
+def is_ours(cls: type) -> bool:
+    return cls.__module__.split(".")[0] == "trl_ext"
+
+
+def upstream_classes(cls: type) -> list[type]:
+    return [base for base in cls.__mro__ if not is_ours(base) and base is not object]
+
+
+def function_of(attribute: Any) -> Callable[..., Any] | None:
+    """The function behind a class attribute, if it is a method, a property or one of their relatives."""
+    if isinstance(attribute, staticmethod | classmethod):
+        attribute = attribute.__func__
+    if isinstance(attribute, property):
+        attribute = attribute.fget
+    return inspect.unwrap(attribute) if inspect.isfunction(attribute) else None
+
+
+# Our class, the name, our function, the class it overrides, and that class's function
+Override = tuple[type, str, Callable[..., Any], type, Callable[..., Any]]
+
+
+@cache
+def overrides(of_upstream: bool = True) -> list[Override]:
+    """
+    Everything that a class of ours overrides, against the next class that defines it: the next of upstream's, or
+    whichever comes first (`of_upstream=False`).
+    """
+    found = []
+    for cls in our_classes():
+        for name, attribute in vars(cls).items():
+            function = function_of(attribute)
+            # What `@dataclass` generates has no file
+            if function is None or function.__code__.co_filename != inspect.getfile(cls):
+                continue
+            for parent in upstream_classes(cls) if of_upstream else cls.__mro__[1:-1]:
+                overridden = function_of(vars(parent).get(name))
+                if overridden is not None:
+                    found.append((cls, name, function, parent, overridden))
+                    break
+    return found
+
+
+def path_of(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def resolve(path: str) -> Any:
+    """The reverse of `path_of`, with class attributes as they stand in the class."""
+    parts = path.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            found = inspect.getattr_static(found, part)
+        return found
+    raise ModuleNotFoundError(path)
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    """All of our modules, also those that need a package that isn't installed."""
+    root = Path(trl_ext.__path__[0])
+    for file in sorted(root.rglob("*.py")):
+        yield str(file.relative_to(root.parent)), ast.parse(file.read_text("utf-8"))
+
+
+def overridden() -> dict[str, str]:
+    return {
+        path_of(function): f"overridden by {cls.__module__}.{cls.__name__}" for cls, _, _, _, function in overrides()
+    }
+
+
+def imported() -> dict[str, str]:
+    """Functions and classes from submodules of TRL; what `trl` itself exports is its public interface."""
+    found = {}
+    for file, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("trl."):
+                for alias in node.names:
+                    thing = getattr(importlib.import_module(node.module), alias.name)
+                    if inspect.isfunction(thing) or inspect.isclass(thing):
+                        found[path_of(thing)] = f"imported by {file}"
+    return found
+
+
+def called() -> dict[str, str]:
+    """Private methods of upstream's trainers that are called (or wrapped) anywhere in `trl_ext`."""
+    found = {}
+    parents = {parent for cls in our_classes() for parent in upstream_classes(cls)}
+    for file, tree in trees():
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        for name in sorted(name for name in names if name.startswith("_") and not name.startswith("__")):
+            for cls in (trl.GRPOTrainer, *sorted(parents, key=path_of)):
+                owner = next((base for base in cls.__mro__ if name in vars(base)), None)
+                function = function_of(vars(owner)[name]) if owner else None
+                if function is not None and not is_ours(owner):
+                    found[path_of(function)] = f"called in {file}"
+                    break
+    return found
+
+
+@cache
+def watched() -> dict[str, str]:
+    """Every source whose change somebody has to read, with the reason."""
+    return dict(sorted({**imported(), **called(), **overridden(), **LEANED_ON}.items()))
+
+
+def digest(path: str) -> str:
+    thing = resolve(path)
+    source = inspect.getsource(thing if inspect.isclass(thing) else function_of(thing))
+    return hashlib.sha256(textwrap.dedent(source).encode()).hexdigest()
+
+
+def installed() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}
+
+
+def recorded() -> dict[str, Any]:
+    return json.loads(RECORD.read_text("utf-8"))
+
+
+def main() -> None:
+    before = RECORD.read_text("utf-8") if RECORD.exists() else ""
+    record = {"versions": installed(), "sources": {path: digest(path) for path in watched()}}
+    after = json.dumps(record, indent=2) + "\n"
+    RECORD.write_text(after, "utf-8")
+    print("\n".join(difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)) or "No change.")
+
+
+if __name__ == "__main__":
+    main()
