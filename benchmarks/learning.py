@@ -12,6 +12,7 @@ python benchmarks/learning.py --seeds 5 --report
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -145,6 +146,12 @@ def train(method: str, start: Path, seed: int, generations: int, every: int, sam
     return curve.points
 
 
+def code_version() -> str:
+    """Digest of what a run depends on, so that results of other code are not taken for results of this."""
+    sources = sorted([*(ROOT / "trl_ext").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+
+
 def area(points: list[dict[str, float]], axis: str, budget: float) -> float:
     """Mean pass@1 over the axis, up to a budget that all methods reached."""
     xs, ys = np.array([p[axis] for p in points]), np.array([p["pass@1"] for p in points])
@@ -249,7 +256,8 @@ def main() -> None:
         start = warm_up(args.output_dir, seed)
         for method in args.methods:
             # Each finished run is kept: an interrupted benchmark goes on where it was
-            done = args.output_dir / f"{method}_{seed}_{args.generations}_{args.every}_{args.samples}.json"
+            settings = f"{args.generations}_{args.every}_{args.samples}_{code_version()}"
+            done = args.output_dir / f"{method}_{seed}_{settings}.json"
             if not done.exists():
                 points = train(method, start, seed, args.generations, args.every, args.samples)
                 done.write_text(json.dumps(points))

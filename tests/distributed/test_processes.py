@@ -84,3 +84,19 @@ def test_a_fault_on_one_process_stops_all_with_a_checkpoint(results: Any) -> Non
         assert "fails_on_last_process" in fault["error"]
         assert "KeyError" in fault["error"]
         assert fault["saved"] == ["checkpoint-4"]  # DUPO takes four steps per generation
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(results: Any) -> None:
+    for key in ((1, 0), (2, 0), (2, 1)):
+        whole, resumed = results[key]["whole"], results[key]["resumed"]
+        for name, weight in whole["weights"].items():
+            assert torch.equal(resumed["weights"][name], weight)
+        assert whole["run"].pop("duplicates").equal(resumed["run"].pop("duplicates"))
+        assert whole["run"] == resumed["run"]
+
+
+def test_a_checkpoint_goes_on_with_another_number_of_processes(results: Any) -> None:
+    first, second = results[2, 0]["other_world"], results[2, 1]["other_world"]
+    assert first["step"] == second["step"] == 4
+    for name, weight in first["weights"].items():
+        assert torch.equal(second["weights"][name], weight)

@@ -82,6 +82,11 @@ class Recorder(trl_ext.GRPOTrainer):
             self.trained.append((tuple(ids[mask.bool()].tolist()), round(float(advantage), 5)))
 
 
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
 def train(case: dict[str, Any], output_dir: Path, processes: int) -> dict[str, Any]:
     settings = dict(case)
     rows, rare = settings.pop("rows"), settings.pop("rare", False)
@@ -109,16 +114,36 @@ def train(case: dict[str, Any], output_dir: Path, processes: int) -> dict[str, A
     assert trainer.accelerator.num_processes == processes
     trainer.train()
     return {
-        "weights": {
-            name: parameter.detach().clone()
-            for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
-        },
+        "weights": weights(trainer),
         "trained": trainer.trained,
         "counters": trainer.counters,
         "logs": [
             {key: value for key, value in log.items() if key.startswith(LOGGED)} for log in trainer.state.log_history
         ],
     }
+
+
+def resume(output_dir: Path, processes: int, checkpoint: str | None) -> dict[str, Any]:
+    """DAPO over four steps with two updates a generation, from the start or from a checkpoint in mid-generation."""
+    trainer = trl_ext.DAPOTrainer(
+        model=tiny.qwen2(),
+        reward_funcs=tiny.first_token_even,
+        args=trl_ext.DAPOConfig(
+            **tiny.cpu_settings(
+                output_dir,
+                per_device_train_batch_size=16 // processes,
+                gradient_accumulation_steps=1,
+                updates_per_generation=2,
+                max_steps=4,
+                save_strategy="steps",
+                save_steps=1,
+            )
+        ),
+        train_dataset=tiny.prompts(64),
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return {"weights": weights(trainer), "run": trainer.run_state(), "step": trainer.state.global_step}
 
 
 class FailsOnLastProcess:
@@ -161,5 +186,12 @@ if __name__ == "__main__":
     results: dict[str, Any] = {}
     for name, case in CASES.items():
         results[name] = train(case, results_dir / f"out_{name}_{world}", world)
+    whole = results_dir / f"out_whole_{world}"
+    results["whole"] = resume(whole, world, None)
+    results["resumed"] = resume(results_dir / f"out_resumed_{world}", world, str(whole / "checkpoint-3"))
+    if world > 1:
+        # The checkpoint that one process wrote
+        alone = results_dir / "out_whole_1" / "checkpoint-3"
+        results["other_world"] = resume(results_dir / "out_other_world", world, str(alone))
     results["fault"] = fail(results_dir / f"out_fault_{world}", world)
     torch.save(results, results_dir / f"results_{world}_{rank}.pt")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from trl.trainer.utils import hash_module
 
 from ..trainers.grpo import GRPOTrainer
 
@@ -66,7 +67,8 @@ def pass_rates(
         raise ValueError(f"The data set already has a column `{PASS_RATE}`. Remove it before rolling out again.")
     samples = num_generations or trainer.num_generations
     identity = {
-        "model": trainer.model.config._name_or_path,
+        "model": hash_module(trainer.accelerator.unwrap_model(trainer.model)),
+        "sampling": [trainer.temperature, trainer.top_p, trainer.top_k, trainer.max_completion_length],
         "rows": len(dataset),
         "fingerprint": dataset._fingerprint,
         "reward_funcs": trainer.reward_func_names,

@@ -122,7 +122,8 @@ def scale_advantages(
     if scale_rewards == "none":
         return advantages
     if scale_rewards == "batch":
-        return advantages / (nanstd(rewards) + STD_EPSILON)
-    std = nanstd(rewards.view(-1, num_generations), dim=1).repeat_interleave(num_generations)
-    # A group with fewer than two rewards has no deviation; its advantages are zero or nothing to divide.
-    return advantages / (std.nan_to_num(nan=0.0) + STD_EPSILON)
+        std = nanstd(rewards).nan_to_num(nan=0.0).expand_as(rewards)
+    else:
+        std = nanstd(rewards.view(-1, num_generations), dim=1).nan_to_num(nan=0.0).repeat_interleave(num_generations)
+    # Rewards that are all equal have no scale to divide by
+    return torch.where(std > 0, advantages / (std + STD_EPSILON), advantages)

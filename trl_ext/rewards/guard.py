@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from trl.trainer.utils import is_async_callable
 
 
@@ -16,6 +17,10 @@ class RewardFunctionError(RuntimeError):
 # Infinity is no valid reward, so it can carry "this function failed here" through TRL's own gather: every rank learns
 # of a failure on any of them, without a collective that a healthy step would pay for.
 FAILED = math.inf
+# Samples that are tried one by one when a function raised on a batch
+MOST_PROBES = 64
+# TRL keeps rewards in float32
+LARGEST_REWARD = torch.finfo(torch.float32).max
 
 
 def _describe(name: str, problem: str, sample: dict[str, Any]) -> str:
@@ -49,12 +54,20 @@ class RewardGuard:
         self.__name__ = name
         self.fault: str | None = None
 
+    def __getattr__(self, name: str) -> Any:  # only what the guard itself lacks
+        if name == "func":
+            raise AttributeError(name)  # while unpickling
+        return getattr(self.func, name)
+
     def _failed(self, columns: dict[str, Any], problem: str, index: int) -> list[float]:
         self.fault = _describe(self.__name__, problem, _sample(columns, index))
         return [FAILED] * len(columns["prompts"])
 
     def _raised(self, columns: dict[str, Any], error: Exception, index: int | None) -> list[float]:
-        where = "for this sample" if index is not None else "on the batch, though on no sample alone; its first one"
+        tried = min(len(columns["prompts"]), MOST_PROBES)
+        where = "for this sample"
+        if index is None:
+            where = f"on the whole batch, but on none of its first {tried} samples alone; here is the first"
         return self._failed(columns, f"raised {type(error).__name__}: {error} ({where}):", index or 0)
 
     def _checked(self, columns: dict[str, Any], output: Any) -> Any:
@@ -76,20 +89,21 @@ class RewardGuard:
             if reward is None:
                 continue
             try:
-                finite = math.isfinite(reward)
+                finite = math.isfinite(reward) and abs(reward) <= LARGEST_REWARD
             except TypeError:
                 finite = False
             if not finite:
                 return self._failed(
                     columns,
-                    f"returned {reward!r}. Return a finite number, or `None` where it does not apply. The sample:",
+                    f"returned {reward!r}. Return a finite number (in float32), or `None` where it does not "
+                    "apply. The sample:",
                     index,
                 )
         return output
 
     def _one_by_one(self, columns: dict[str, Any]) -> Any:
-        """Arguments of every sample alone, to find the one on which a function raises."""
-        for index in range(len(columns["prompts"])):
+        """Arguments of single samples, to find one on which a function raises; a few, since a judge may be slow."""
+        for index in range(min(len(columns["prompts"]), MOST_PROBES)):
             alone = {key: [value] for key, value in _sample(columns, index).items()}
             yield index, {**columns, **alone}
 

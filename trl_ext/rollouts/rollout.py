@@ -133,6 +133,9 @@ def generation_of(logged: list[Rollout], trained: list[Rollout]) -> Generation:
             return None
         return [missing(rollout) if value is None else value for rollout, value in zip(trained, values, strict=True)]
 
+    images = column("images", missing=lambda rollout: None)
+    if images is None and any({"image", "images"} & rollout.row.keys() for rollout in trained):
+        images = [None] * len(trained)  # else TRL would go back to the images of the rows as they were dealt
     return (
         [rollout.prompt_ids for rollout in trained],
         [rollout.completion_ids for rollout in trained],
@@ -140,6 +143,6 @@ def generation_of(logged: list[Rollout], trained: list[Rollout]) -> Generation:
         [rollout.completion for rollout in logged],
         column("logprobs", missing=lambda rollout: [float("nan")] * len(rollout.completion_ids)),
         {},
-        column("images", missing=lambda rollout: None),
+        images,
         column("tool_images", missing=lambda rollout: []) or [],
     )

@@ -206,7 +206,11 @@ class GroupSelection:
             `int`: how many slots hold copies now. 0 if nothing is live: there is nothing to copy.
         """
         dead = self.dead_slots
-        live = [slot for slot, is_live in enumerate(self.live) if is_live]
+        # By origin, not by slot: where a refilled group was put may depend on the number of ranks
+        live = sorted(
+            (slot for slot, is_live in enumerate(self.live) if is_live),
+            key=lambda slot: (self.slots[slot].round, self.slots[slot].group),
+        )
         if not dead or not live:
             return 0
         once = [live[i] for i in torch.randperm(len(live), generator=generator).tolist()][: len(dead)]

@@ -6,6 +6,15 @@ import torch
 from trl.trainer.utils import nanstd
 
 
+# What TRL appends once for every call of `_generate`
+ROUND_METRICS = (
+    *(f"completions/{which}_{kind}" for which in ("mean", "min", "max") for kind in ("length", "terminated_length")),
+    "completions/clipped_ratio",
+    "tools/call_frequency",
+    "tools/failure_frequency",
+)
+
+
 def pool_rounds(metrics: dict[str, list[float]], completions: list[int]) -> None:
     """
     Replace the last entries of TRL's `completions/…` and `tools/…` metrics, one a round, by one over all rounds.
@@ -31,7 +40,7 @@ def pool_rounds(metrics: dict[str, list[float]], completions: list[int]) -> None
         weights["tools/failure_frequency"] = calls
 
     pooled = {}
-    for key in [key for key in metrics if key.startswith(("completions/", "tools/"))]:
+    for key in [key for key in ROUND_METRICS if key in metrics]:
         values = last(key)
         if "terminated" in key:  # TRL writes 0 for a round in which nothing terminated
             values = [value for value, n in zip(values, terminated, strict=True) if n > 0] or [0.0]

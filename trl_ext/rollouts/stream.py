@@ -4,6 +4,7 @@ says and a resumed run draws what the interrupted one would have drawn.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ def prompt_key(row: dict[str, Any]) -> str:
 
 def can_be_read_twice(dataset: IterableDataset) -> bool:
     """Whether a second pass over an iterable data set starts where the first did (a generator object does not)."""
-    first = next(iter(dataset), None)
-    return first is not None and Hasher.hash(first) == Hasher.hash(next(iter(dataset), None))
+    first, second = (list(islice(iter(dataset), 3)) for _ in range(2))
+    return bool(first) and Hasher.hash(first) == Hasher.hash(second)
 
 
 class PromptStream:
@@ -46,9 +47,9 @@ class PromptStream:
 
     def _open(self) -> Iterator[dict[str, Any]]:
         if isinstance(self.dataset, IterableDataset):
-            shuffled = self.dataset.shuffle(seed=self.seed)
-            shuffled.set_epoch(self.epoch)
-            return iter(shuffled.skip(self.position))
+            rest = self.dataset.shuffle(seed=self.seed).skip(self.position)
+            rest.set_epoch(self.epoch)  # last: `skip` starts from epoch 0
+            return iter(rest)
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.dataset), generator=generator)[self.position :].tolist()
         return (self.dataset[index] for index in order)

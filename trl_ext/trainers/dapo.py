@@ -1,9 +1,9 @@
 """
 DAPO: An Open-Source LLM Reinforcement Learning System at Scale (https://huggingface.co/papers/2503.14476).
 
-Against GRPO it clips asymmetrically (eq. 8, "clip-higher"), averages the loss over tokens (eq. 12), drops the KL term,
-punishes overlong completions softly (eq. 13), and trains only on groups whose completions are neither all right nor
-all wrong: new prompts are drawn until the batch is full ("dynamic sampling", eq. 11).
+Against GRPO it clips asymmetrically (eq. 10, "clip-higher"), averages the loss over tokens (eq. 12), drops the KL
+term, punishes overlong completions softly (eq. 13), and trains only on groups whose completions are neither all right
+nor all wrong: new prompts are drawn until the batch is full ("dynamic sampling", eq. 11).
 
 Assumes an outcome reward that tells completions of one prompt apart, and a data set with more prompts than a batch.
 """
@@ -37,9 +37,9 @@ class DAPOConfig(GRPOConfig):
     epsilon: float | None = field(default=0.2, metadata={"help": "Lower clip range."})
     epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip range."})
     loss_type: str = field(default="dapo", metadata={"help": "Token-level loss."})
-    token_normalization: str = field(
-        default="mini_batch",
-        metadata={"help": "'mini_batch' as in the paper, or TRL's 'generation_batch'."},
+    token_normalization: str | None = field(
+        default=None,
+        metadata={"help": "None: 'mini_batch', as in the DAPO paper, where the loss counts tokens in whole steps."},
     )
     beta: float = field(default=0.0, metadata={"help": "No KL term."})
     learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate."})

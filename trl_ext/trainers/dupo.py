@@ -30,9 +30,9 @@ class DUPOConfig(GRPOConfig):
     epsilon: float | None = field(default=0.2, metadata={"help": "Lower clip range."})
     epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip range."})
     loss_type: str = field(default="dapo", metadata={"help": "Token-level loss."})
-    token_normalization: str = field(
-        default="mini_batch",
-        metadata={"help": "'mini_batch' as in the DAPO paper, or TRL's 'generation_batch'."},
+    token_normalization: str | None = field(
+        default=None,
+        metadata={"help": "None: 'mini_batch', as in the DAPO paper, where the loss counts tokens in whole steps."},
     )
     beta: float = field(default=0.0, metadata={"help": "No KL term."})
     learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate."})

@@ -29,6 +29,7 @@ from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from ..objectives.advantages import aggregate_rewards, leave_one_out, reinforce, scale_advantages, updated_baseline
 from ..objectives.ratios import sequence_token_old_logps
+from ..rewards.guard import RewardFunctionError
 from ..rollouts.rollout import ScoredGroups, ScoredRound
 from ..rollouts.selection import AcceptanceRate, GroupSelection, census, has_variance, outcome_rewards
 from ..rollouts.stream import PromptStream, can_be_read_twice, prompt_key
@@ -46,8 +47,9 @@ TOKEN_NORMALIZATIONS = ("generation_batch", "mini_batch")
 CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 TOKEN_COUNT_LOSSES = ("dapo", "cispo", "vespo")
 # A sequence ratio is a geometric mean over tokens: it moves by 1e-4 to 1e-3 where a token ratio moves by 1e-1. Clip
-# ranges in use lie far from this border on either side (token 0.1–0.3, sequence 2e-4–3e-3).
-LARGEST_SEQUENCE_EPSILON = 0.02
+# ranges in use lie well inside these borders (token 0.1–0.3, sequence 2e-4–3e-3).
+SMALLEST_TOKEN_EPSILON = 0.005
+LARGEST_SEQUENCE_EPSILON = 0.05
 
 SHAPING_REWARD = "soft_overlong_punishment_reward"
 
@@ -72,7 +74,8 @@ class GRPOConfig(trl.GRPOConfig):
             Rounds of generation that `"refill"` may add to one batch. What is missing after that is filled with
             copies; if nothing has variance, the batch is used as TRL would use it.
         outcome_reward_funcs (`list[str]`, *optional*):
-            Names of the reward functions by which a group is judged, as they appear in the logs. `None`: all, except
+            Names of the reward functions by which a group is judged, in selection and for pass rates, as they appear
+            in the logs. `None`: all, except
             TRL's soft overlong punishment, which shapes and doesn't judge.
         success_threshold (`float`, *optional*, defaults to `0.5`):
             Outcome reward from which a completion counts as solved, in metrics and pass rates.
@@ -132,7 +135,7 @@ class GRPOConfig(trl.GRPOConfig):
         default="token",
         metadata={"help": "'token', 'sequence' (GSPO) or 'sequence_token' (GSPO-token)."},
     )
-    token_normalization: str = field(
+    token_normalization: str | None = field(
         default="generation_batch",
         metadata={
             "help": "Tokens that token-count losses divide by: those of the 'generation_batch' or 'mini_batch'."
@@ -165,14 +168,15 @@ class GRPOConfig(trl.GRPOConfig):
     _sizes: ClassVar[tuple[str, ...]] = ("max_completion_length", "num_generations", "steps_per_generation")
 
     def __post_init__(self) -> None:
+        # [`adopt`] must not mistake what is resolved below for what the user set
+        self._left_open = {f.name for f in fields(self) if f.default is None and getattr(self, f.name) is None}
         self._check_axes()
-        given_epsilon = self.epsilon is not None
         inherited: dict[str, Any] = {f.name: f.default for f in fields(trl.GRPOConfig)}
         if self.epsilon is None:
             self.epsilon = inherited["epsilon"]
         if self.scale_rewards is None:
             self.scale_rewards = inherited["scale_rewards"] if self.advantage_estimator == "group" else "none"
-        self._check_clip(given_epsilon)
+        self._check_clip()
         self._check_sequence_token()
         if self.use_bias_correction_kl is None:
             self.use_bias_correction_kl = self.importance_sampling_level != "sequence_token"
@@ -197,6 +201,8 @@ class GRPOConfig(trl.GRPOConfig):
             ("token_normalization", TOKEN_NORMALIZATIONS),
         ):
             value = getattr(self, name)
+            if value is None and name in self._left_open:
+                continue
             _require(value in known, f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, known))}.")
         momentum = self.reinforce_baseline_momentum
         if momentum is not None:
@@ -209,12 +215,17 @@ class GRPOConfig(trl.GRPOConfig):
                 0 <= momentum < 1, f"reinforce_baseline_momentum={momentum} must lie in [0, 1); 0.9 is a usual value."
             )
         _require(
+            self.advantage_estimator != "reinforce" or self.scale_rewards not in ("group", "True", True),
+            "scale_rewards='group' with advantage_estimator='reinforce' divides by the deviation within a group, "
+            "which is zero where all of its rewards are equal. Set scale_rewards='none' or 'batch'.",
+        )
+        _require(
             self.max_refill_rounds >= 1,
             f"max_refill_rounds={self.max_refill_rounds} must be at least 1. For no refilling at all, set "
             "rollout_selection='all' or 'duplicate'.",
         )
 
-    def _check_clip(self, given: bool) -> None:
+    def _check_clip(self) -> None:
         """A token ratio needs a token clip range, a sequence ratio a sequence one."""
         assert self.epsilon is not None
         if self.loss_type not in CLIPPED_LOSSES:
@@ -222,19 +233,19 @@ class GRPOConfig(trl.GRPOConfig):
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         if self.importance_sampling_level == "token":
             _require(
-                max(self.epsilon, high) > LARGEST_SEQUENCE_EPSILON,
+                max(self.epsilon, high) >= SMALLEST_TOKEN_EPSILON,
                 f"epsilon={self.epsilon}, epsilon_high={high} are clip ranges for sequence ratios (GSPO), but "
-                "importance_sampling_level='token': nearly every token would be clipped. Set "
+                "importance_sampling_level='token': most token ratios leave so narrow a range. Set "
                 "importance_sampling_level='sequence', or epsilon=0.2.",
             )
         elif max(self.epsilon, high) > LARGEST_SEQUENCE_EPSILON:
             problem = (
                 f"epsilon={self.epsilon}, epsilon_high={high} are clip ranges for token ratios, but "
-                f"importance_sampling_level={self.importance_sampling_level!r}: nothing would ever be clipped. Set "
-                "epsilon=3e-4 and epsilon_high=4e-4 (GSPO), or importance_sampling_level='token'."
+                f"importance_sampling_level={self.importance_sampling_level!r}: hardly a sequence would ever be "
+                "clipped. Set epsilon=3e-4 and epsilon_high=4e-4 (GSPO), or importance_sampling_level='token'."
             )
             # A script written for TRL, which sets the level and leaves the clip alone, runs as it does there
-            if given or self.epsilon_high is not None:
+            if not {"epsilon", "epsilon_high"} <= self._left_open:
                 raise ValueError(problem)
             logger.warning(f"{problem} As in TRL, training goes on with it.")
 
@@ -279,15 +290,19 @@ class GRPOConfig(trl.GRPOConfig):
         self.steps_per_generation = updates * self.gradient_accumulation_steps
 
     def _check_token_normalization(self) -> None:
+        counts_tokens = self.loss_type in TOKEN_COUNT_LOSSES
+        whole_steps = (self.steps_per_generation or 0) % self.gradient_accumulation_steps == 0
+        if self.token_normalization is None:
+            self.token_normalization = "mini_batch" if counts_tokens and whole_steps else "generation_batch"
         if self.token_normalization == "generation_batch":
             return
         _require(
-            self.loss_type in TOKEN_COUNT_LOSSES,
+            counts_tokens,
             f"token_normalization='mini_batch' has no effect with loss_type={self.loss_type!r}. Set "
             "token_normalization='generation_batch', or loss_type='dapo'.",
         )
         _require(
-            (self.steps_per_generation or 0) % self.gradient_accumulation_steps == 0,
+            whole_steps,
             f"token_normalization='mini_batch' needs whole optimizer steps in a generation batch, but "
             f"steps_per_generation={self.steps_per_generation} is no multiple of gradient_accumulation_steps="
             f"{self.gradient_accumulation_steps}. Change one of them, or set token_normalization='generation_batch'.",
@@ -314,28 +329,36 @@ class GRPOConfig(trl.GRPOConfig):
                 A configuration of this class is returned as it is.
 
         Raises:
-            TypeError: if it is the configuration of another method.
+            TypeError: if it is the configuration of another of our methods.
         """
         if isinstance(args, cls):
             return args
         if not isinstance(args, trl.GRPOConfig):
             raise TypeError(f"`args` must be a {cls.__name__} or a trl.GRPOConfig, not {type(args).__name__}.")
-        if type(args) is not trl.GRPOConfig and not issubclass(cls, type(args)):
+        ours = isinstance(args, GRPOConfig)
+        if ours and not issubclass(cls, type(args)):
             raise TypeError(
                 f"`args` is a {type(args).__name__}, whose defaults belong to another method. Pass a {cls.__name__}."
             )
-        own, parents = {f.name: f for f in fields(cls)}, {f.name: f for f in fields(type(args))}
-        changed = {name for name in own.keys() & parents.keys() if own[name].default != parents[name].default}
-        taken = {}
-        for name in own.keys() & parents.keys():
-            value = getattr(args, name)
-            if own[name].init and (name not in changed or name in cls._sizes or value != parents[name].default):
-                taken[name] = value
-        # TRL has computed one of the two from the other, and takes only one
+        own = {f.name: f for f in fields(cls)}
+        parents = {f.name: f for f in fields(GRPOConfig if ours else trl.GRPOConfig)}
+        names = {name for name in own.keys() & parents.keys() if own[name].init}
+        changed = {name for name in names if own[name].default != parents[name].default}
+        left_open: set[str] = getattr(args, "_left_open", set()) - set(cls._sizes)
+        taken = {
+            name: getattr(args, name)
+            for name in names - left_open
+            if name not in changed or name in cls._sizes or getattr(args, name) != parents[name].default
+        }
+        # All but one of these were computed from the one that was set
         taken.pop("generation_batch_size", None)
-        if type(args) is trl.GRPOConfig and args.scale_rewards == "group":
-            taken.pop("scale_rewards", None)
-        return cls(**taken)
+        if taken.get("updates_per_generation") is not None:
+            taken.pop("steps_per_generation")
+        adopted = cls(**taken)
+        for f in fields(args):  # what a user's own subclass adds
+            if f.name not in own:
+                setattr(adopted, f.name, getattr(args, f.name))
+        return adopted
 
 
 @dataclass
@@ -393,6 +416,7 @@ class GRPOTrainer(GRPOSeams):
             given["args"] = self.config_class(f"{_model_name(given['model'])}-{self._name}")
         config = given["args"] = self.config_class.adopt(given["args"])
         self._check_data(config, given.get("train_dataset"), given.get("environment_factory"))
+        self._check_images(config, given.get("train_dataset"), given.get("rollout_func"))
         funcs = given.get("reward_funcs")
         given["reward_funcs"] = [] if funcs is None else list(funcs) if isinstance(funcs, list) else [funcs]
         self._add_overlong_punishment(given)
@@ -419,6 +443,8 @@ class GRPOTrainer(GRPOSeams):
     @staticmethod
     def _check_data(config: GRPOConfig, dataset: Any, environment_factory: Any) -> None:
         columns = getattr(dataset, "column_names", None)
+        if columns is None and isinstance(dataset, IterableDataset):
+            columns = list(next(iter(dataset), {})) or None  # not declared: its first row tells
         refills = config.rollout_selection == "refill"
         if environment_factory is None:
             _require(dataset is not None, "train_dataset=None: pass a data set with a `prompt` column.")
@@ -450,6 +476,15 @@ class GRPOTrainer(GRPOSeams):
             )
 
     @staticmethod
+    def _check_images(config: GRPOConfig, dataset: Any, rollout_func: Any) -> None:
+        columns = getattr(dataset, "column_names", None) or []
+        _require(
+            config.rollout_selection == "all" or rollout_func is None or not {"image", "images"} & set(columns),
+            f"rollout_selection={config.rollout_selection!r} can't tell whose image is whose when a rollout_func "
+            "generates. Set rollout_selection='all', or generate without rollout_func.",
+        )
+
+    @staticmethod
     def _check_outcome_names(config: GRPOConfig, names: list[str]) -> None:
         for name in config.outcome_reward_funcs or []:
             _require(
@@ -460,14 +495,16 @@ class GRPOTrainer(GRPOSeams):
     def _add_overlong_punishment(given: dict[str, Any]) -> None:
         """Append TRL's soft punishment to the reward functions, unless the user passes one."""
         config, funcs = given["args"], given["reward_funcs"]
-        if not config.soft_punish_cache or not funcs or SHAPING_REWARD in map(_reward_name, funcs):
+        rewarded = funcs or given.get("environment_factory") is not None
+        if not config.soft_punish_cache or not rewarded or SHAPING_REWARD in map(_reward_name, funcs):
             return
         funcs.append(get_soft_overlong_punishment(config.max_completion_length, config.soft_punish_cache))
         if config.reward_weights is not None:
             given["args"] = copy.copy(config)
             given["args"].reward_weights = [*config.reward_weights, 1.0]
-        if isinstance(given.get("reward_processing_classes"), list):
-            given["reward_processing_classes"] = [*given["reward_processing_classes"], None]
+        classes = given.get("reward_processing_classes")
+        if classes is not None:
+            given["reward_processing_classes"] = [*(classes if isinstance(classes, list) else [classes]), None]
 
     # Selection
 
@@ -538,17 +575,18 @@ class GRPOTrainer(GRPOSeams):
 
     # Advantages and ratios
 
-    def estimate_advantages(self, rewards: torch.Tensor, num_generations: int) -> torch.Tensor | None:
+    def estimate_advantages(self, rewards: torch.Tensor, training: bool) -> torch.Tensor | None:
         estimator = self.args.advantage_estimator
         if estimator == "group":
             return None
+        num_generations = self.num_generations if training else self.num_generations_eval
         reward = aggregate_rewards(rewards, self.reward_weights, self.multi_objective_aggregation, num_generations)
         if estimator == "leave_one_out":
             advantages = leave_one_out(reward, num_generations)
         else:
             advantages = reinforce(reward, self._baseline)
             momentum = self.args.reinforce_baseline_momentum
-            if momentum is not None and self.model.training:
+            if momentum is not None and training:
                 self._baseline = updated_baseline(self._baseline, reward, momentum)
         return scale_advantages(advantages, reward, self.scale_rewards, num_generations)
 
@@ -575,7 +613,8 @@ class GRPOTrainer(GRPOSeams):
 
     def on_rollouts(self, output: dict[str, Any], selection: GroupSelection | None, rounds: list[ScoredRound]) -> None:
         metrics, counters = self.train_metrics, self.counters
-        completions = sum(len(scored.rewards) for scored in rounds) or self.args.generation_batch_size
+        per_batch = len(output["advantages"]) * self.accelerator.num_processes
+        completions = sum(len(scored.rewards) for scored in rounds) or per_batch
         counters.generated_tokens += round(metrics["completions/mean_length"][-1] * completions)
         counters.trained_tokens += int(output["num_items_in_batch"])
         counters.generation_rounds += len(rounds) or 1
@@ -647,8 +686,12 @@ class GRPOTrainer(GRPOSeams):
         processes = self.accelerator.num_processes
         together = processes // math.gcd(processes, num_generations)
         padded = rows + rows[:1] * (-len(rows) % together)
-        with self._apart_from_training(num_generations, seed):
-            scored = self.score_round(self._local_rows(padded, num_generations))
+        try:
+            with self._apart_from_training(num_generations, seed):
+                scored = self.score_round(self._local_rows(padded, num_generations))
+        except RewardFunctionError as error:  # on every rank
+            self.save_before_stopping(error)
+            raise
         tokens = sum(sum(r.tool_mask) if r.tool_mask else len(r.completion_ids) for r in scored.rollouts)
         rewards = scored.rewards[: len(rows) * num_generations].view(len(rows), num_generations, -1)
         total = self.accelerator.reduce(torch.tensor(tokens, device=self.accelerator.device), reduction="sum")

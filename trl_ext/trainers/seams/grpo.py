@@ -9,14 +9,18 @@ rounds of generation start from inside it, and TRL goes on as if it had generate
 
 import copy
 import os
+import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 import trl
-from accelerate.utils import gather_object
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -28,7 +32,11 @@ from ...rollouts.selection import GroupSelection
 from ...rollouts.statistics import pool_rounds, reward_statistics
 
 
+logger = get_logger(__name__)
+
 Rows = list[dict[str, Any]]
+
+RUN_STATE_FILE = "trl_ext_state.pt"
 
 
 class _RoundScored(Exception):
@@ -36,6 +44,21 @@ class _RoundScored(Exception):
 
     def __init__(self, scored: ScoredRound) -> None:
         self.scored = scored
+
+
+def random_states() -> dict[str, Any]:
+    """States of the generators that transformers saves in a checkpoint."""
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """The reverse of [`random_states`]."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 class EpochSampler(Sampler[int]):
@@ -92,8 +115,11 @@ class GRPOSeams(trl.GRPOTrainer):
         self._rounds: list[ScoredRound] = []
         self._selection: GroupSelection | None = None
         self._base_rewards: torch.Tensor | None = None  # (N, F): rewards of the batch TRL logs
+        self._logged_prompts: list[Any] | None = None  # where TRL was handed others to render
         self._loss_inputs: dict[str, Any] | None = None
         self._window: tuple[int | None, int] = (None, 0)  # global step and micro-step at which it began
+        self._before_window: dict[str, Any] = {}  # state of the run at that moment
+        self._saved_step = 0
         super().__init__(*args, **kwargs)
         # After TRL has named the functions and added those of environments
         self.reward_funcs = [
@@ -107,8 +133,8 @@ class GRPOSeams(trl.GRPOTrainer):
         """Decide on `self._rounds`, which starts with `first`. [`score_round`] generates more of them."""
         raise NotImplementedError
 
-    def estimate_advantages(self, rewards: torch.Tensor, num_generations: int) -> torch.Tensor | None:
-        """Advantages `(N,)` from the rewards `(N, F)` of all ranks. `None`: TRL's."""
+    def estimate_advantages(self, rewards: torch.Tensor, training: bool) -> torch.Tensor | None:
+        """Advantages `(N,)` from the rewards `(N, F)` of all ranks, in training or evaluation. `None`: TRL's."""
         return None
 
     def old_logps_for_loss(
@@ -156,6 +182,7 @@ class GRPOSeams(trl.GRPOTrainer):
         # TRL renders the prompts again only where there are images; everywhere else they are only logged.
         images = any(rollout.images for rollout in trained)
         prompts[:] = [rollout.prompt for rollout in (trained if images else logged)]
+        self._logged_prompts = [rollout.prompt for rollout in logged] if images else None
         if self.environment_factories is not None:
             names = [rollout.row.get("environment") if self._multi_environment else None for rollout in trained]
             self._batch_environments = names
@@ -218,39 +245,45 @@ class GRPOSeams(trl.GRPOTrainer):
             raise RewardFunctionError(told[0])
 
     def _generate_and_score_completions(self, inputs: Rows) -> dict[str, Any]:
-        training = self.model.training
-        self._rows, self._rounds, self._selection, self._base_rewards = inputs, [], None, None
-        metrics = self._metrics["train" if training else "eval"]
+        training = self.model.training  # before generation, which may leave the model in another mode
+        self._rows = inputs
         try:
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            self._credit(output, training)
+            if self._logged_prompts is not None:
+                self._relog("prompt", gather_object(self._logged_prompts))
+            if len(self._rounds) > 1:
+                self._restate_metrics()
+            if training:
+                self.on_rollouts(output, self._selection, self._rounds)
+            return output
         except Exception as error:
             # Reward faults reach every rank; anything else may be one rank's alone, and saving takes all of them.
             if isinstance(error, RewardFunctionError) or self.accelerator.num_processes == 1:
                 self.save_before_stopping(error)
             raise
-        self._credit(output)
-        if self._selection is not None and len(self._rounds) > 1:
-            rewards = torch.cat([scored.rewards for scored in self._rounds])
-            pool_rounds(metrics, [len(scored.rewards) for scored in self._rounds])
-            stats = reward_statistics(rewards, self.reward_weights, self.reward_func_names, self.num_generations)
-            for key, value in stats.items():
-                metrics[key][-1] = value
-        if training:
-            self.on_rollouts(output, self._selection, self._rounds)
-        self._rounds, self._selection, self._base_rewards, self._rows = [], None, None, None
-        return output
+        finally:
+            self._rows, self._rounds, self._selection, self._base_rewards = None, [], None, None
+            self._logged_prompts = None
 
-    def _credit(self, output: dict[str, Any]) -> None:
+    def _restate_metrics(self) -> None:
+        """TRL's metrics over everything that was generated, not over its last round or what was selected."""
+        metrics = self.train_metrics
+        pool_rounds(metrics, [len(scored.rewards) for scored in self._rounds])
+        rewards = torch.cat([scored.rewards for scored in self._rounds])
+        stats = reward_statistics(rewards, self.reward_weights, self.reward_func_names, self.num_generations)
+        if self.scale_rewards == "batch" or self.multi_objective_aggregation == "normalize_then_sum":
+            del stats["frac_reward_zero_std"]  # there TRL asks for the deviation of the batch it trains on
+        for key, value in stats.items():
+            metrics[key][-1] = value
+
+    def _credit(self, output: dict[str, Any], training: bool) -> None:
         """Put advantages of ours into TRL's output, and give copies those of their source."""
-        training, rewards = self.model.training, self._base_rewards
-        assert rewards is not None
-        advantages = self.estimate_advantages(rewards, self.num_generations if training else self.num_generations_eval)
+        assert self._base_rewards is not None
+        advantages = self.estimate_advantages(self._base_rewards, training)
         copied = self._selection is not None and self._selection.sources != list(range(len(self._selection.slots)))
         if advantages is not None:
-            log = self._logs["advantages"]
-            earlier = list(log)[: -len(advantages)]
-            log.clear()
-            log.extend(earlier + advantages.tolist())
+            self._relog("advantages", advantages.tolist())
         elif not copied:
             return
         else:
@@ -262,11 +295,24 @@ class GRPOSeams(trl.GRPOTrainer):
         start = self.accelerator.process_index * per_rank
         output["advantages"] = advantages[start : start + per_rank]
 
+    def _relog(self, column: str, values: list[Any]) -> None:
+        """Replace the last entries of a column of the completions table."""
+        log = self._logs[column]
+        earlier = list(log)[: -len(values)]
+        log.clear()
+        log.extend(earlier + values)
+
     # Loss
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training and self._window[0] != self.state.global_step:
             self._window = (self.state.global_step, self._step)
+            self._before_window = {
+                "random": random_states(),
+                "run": copy.deepcopy(self.run_state()),
+                "metrics": self._copied_metrics(),
+                "num_input_tokens_seen": self.state.num_input_tokens_seen,
+            }
         before = self._buffered_inputs
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         if self.model.training and self._buffered_inputs is not before:
@@ -284,11 +330,8 @@ class GRPOSeams(trl.GRPOTrainer):
             mask = inputs["completion_mask"]
             if "tool_mask" in inputs:
                 mask = mask * inputs["tool_mask"]
-            old = inputs.get("old_per_token_logps")
             replaced = self.old_logps_for_loss(logps, inputs, mask)
             if replaced is not None:
-                # The off-policy mask measures the drift from the real ones
-                inputs.setdefault("sampling_per_token_logps", logps.detach() if old is None else old)
                 inputs["old_per_token_logps"] = replaced
         return result
 
@@ -323,8 +366,15 @@ class GRPOSeams(trl.GRPOTrainer):
         global_step, start = self._window
         return start if global_step == self.state.global_step else self._step
 
-    def _run_state_file(self, checkpoint: str) -> str:
-        return os.path.join(checkpoint, f"trl_ext_state_{self.accelerator.process_index}.pt")
+    def _buffer_file(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"trl_ext_buffer_{self.accelerator.process_index}.pt")
+
+    @property
+    def _layout(self) -> dict[str, int]:
+        """What a half-used generation batch depends on."""
+        names = ("steps_per_generation", "per_device_train_batch_size", "gradient_accumulation_steps")
+        layout = {name: getattr(self.args, name) for name in names}
+        return layout | {"num_iterations": self.num_iterations, "num_processes": self.accelerator.num_processes}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Ours first: when TRL's files are complete, so is the checkpoint
@@ -332,36 +382,55 @@ class GRPOSeams(trl.GRPOTrainer):
             checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             directory = os.path.join(self._get_output_dir(trial=trial), checkpoint)
             os.makedirs(directory, exist_ok=True)
-            generate_every = self.args.steps_per_generation * self.num_iterations
-            state = {
-                "step": self._finished_micro_steps,
-                # Between two generations the rest of the buffer is still to be trained on
-                "buffer": self._buffered_inputs if self._finished_micro_steps % generate_every else None,
-                "metrics": {key: list(values) for key, values in self._metrics["train"].items()},
-                "run": self.run_state(),
-            }
-            torch.save(state, self._run_state_file(directory))
+            step = self._finished_micro_steps
+            state = {"layout": self._layout, "step": step, "metrics": self._copied_metrics(), "run": self.run_state()}
+            if self.args.should_save:
+                torch.save(state, os.path.join(directory, RUN_STATE_FILE))
+            # Between two generations, the rest of a generation batch is still to be trained on
+            if step % (self.args.steps_per_generation * self.num_iterations):
+                torch.save(self._buffered_inputs, self._buffer_file(directory))
         super()._save_checkpoint(model, trial)
+        self._saved_step = self.state.global_step
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not os.path.exists(self._run_state_file(checkpoint)):
+        if checkpoint is None or not os.path.exists(os.path.join(checkpoint, RUN_STATE_FILE)):
             return
-        state = torch.load(self._run_state_file(checkpoint), map_location=self.args.device, weights_only=False)
-        self._step, self._buffered_inputs = state["step"], state["buffer"]
-        self._metrics["train"].update(state["metrics"])
+        # On the CPU first: torch takes no `cpu:0`, which is what the device of a process is called there
+        state = torch.load(os.path.join(checkpoint, RUN_STATE_FILE), map_location="cpu", weights_only=False)
         self.load_run_state(state["run"])
+        self._metrics["train"].update(state["metrics"])
+        if state["layout"] != self._layout:
+            logger.warning(
+                f"The checkpoint was written with {state['layout']}, this run has {self._layout}. The generation "
+                "batch that was in use doesn't fit and is generated anew; the rest of the run goes on as it was."
+            )
+            return
+        self._step = state["step"]
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            buffer = torch.load(self._buffer_file(checkpoint), map_location="cpu", weights_only=False)
+            self._buffered_inputs = send_to_device(buffer, self.accelerator.device)
 
     def save_before_stopping(self, error: Exception) -> None:
         """Write a checkpoint of the last finished optimizer step before an error ends the process."""
-        if not self.is_in_train or self.state.global_step == 0:
+        step = self.state.global_step
+        if step == 0 or self.optimizer is None or self.args.save_only_model:
             return
-        self._save_checkpoint(self.model, trial=None)
-        directory = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self._saved_step != step:
+            if self._window[0] == step:
+                # What the failed generation drew is undone, so that a resumed run draws it again
+                set_random_states(self._before_window["random"])
+                self.load_run_state(self._before_window["run"])
+                self._metrics["train"] = defaultdict(list, self._before_window["metrics"])
+                self.state.num_input_tokens_seen = self._before_window["num_input_tokens_seen"]
+            self._save_checkpoint(self.model, trial=None)
         error.add_note(
-            f"What was trained until then is saved in {os.path.join(self.args.output_dir, directory)}: go on with "
-            "`resume_from_checkpoint=True` once the cause is mended."
+            f"What was trained until then is saved in {self.args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{step}: go on "
+            "with `resume_from_checkpoint=True` once the cause is mended."
         )
+
+    def _copied_metrics(self) -> dict[str, list[float]]:
+        return {key: list(values) for key, values in self.train_metrics.items()}
 
     # Rollouts without training
 
@@ -373,13 +442,13 @@ class GRPOSeams(trl.GRPOTrainer):
         self._metrics["eval"] = copy.deepcopy(metrics)
         self.model.eval()
         self.num_generations_eval = num_generations
-        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        states = random_states()
         try:
-            with torch.random.fork_rng(devices=devices):
-                if seed is not None:
-                    torch.manual_seed(seed + self.accelerator.process_index)
-                yield
+            if seed is not None:
+                torch.manual_seed(seed + self.accelerator.process_index)
+            yield
         finally:
+            set_random_states(states)
             self.model.train(training)
             self.num_generations_eval = generations
             self._metrics["eval"], self._pending_metrics = metrics, pending

@@ -1,0 +1,92 @@
+"""TRL's generation, taken apart and put together again; and rollouts that travel between ranks."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from trl_ext.rollouts.exchange import RolloutExchange
+from trl_ext.rollouts.rollout import Rollout, ScoredRound, generation_of, rollouts_of
+
+
+ROWS = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}, {"prompt": "a", "answer": 1}]
+PROMPTS = ["A", "B", "A"]
+
+
+def generation(**changed: Any) -> tuple[Any, ...]:
+    """What TRL's `_generate` returns for three rows, with everything that may be there."""
+    parts = {
+        "prompt_ids": [[1, 4], [5], [1, 4]],
+        "completion_ids": [[6, 7, 2], [8], [9, 9]],
+        "tool_mask": [[1, 0, 1], [1], [1, 1]],
+        "completions": ["x y", "z", "v v"],
+        "logprobs": [[-0.1, 0.0, -0.3], [-0.4], [-0.5, -0.6]],
+        "extra_fields": {},
+        "images": [["image 1"], None, ["image 3"]],
+        "tool_images": [[], ["tool image"], []],
+    }
+    return tuple({**parts, **changed}.values())
+
+
+def round_trip(made: tuple[Any, ...]) -> tuple[Any, ...]:
+    rollouts = rollouts_of(copy.deepcopy(ROWS), PROMPTS, made)
+    return generation_of(rollouts, rollouts)
+
+
+def test_round_trip_is_the_identity():
+    assert round_trip(generation()) == generation()
+
+
+@pytest.mark.parametrize("absent", ["tool_mask", "logprobs", "images"])
+def test_what_is_absent_stays_absent(absent):
+    assert round_trip(generation(**{absent: None})) == generation(**{absent: None})
+
+
+def test_no_tool_images():
+    assert round_trip(generation(tool_images=[])) == generation(tool_images=[])
+
+
+def test_extra_fields_go_into_the_rows_once():
+    rows = copy.deepcopy(ROWS)
+    made = generation(extra_fields={"score": [0.1, 0.2, 0.3], "where": "here"})
+    rollouts = rollouts_of(rows, PROMPTS, made)
+    # Reward functions look for them in the rows
+    assert [row["score"] for row in rows] == [0.1, 0.2, 0.3]
+    assert [rollout.row["where"] for rollout in rollouts] == ["here"] * 3
+    # and TRL must not merge the fields of one selection into the rows of another
+    assert generation_of(rollouts, rollouts)[5] == {}
+
+
+def test_copies_are_trained_on_and_originals_are_logged():
+    rollouts = rollouts_of(copy.deepcopy(ROWS), PROMPTS, generation())
+    made = generation_of(logged=rollouts, trained=[rollouts[0], rollouts[2], rollouts[2]])
+    assert made[0] == [[1, 4], [1, 4], [1, 4]]
+    assert made[1] == [[6, 7, 2], [9, 9], [9, 9]]
+    assert made[2] == [[1, 0, 1], [1, 1], [1, 1]]
+    assert made[3] == ["x y", "z", "v v"]
+    assert made[4][1] == made[4][2] == [-0.5, -0.6]
+
+
+def test_rounds_with_and_without_a_tool_mask_mix():
+    with_mask = rollouts_of(copy.deepcopy(ROWS), PROMPTS, generation())
+    without = rollouts_of(copy.deepcopy(ROWS), PROMPTS, generation(tool_mask=None, logprobs=None))
+    mixed = [with_mask[0], without[0], without[1]]
+    made = generation_of(mixed, mixed)
+    # The policy wrote every token of a completion that has no mask
+    assert made[2] == [[1, 0, 1], [1, 1, 1], [1]]
+    assert [len(logps) for logps in made[4]] == [3, 3, 1]
+
+
+def scored(count: int, start: int) -> ScoredRound:
+    rollouts = [
+        Rollout({}, "", [], [start + i], None, "", None, None, None)  # told apart by their completion
+        for i in range(count)
+    ]
+    return ScoredRound(rollouts, torch.zeros(count, 1))
+
+
+def test_one_process_fetches_its_own_rows():
+    exchange = RolloutExchange([scored(4, 0), scored(2, 10)], process_index=0, num_processes=1)
+    fetched = exchange.fetch([(0, 3), (1, 0), (1, 1), (0, 0)])
+    assert [rollout.completion_ids for rollout in fetched] == [[3], [10], [11], [0]]
