@@ -35,7 +35,7 @@ def test_results_as_a_table():
     assert "](learning.png)" in card
     assert "| tokens generated | 160k |" in card
     assert "| parameters | 109,248 trained of 109,248 |" in card
-    assert "tokenizer('s3142=', return_tensors=\"pt\")" in card
+    assert 'tokenizer("s3142=", return_tensors="pt")' in card
     assert "```yaml\nmax_steps: 120\nhub_token: ***\n```" in card
     assert "--config a.yaml --hub_token ***" in card
     assert "hf_abc" not in card

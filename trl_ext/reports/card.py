@@ -3,6 +3,7 @@ What a run adds to the model card that TRL writes: the result with its interval,
 command and configuration that repeat it.
 """
 
+import json
 from typing import Any
 
 from ..monitors.progress import count
@@ -96,7 +97,7 @@ def _usage(prompt: str) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
-        f'inputs = tokenizer({prompt!r}, return_tensors="pt")\n'
+        f'inputs = tokenizer({json.dumps(prompt)}, return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))\n"
         "```"
     )
