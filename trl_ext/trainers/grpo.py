@@ -568,8 +568,8 @@ class GRPOTrainer(GRPOSeams):
         times = self.counters.batches_without_variance
         if times & (times - 1) == 0:  # the 1st, 2nd, 4th, 8th, …
             logger.warning(
-                f"No group of this generation batch has reward variance ({len(self._rounds)} rounds of generation; "
-                f"it happened {times} times so far). The step goes on as TRL's would, without a policy gradient. Are "
+                f"No group of this generation batch has reward variance after {len(self._rounds)} "
+                f"round(s) of generation ({times} such batch(es) so far). The step goes on as TRL's would. Are "
                 "the prompts all solved or all out of reach, or does the reward not tell completions apart?"
             )
 

@@ -414,7 +414,7 @@ class GRPOSeams(trl.GRPOTrainer):
     def save_before_stopping(self, error: Exception) -> None:
         """Write a checkpoint of the last finished optimizer step before an error ends the process."""
         step = self.state.global_step
-        if step == 0 or self.optimizer is None or self.args.save_only_model:
+        if step == 0 or self.optimizer is None:
             return
         if self._saved_step != step:
             if self._window[0] == step:
@@ -424,10 +424,11 @@ class GRPOSeams(trl.GRPOTrainer):
                 self._metrics["train"] = defaultdict(list, self._before_window["metrics"])
                 self.state.num_input_tokens_seen = self._before_window["num_input_tokens_seen"]
             self._save_checkpoint(self.model, trial=None)
-        error.add_note(
-            f"What was trained until then is saved in {self.args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{step}: go on "
-            "with `resume_from_checkpoint=True` once the cause is mended."
+        saved = f"{self.args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{step}"
+        go_on = (
+            "" if self.args.save_only_model else " Go on with `resume_from_checkpoint=True` once the cause is mended."
         )
+        error.add_note(f"What was trained until then is saved in {saved}.{go_on}")
 
     def _copied_metrics(self) -> dict[str, list[float]]:
         return {key: list(values) for key, values in self.train_metrics.items()}
