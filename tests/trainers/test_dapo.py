@@ -260,7 +260,7 @@ class TestEnds:
         # said at the 1st and 2nd, not at every step
         warnings = [record for record in caplog.records if "reward variance" in record.getMessage()]
         assert len(warnings) == 2
-        assert "3 rounds of generation" in warnings[0].getMessage()
+        assert "after 3 round(s) of generation" in warnings[0].getMessage()
         assert trainer.counters.batches_without_variance == 3
         assert len(reward.calls) == 9
         before = tiny.stopping().state_dict()
