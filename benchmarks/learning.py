@@ -210,7 +210,7 @@ def plot(curves: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> No
     figure.savefig(path, dpi=130)
 
 
-def markdown(rows: list[dict[str, Any]], samples: int) -> str:
+def markdown(rows: list[dict[str, Any]]) -> str:
     def pm(value: tuple[float, float]) -> str:
         return f"{value[0]:.3f} ± {value[1]:.3f}"
 
@@ -269,7 +269,7 @@ def main() -> None:
             )
 
     rows = table(curves)
-    text = markdown(rows, args.samples)
+    text = markdown(rows)
     print(text)
     plot(curves, args.output_dir / "learning.png")
     if args.report:

@@ -29,30 +29,21 @@ def pool_rounds(metrics: dict[str, list[float]], completions: list[int]) -> None
             Completions generated in each round.
     """
     rounds = len(completions)
-
-    def last(key: str) -> list[float]:
-        return metrics[key][-rounds:]
-
-    terminated = [n * (1 - clipped) for n, clipped in zip(completions, last("completions/clipped_ratio"), strict=True)]
-    weights: dict[str, list[float]] = {"completions/mean_terminated_length": terminated}
-    if "tools/call_frequency" in metrics:
-        calls = [n * frequency for n, frequency in zip(completions, last("tools/call_frequency"), strict=True)]
-        weights["tools/failure_frequency"] = calls
-
-    pooled = {}
+    clipped = metrics["completions/clipped_ratio"][-rounds:]
+    terminated = [n * (1 - ratio) for n, ratio in zip(completions, clipped, strict=True)]
+    frequencies = metrics.get("tools/call_frequency", [])[-rounds:] or [0.0] * rounds
+    calls = [n * frequency for n, frequency in zip(completions, frequencies, strict=True)]
     for key in [key for key in ROUND_METRICS if key in metrics]:
-        values = last(key)
-        if "terminated" in key:  # TRL writes 0 for a round in which nothing terminated
-            values = [value for value, n in zip(values, terminated, strict=True) if n > 0] or [0.0]
-        if "/min_" in key or "/max_" in key:
-            pooled[key] = min(values) if "/min_" in key else max(values)
+        over = terminated if "terminated" in key else calls if "failure" in key else completions
+        # TRL writes 0 for a round that had none of what the metric is taken over
+        seen = [(value, n) for value, n in zip(metrics[key][-rounds:], over, strict=True) if n > 0]
+        if not seen:
+            pooled = 0.0
+        elif "/min_" in key or "/max_" in key:
+            pooled = (min if "/min_" in key else max)(value for value, _ in seen)
         else:
-            weight = weights.get(key, [float(n) for n in completions])
-            weight = [w for w, n in zip(weight, terminated, strict=True) if n > 0] if "terminated" in key else weight
-            total = sum(weight)
-            pooled[key] = sum(v * w for v, w in zip(values, weight, strict=False)) / total if total else 0.0
-    for key, value in pooled.items():
-        metrics[key][-rounds:] = [value]
+            pooled = sum(value * n for value, n in seen) / sum(n for _, n in seen)
+        metrics[key][-rounds:] = [pooled]
 
 
 def reward_statistics(
