@@ -16,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,8 @@ def main() -> None:
     torch.set_num_threads(1)
 
     task = TrainingTask(reward_func=matching_tokens)
-    sides = {"trl": (trl.GRPOTrainer, trl.GRPOConfig), "trl_ext": (trl_ext.GRPOTrainer, trl_ext.GRPOConfig)}
+    neutral = partial(trl_ext.GRPOConfig, fit_micro_batches=False)
+    sides = {"trl": (trl.GRPOTrainer, trl.GRPOConfig), "trl_ext": (trl_ext.GRPOTrainer, neutral)}
     for side in sides.values():  # warm-up, not counted
         train(*side, task, args.steps)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}

@@ -4,6 +4,8 @@ An extension layer on Hugging Face TRL: trainers that subclass TRL's.
 Whoever can use `trl.GRPOTrainer` can use it: change the import, keep the rest.
 """
 
+from .monitors.verify import verify
+from .monitors.waste import WasteCallback
 from .rewards.guard import RewardFunctionError
 from .trainers.dapo import DAPOConfig, DAPOTrainer
 from .trainers.dupo import DUPOConfig, DUPOTrainer
@@ -21,4 +23,6 @@ __all__ = [
     "GSPOConfig",
     "GSPOTrainer",
     "RewardFunctionError",
+    "WasteCallback",
+    "verify",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.worker import CASES
+from distributed.worker import CASES, FIT_CASES
 
 
 pytestmark = pytest.mark.distributed
@@ -28,7 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], d
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
     for command in ([sys.executable], torchrun):
         run = subprocess.run(
-            [*command, str(WORKER), str(directory)], env=env, capture_output=True, text=True, timeout=150
+            [*command, str(WORKER), str(directory)], env=env, capture_output=True, text=True, timeout=300
         )
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
     return {
@@ -76,6 +76,52 @@ def test_the_cases_are_what_they_say(results: Any) -> None:
     assert max(logged("refill_capped", "rounds")) == 2
     for case in ("duplicate", "duplicate_spanning", "duplicate_rare", "batch_scaled_copies"):
         assert sum(logged(case, "groups_duplicated")) > 0, case
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Of a step without any advantage, both are exactly zero."""
+    return ((ours - theirs).norm() / theirs.norm()).item() if ours.any() or theirs.any() else 0.0
+
+
+@pytest.mark.parametrize("case", FIT_CASES)
+def test_micro_batches_that_fit_give_trls_gradient_on_one_process_and_two(results: Any, case: str) -> None:
+    theirs = results[1, 0][f"fit_{case}_False"]["gradients"]
+    assert len(theirs) == 2 and any(step.any() for step in theirs)
+    for key in ((1, 0), (2, 0), (2, 1)):
+        ours = results[key][f"fit_{case}_True"]["gradients"]
+        # bnpo divides by the tokens of each process's micro-batch: only TRL on two processes gives the same
+        theirs_here = results[key][f"fit_{case}_False"]["gradients"] if case == "bnpo" else theirs
+        assert max(map(relative_error, ours, theirs_here)) <= 1e-5
+
+
+@pytest.mark.parametrize("case", FIT_CASES)
+def test_two_processes_save_what_one_saves(results: Any, case: str) -> None:
+    alone, first, second = (results[key][f"fit_{case}_True"]["saved"] for key in ((1, 0), (2, 0), (2, 1)))
+    assert first == second
+    assert (first.rows, first.skipped_rows, first.merged_rows) == (
+        alone.rows,
+        alone.skipped_rows,
+        alone.merged_rows,
+    )
+    assert first.token_slots < first.token_slots_trl and alone.token_slots < alone.token_slots_trl
+    assert (first.skipped_rows > 0) == (case not in ("bnpo", "kl", "copies"))
+    assert (first.regrouped_rows > 0) == (case != "bnpo")
+    assert (first.merged_rows > 0) == (case == "copies")
+
+
+@pytest.mark.parametrize("case", FIT_CASES)
+def test_metrics_of_the_loss_do_not_depend_on_who_computes_a_row(results: Any, case: str) -> None:
+    if case == "bnpo":
+        pytest.skip("its micro-batches are TRL's, whose metrics do depend on them")
+    alone, together = (results[key][f"fit_{case}_True"]["logs"] for key in ((1, 0), (2, 0)))
+    means = ("loss", "kl", "entropy", "clip_ratio", "computed/entropy", "computed/vespo", "computed/clip_ratio")
+    compared = 0
+    for one, two in zip(alone, together, strict=True):
+        for key in one:
+            if key.startswith(means) and not key.endswith(("min", "max")):
+                assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-6), key
+                compared += 1
+    assert compared >= 4
 
 
 def test_a_fault_on_one_process_stops_all_with_a_checkpoint(results: Any) -> None:

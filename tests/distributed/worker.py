@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -42,6 +43,24 @@ CASES: dict[str, dict[str, Any]] = {
         "scale_rewards": "batch",
         "rare": True,
     },
+}
+
+# The same step from micro-batches that fit their rows, on one process and on two, and from TRL's
+FIT_CASES: dict[str, dict[str, Any]] = {
+    "dapo": {"loss_type": "dapo"},
+    "grpo": {"loss_type": "grpo"},
+    "dr_grpo": {"loss_type": "dr_grpo"},
+    "vespo": {"loss_type": "vespo"},
+    "bnpo": {"loss_type": "bnpo"},
+    "sequence": {
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "epsilon": 3e-4,
+        "epsilon_high": 4e-4,
+    },
+    "kl": {"loss_type": "grpo", "beta": 0.1},
+    "copies": {"loss_type": "dapo", "rollout_selection": "duplicate"},
+    "mostly_dead": {"loss_type": "dapo", "rare": True},
 }
 
 
@@ -80,6 +99,62 @@ class Recorder(trl_ext.GRPOTrainer):
             output["completion_ids"], output["completion_mask"], output["advantages"], strict=True
         ):
             self.trained.append((tuple(ids[mask.bool()].tolist()), round(float(advantage), 5)))
+
+
+def ragged_rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """[`fixed_rollouts`] of prompts that differ in length, with completions of 2 to 14 tokens."""
+    output = fixed_rollouts(prompts, trainer)
+    output["completion_ids"] = [[*(ids * 3)[: 2 + digest(f"{ids}") % 13], 2] for ids in output["completion_ids"]]
+    output["prompt_ids"] = [
+        ids * (1 + digest(prompt) % 3) for ids, prompt in zip(output["prompt_ids"], prompts, strict=False)
+    ]
+    return output
+
+
+class Gradients(TrainerCallback):
+    """The gradient of each optimizer step, as one vector."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+
+def fit(case: dict[str, Any], output_dir: Path, processes: int, fitted: bool) -> dict[str, Any]:
+    """Two steps on 32 rows each, in 4 micro-batches of one process or of each of two."""
+    settings, gradients = dict(case), Gradients()
+    rare = settings.pop("rare", False)
+    policy = output_dir.with_name("policy")  # on disk: TRL loads the reference from there
+    if processes == 1:  # the launch that comes first
+        tiny.qwen2().save_pretrained(policy)
+    config = trl_ext.GRPOConfig(
+        **tiny.cpu_settings(
+            output_dir,
+            per_device_train_batch_size=8 // processes,
+            gradient_accumulation_steps=4,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            max_steps=2,
+            max_completion_length=16,
+            fit_micro_batches=fitted,
+            **settings,
+        )
+    )
+    trainer = trl_ext.GRPOTrainer(
+        model=str(policy),
+        reward_funcs=rare_success if rare else tiny.first_token_even,
+        args=config,
+        train_dataset=tiny.prompts(64),
+        processing_class=tiny.tokenizer(),
+        rollout_func=ragged_rollouts,
+        callbacks=[gradients],
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return {"gradients": gradients.steps, "saved": trainer.saved, "logs": logs}
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
@@ -186,6 +261,12 @@ if __name__ == "__main__":
     results: dict[str, Any] = {}
     for name, case in CASES.items():
         results[name] = train(case, results_dir / f"out_{name}_{world}", world)
+    for name, case in FIT_CASES.items():
+        # TRL's deal differs between one process and two, so a step takes a whole generation batch
+        for fitted in (True, False):
+            results[f"fit_{name}_{fitted}"] = fit(
+                case, results_dir / f"out_fit_{name}_{fitted}_{world}", world, fitted
+            )
     whole = results_dir / f"out_whole_{world}"
     results["whole"] = resume(whole, world, None)
     results["resumed"] = resume(results_dir / f"out_resumed_{world}", world, str(whole / "checkpoint-3"))

@@ -175,8 +175,13 @@ class TestNeutral:
             )
             trainer.train()
             runs.append(trainer)
-        assert all(torch.equal(v, runs[1].model.state_dict()[n]) for n, v in runs[0].model.state_dict().items())
-        assert tiny.history(runs[0]) == tiny.history(runs[1])
+        # Micro-batches fit their rows: TRL's weights up to rounding, and its metrics
+        torch.testing.assert_close(tiny.weights(runs[1].model), tiny.weights(runs[0].model), rtol=1e-4, atol=1e-5)
+        for mine, other in zip(tiny.history(runs[1]), tiny.history(runs[0]), strict=True):
+            only_ours = {"compute/saved", "computed/entropy", "computed/clip_ratio/low_min"}
+            assert mine.keys() - other.keys() <= only_ours and "computed/entropy" in mine
+            for key in {"loss", "reward", "completions/mean_length", "grad_norm"} & other.keys():
+                assert mine[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), key
 
     def test_rewards_are_asked_for_once(self, tmp_path):
         reward = tiny.Remembering(tiny.hashed)

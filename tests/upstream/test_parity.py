@@ -1,5 +1,5 @@
 """
-With its features off, a trainer of ours is TRL's, number for number.
+With its features off (`fit_micro_batches` among them), a trainer of ours is TRL's, number for number.
 
 Every case trains twice from the same seed, on TRL's trainer and on ours, five optimizer steps of a real `train()`.
 Then nothing may differ: weights bit for bit, the gradients of each step (Adam hides a wrong constant, they don't),
@@ -471,7 +471,8 @@ def theirs(case, saved, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(case, saved, tmp_path_factory):
-    return train(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, case, saved, tmp_path_factory.mktemp("run"))
+    directory = tmp_path_factory.mktemp("run")
+    return train(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, case, saved, directory, fit_micro_batches=False)
 
 
 def test_there_is_something_to_compare(case, theirs):
@@ -484,8 +485,14 @@ def test_five_steps_are_trls(case, theirs, ours):
     assert_same(ours, theirs)
 
 
+def adopted(**settings: Any) -> trl_ext.GRPOConfig:
+    config = trl_ext.GRPOConfig.adopt(trl.GRPOConfig(**settings))
+    config.fit_micro_batches = False
+    return config
+
+
 def test_a_configuration_of_trls_gives_the_same_five_steps(case, theirs, saved, tmp_path):
-    taken_over = train(trl_ext.GRPOTrainer, trl.GRPOConfig, case, saved, tmp_path)
+    taken_over = train(trl_ext.GRPOTrainer, adopted, case, saved, tmp_path)
     assert_same(taken_over, theirs)
 
 
@@ -501,6 +508,7 @@ def test_a_method_without_its_features_is_trls(preset, saved, tmp_path_factory):
     trainer_class, said_to_trl = PRESETS[preset]
     case = Case({"learning_rate": 1e-2, "warmup_steps": 0, "lr_scheduler_type": "linear"})
     off = {"rollout_selection": "all", "token_normalization": "generation_batch", "soft_punish_cache": 0}
+    off["fit_micro_batches"] = False
     directories = tmp_path_factory.mktemp("theirs"), tmp_path_factory.mktemp("ours")
     theirs = train(trl.GRPOTrainer, trl.GRPOConfig, case, saved, directories[0], **said_to_trl)
     ours = train(trainer_class, trainer_class.config_class, case, saved, directories[1], **off)
@@ -513,7 +521,13 @@ def test_the_comparison_sees_a_feature_that_is_on(saved, tmp_path_factory):
     directories = tmp_path_factory.mktemp("theirs"), tmp_path_factory.mktemp("ours")
     theirs = train(trl.GRPOTrainer, trl.GRPOConfig, case, saved, directories[0])
     ours = train(
-        trl_ext.GRPOTrainer, trl_ext.GRPOConfig, case, saved, directories[1], advantage_estimator="leave_one_out"
+        trl_ext.GRPOTrainer,
+        trl_ext.GRPOConfig,
+        case,
+        saved,
+        directories[1],
+        advantage_estimator="leave_one_out",
+        fit_micro_batches=False,
     )
     found = differences(ours, theirs)
     assert "gradients" in found and "table" in found and any(f.startswith("keys logged") for f in found)

@@ -1,9 +1,12 @@
 """
-TRL's metrics when a generation batch took several rounds: every completion counts once.
+TRL's metrics where its rows are not ours: when a generation batch took several rounds, every completion counts once;
+when an optimizer step was dealt to other micro-batches, a mean over tokens stays one.
 """
 
 import torch
 from trl.trainer.utils import nanstd
+
+from .micro_batches import Fit, Savings
 
 
 # What TRL appends once for every call of `_generate`
@@ -77,3 +80,61 @@ def reward_statistics(
         "reward_std": nanstd(total).item(),
         "frac_reward_zero_std": torch.isclose(std, torch.zeros_like(std)).float().mean().item(),
     }
+
+
+# What TRL appends once for every micro-batch: means over tokens (over rows where a ratio is the sequence's) ...
+LOSS_MEANS = (
+    "kl",
+    "entropy",
+    *(f"clip_ratio/{which}_mean" for which in ("low", "high", "region")),
+    "cispo_clip_ratio",
+    "vespo/phi_seq_mean",
+)
+# ... of which these are zero for a row without advantage ...
+ZERO_WITHOUT_ADVANTAGE = {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio"}
+# ... and extremes over rows; without advantage, a row's clip ratio is zero, which only moves the smallest
+LOSS_EXTREMES = ("clip_ratio/low_min", "clip_ratio/high_max")
+# Metrics that are a row's even at token level, and what TRL's phi is where no token is in the loss
+ROW_MEANS = {"vespo/phi_seq_mean": 1.0}
+COMPUTED = "computed/"
+
+
+def restate_loss_metrics(metrics: dict[str, list[float]], fit: Fit, by_row: bool, savings: Savings) -> None:
+    """
+    Weigh the last entries of TRL's metrics of the loss, so that their mean over the micro-batches of a step, which TRL
+    logs, is the mean over the tokens (or rows) of the step however they were dealt.
+
+    Where rows were left out or copies computed once, a metric that can't be stated over all rows is renamed: with
+    `computed/` before its name it is taken over the rows that were computed.
+
+    Args:
+        metrics (`dict[str, list[float]]`):
+            Metric lists; changed in place.
+        fit ([`Fit`]):
+            What the micro-batch stands for.
+        by_row (`bool`):
+            Whether ratios are the sequence's, so that clip ratios count rows instead of tokens.
+        savings ([`Savings`]):
+            Which rows may be left out.
+    """
+    for key in LOSS_MEANS:
+        if not metrics.get(key):
+            continue
+        value = metrics[key].pop()
+        rows = key in ROW_MEANS or (by_row and key in ZERO_WITHOUT_ADVANTAGE)
+        over_all = not savings.weigh_copies and (not savings.skip_dead or key in ZERO_WITHOUT_ADVANTAGE)
+        if rows:
+            total = value * (fit.rows + fit.fillers) - fit.fillers * ROW_MEANS.get(key, 0.0)
+            count = fit.all_rows if over_all else fit.computed_rows
+        else:
+            total, count = value * fit.tokens, fit.all_tokens if over_all else fit.computed_tokens
+        metrics.setdefault(key if over_all else COMPUTED + key, []).append(total * fit.micro_batches / max(count, 1))
+        if not metrics[key]:
+            del metrics[key]
+    for key in LOSS_EXTREMES:
+        if by_row and fit.fillers and metrics.get(key) and key.endswith("min"):
+            metrics[key].pop()  # that of a row without weight
+        if metrics.get(key) and (savings.weigh_copies or (savings.skip_dead and key.endswith("min"))):
+            metrics.setdefault(COMPUTED + key, []).append(metrics[key].pop())
+            if not metrics[key]:
+                del metrics[key]

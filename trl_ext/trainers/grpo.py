@@ -7,14 +7,15 @@ The engine: TRL's GRPO with three axes that combine freely.
 | `advantage_estimator` | `group` (GRPO) · `leave_one_out` (RLOO) · `reinforce` |
 | `importance_sampling_level` | `token` · `sequence` (GSPO) · `sequence_token` (GSPO-token) |
 
-With `all`, `group` and `token` (or `sequence`) it is `trl.GRPOTrainer`, number for number.
+With `all`, `group` and `token` (or `sequence`) it is `trl.GRPOTrainer`: its gradient, for a fraction of the compute,
+and with `fit_micro_batches=False` every number of it.
 """
 
 import copy
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -30,10 +31,12 @@ from trl.trainer.utils import get_callable_name, get_config_model_id
 from ..objectives.advantages import aggregate_rewards, leave_one_out, reinforce, scale_advantages, updated_baseline
 from ..objectives.ratios import sequence_token_old_logps
 from ..rewards.guard import RewardFunctionError
+from ..rollouts.micro_batches import FIT, Saved, fit_window, fitted_pass
 from ..rollouts.rollout import ScoredGroups, ScoredRound
 from ..rollouts.selection import AcceptanceRate, GroupSelection, census, has_variance, outcome_rewards
+from ..rollouts.statistics import restate_loss_metrics
 from ..rollouts.stream import PromptStream, can_be_read_twice, prompt_key
-from .seams.grpo import GRPOSeams, Rows
+from .seams.grpo import GRPOSeams, Rows, savings_of
 
 
 logger = get_logger(__name__)
@@ -105,6 +108,10 @@ class GRPOConfig(trl.GRPOConfig):
             TRL's argument. `None`: `"group"` for the group estimator, as in TRL, `"none"` for the others.
         use_bias_correction_kl (`bool`, *optional*):
             TRL's argument. `None`: `True` as in TRL, `False` under `"sequence_token"`, where it would be inexact.
+        fit_micro_batches (`bool`, *optional*, defaults to `True`):
+            Whether the rows of an optimizer step are dealt to micro-batches that fit their lengths, and rows that
+            can't move the policy are not computed. The gradient stays TRL's, up to rounding; what isn't exact for a
+            loss is not done, and a log line says why. `False`: TRL's micro-batches.
     """
 
     rollout_selection: str = field(
@@ -160,6 +167,10 @@ class GRPOConfig(trl.GRPOConfig):
     use_bias_correction_kl: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "TRL's argument. None: True, except under 'sequence_token'."},
+    )
+    fit_micro_batches: bool = field(
+        default=True,
+        metadata={"help": "Whether padding and rows that can't move the policy are left out where that is exact."},
     )
 
     # Optimizer steps per generation batch where the user says nothing of it
@@ -310,7 +321,7 @@ class GRPOConfig(trl.GRPOConfig):
 
     @property
     def is_neutral(self) -> bool:
-        """Whether training is TRL's own, number for number."""
+        """Whether every axis is at TRL's place: the same rollouts give TRL's gradient."""
         return (
             self.rollout_selection == "all"
             and self.advantage_estimator == "group"
@@ -437,6 +448,15 @@ class GRPOTrainer(GRPOSeams):
             self.importance_sampling_level = "token"
         if config.rollout_selection == "refill":
             self._refill_stream = PromptStream(self.rows_seen_in_training(), seed=config.seed)
+        self.saved = Saved()
+        exact = savings_of(self)
+        # Where refilling falls back on copies they are computed: metrics over all rows are worth more there
+        self.savings = replace(exact, weigh_copies=exact.skip_dead and config.rollout_selection == "duplicate")
+        if config.fit_micro_batches:
+            for reason in self.savings.reasons:
+                logger.warning(
+                    f"Not all compute that TRL spends on padding and dead rows can be saved here: {reason}."
+                )
 
     # What is refused before a model is loaded
 
@@ -599,15 +619,69 @@ class GRPOTrainer(GRPOSeams):
         # TRL leaves them out where the policy that sampled is the policy that learns
         return sequence_token_old_logps(per_token_logps, per_token_logps.detach() if old is None else old, mask)
 
+    # Micro-batches
+
     def on_new_buffer(self, micro_batches: list[dict[str, Any]]) -> None:
-        if self.args.token_normalization == "generation_batch":
-            return
+        if self.args.token_normalization == "mini_batch":
+            self._normalize_by_mini_batch(micro_batches)
+        if self.args.fit_micro_batches:
+            saved = Saved()
+            micro_batches[:] = self.fit(micro_batches, self.windows_of_buffer(), saved)
+            self.train_metrics["compute/saved"].append(saved.share)
+            self.saved += saved
+
+    def _normalize_by_mini_batch(self, micro_batches: list[dict[str, Any]]) -> None:
         window = self.args.gradient_accumulation_steps
         tokens = torch.stack([(b["completion_mask"] * b.get("tool_mask", 1)).sum() for b in micro_batches])
         tokens = self.accelerator.reduce(tokens.view(-1, window).sum(dim=1), reduction="sum")
         for i, batch in enumerate(micro_batches):
             # TRL's loss scales the count of a generation batch down to a step: this is that step's, scaled up
             batch["num_items_in_batch"] = tokens[i // window] * (len(micro_batches) / window)
+
+    def fit(
+        self, micro_batches: list[dict[str, Any]], windows: list[tuple[int, int]], saved: Saved
+    ) -> list[dict[str, Any]]:
+        """
+        Deal TRL's micro-batches anew. Every process must make the call.
+
+        Args:
+            micro_batches (`list[dict]`):
+                As TRL dealt them; left as they are.
+            windows (`list[tuple[int, int]]`):
+                Stretches of them that share an optimizer step.
+            saved ([`Saved`]):
+                Counts what that saves.
+
+        Returns:
+            `list[dict]`: equally many.
+        """
+        fitted: list[dict[str, Any]] = []
+        for start, stop in windows:
+            window, multiple = micro_batches[start:stop], self.columns_multiple
+            fitted += fit_window(window, self.savings, self.accelerator, self.loss_type, multiple, saved)
+        return fitted
+
+    @property
+    def columns_multiple(self) -> int:
+        """TRL's `pad_to_multiple_of`, resolved."""
+        return int(self.pad_to_multiple_of or 1)
+
+    def pass_without_loss(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.args.fit_micro_batches:
+            return forward(*args, **kwargs)
+        return fitted_pass(forward, self.savings.trim_prompts, self.columns_multiple, *args, **kwargs)
+
+    def restate_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        fit = inputs.get(FIT)
+        if fit is None:
+            return loss
+        restate_loss_metrics(
+            self.train_metrics,
+            fit,
+            by_row=self.importance_sampling_level == "sequence",
+            savings=self.savings,
+        )
+        return loss * fit.scale
 
     # Metrics, checkpoints
 
@@ -637,6 +711,7 @@ class GRPOTrainer(GRPOSeams):
     def run_state(self) -> dict[str, Any]:
         state = {
             "counters": asdict(self.counters),
+            "saved": asdict(self.saved),
             "acceptance": asdict(self._acceptance),
             "baseline": self._baseline,
             "duplicates": self._duplicates.get_state(),
@@ -647,6 +722,7 @@ class GRPOTrainer(GRPOSeams):
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         self.counters = Counters(**state["counters"])
+        self.saved = Saved(**state["saved"])
         self._acceptance = AcceptanceRate(**state["acceptance"])
         self._baseline = state["baseline"]
         self._duplicates.set_state(state["duplicates"].cpu())

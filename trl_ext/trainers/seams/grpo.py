@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...rewards.guard import FAILED, RewardFunctionError, RewardGuard, guard
 from ...rollouts.exchange import RolloutExchange
+from ...rollouts.micro_batches import SOURCE_ROW, Savings, exact_savings, has_relative_positions, windows
 from ...rollouts.rollout import Generation, Rollout, ScoredRound, generation_of, rollouts_of
 from ...rollouts.selection import GroupSelection
 from ...rollouts.statistics import pool_rounds, reward_statistics
@@ -59,6 +60,26 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states:
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def savings_of(trainer: trl.GRPOTrainer) -> Savings:
+    """Which savings of compute are exact for the loss and the models of a trainer, TRL's or ours."""
+    unwrap: Any = trainer.accelerator.unwrap_model
+    models = [unwrap(model) for model in (trainer.model, trainer.ref_model) if model is not None]
+    return exact_savings(
+        trainer.loss_type,
+        kl=trainer.beta != 0.0,
+        entropy_terms=trainer._entropy_bonus_enabled or trainer.top_entropy_quantile < 1.0,
+        aux_loss=trainer.aux_loss_enabled,
+        relative_positions=all(map(has_relative_positions, models)),
+    )
+
+
+def last_micro_batch(trainer: trl.GRPOTrainer) -> dict[str, Any]:
+    """The micro-batch whose loss a trainer, TRL's or ours, computed last."""
+    buffer: Any = trainer._buffered_inputs
+    batch: dict[str, Any] = buffer[(trainer._step - 1) % len(buffer)]
+    return batch
 
 
 class EpochSampler(Sampler[int]):
@@ -96,6 +117,9 @@ class GRPOSeams(trl.GRPOTrainer):
     - `select_groups`: which groups of a generation batch are trained on.
     - `estimate_advantages`: advantages instead of TRL's.
     - `old_logps_for_loss`: old log-probabilities instead of TRL's.
+    - `on_new_buffer`: changes the micro-batches that TRL has dealt.
+    - `pass_without_loss`: how a generation batch goes through old policy and reference.
+    - `restate_loss`: what a micro-batch that isn't TRL's makes of TRL's loss.
     - `run_state`, `load_run_state`: what a checkpoint must hold.
     """
 
@@ -282,6 +306,8 @@ class GRPOSeams(trl.GRPOTrainer):
         assert self._base_rewards is not None
         advantages = self.estimate_advantages(self._base_rewards, training)
         copied = self._selection is not None and self._selection.sources != list(range(len(self._selection.slots)))
+        per_rank = len(output["advantages"])
+        start = self.accelerator.process_index * per_rank
         if advantages is not None:
             self._relog("advantages", advantages.tolist())
         elif not copied:
@@ -290,9 +316,9 @@ class GRPOSeams(trl.GRPOTrainer):
             # Computed by TRL on the batch without copies: a copy has the advantage of its source
             advantages = self.accelerator.gather(output["advantages"])
         if copied and self._selection is not None:
-            advantages = advantages[self._selection.rows(self._selection.sources)]
-        per_rank = len(output["advantages"])
-        start = self.accelerator.process_index * per_rank
+            source = torch.tensor(self._selection.rows(self._selection.sources), device=advantages.device)
+            advantages = advantages[source]
+            output[SOURCE_ROW] = source[start : start + per_rank]
         output["advantages"] = advantages[start : start + per_rank]
 
     def _relog(self, column: str, values: list[Any]) -> None:
@@ -317,23 +343,40 @@ class GRPOSeams(trl.GRPOTrainer):
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         if self.model.training and self._buffered_inputs is not before:
             self.on_new_buffer(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
 
     def on_new_buffer(self, micro_batches: list[dict[str, Any]]) -> None:
         """Called when TRL has dealt a generation batch into micro-batches; they may be changed in place."""
 
+    def windows_of_buffer(self) -> list[tuple[int, int]]:
+        """Stretches of a new buffer's micro-batches that always share an optimizer step; see [`windows`]."""
+        accumulation = self.args.gradient_accumulation_steps
+        until_update = self.current_gradient_accumulation_steps - (self._step - self._window[1])
+        return windows(self.args.steps_per_generation, self._step, until_update, accumulation, self.num_iterations)
+
+    def pass_without_loss(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Log-probabilities of a whole generation batch: `forward` is TRL's pass."""
+        return forward(*args, **kwargs)
+
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._loss_inputs is not None:
-            # The forward of the loss: TRL reads the old log-probabilities from its inputs after it
-            inputs, logps = self._loss_inputs, result[0]
-            mask = inputs["completion_mask"]
-            if "tool_mask" in inputs:
-                mask = mask * inputs["tool_mask"]
-            replaced = self.old_logps_for_loss(logps, inputs, mask)
-            if replaced is not None:
-                inputs["old_per_token_logps"] = replaced
+        forward = super()._get_per_token_logps_and_entropies
+        if self._loss_inputs is None:
+            return self.pass_without_loss(forward, *args, **kwargs)
+        # The forward of the loss: TRL reads the old log-probabilities from its inputs after it
+        result = forward(*args, **kwargs)
+        inputs, logps = self._loss_inputs, result[0]
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        replaced = self.old_logps_for_loss(logps, inputs, mask)
+        if replaced is not None:
+            inputs["old_per_token_logps"] = replaced
         return result
+
+    def restate_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's loss on a micro-batch, as TRL's own micro-batches would have it; restates metrics too."""
+        return loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self._loss_inputs = dict(inputs)
@@ -341,7 +384,7 @@ class GRPOSeams(trl.GRPOTrainer):
             loss: torch.Tensor = super()._compute_loss(model, self._loss_inputs)
         finally:
             self._loss_inputs = None
-        return loss
+        return self.restate_loss(loss, inputs)
 
     # Data and metrics
 
@@ -434,6 +477,28 @@ class GRPOSeams(trl.GRPOTrainer):
         return {key: list(values) for key, values in self.train_metrics.items()}
 
     # Rollouts without training
+
+    def deal_apart(self) -> list[dict[str, Any]]:
+        """The micro-batches that TRL would deal for the first generation batch of an epoch. Leaves no trace."""
+        kept = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
+        before = {name: copy.deepcopy(getattr(self, name)) for name in kept}
+        kept_as_is = ("_step", "_buffered_inputs", "_window", "_before_window", "on_new_buffer")
+        before |= {name: getattr(self, name) for name in kept_as_is}
+        states, run, tokens = random_states(), copy.deepcopy(self.run_state()), self.state.num_input_tokens_seen
+        dealt: list[dict[str, Any]] = []
+        self._step, self._buffered_inputs = 0, None
+        self.on_new_buffer = dealt.extend  # type: ignore[assignment, method-assign]
+        try:
+            self._prepare_inputs(next(iter(self.get_train_dataloader())))
+        finally:
+            del self.on_new_buffer
+            before.pop("on_new_buffer")
+            for name, value in before.items():
+                setattr(self, name, value)
+            set_random_states(states)
+            self.load_run_state(run)
+            self.state.num_input_tokens_seen = tokens
+        return dealt
 
     @contextmanager
     def _apart_from_training(self, num_generations: int, seed: int | None) -> Iterator[None]:

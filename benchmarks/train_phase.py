@@ -1,0 +1,269 @@
+"""
+What does a training step cost without generation: TRL's `GRPOTrainer` against `trl_ext.GRPOTrainer`?
+
+Both train a random model on the same synthetic rollouts, handed over by a `rollout_func`, in turn (A B, then B A).
+Time is that of `train()` between its begin and its end; the gradient of every step is compared in runs of their own,
+which are not timed, as is memory: the tensors that autograd keeps for the backward pass of a micro-batch (on a GPU,
+what CUDA allocated at its peak).
+
+Workloads, by completion length: `uniform` (all the longest), `lognormal` (mu 4.2, sigma 0.8, cut to 8–512),
+`bimodal` (one group in four long, the others short). `--dead` is the share of groups whose rewards are all equal.
+
+```shell
+python benchmarks/train_phase.py --workload lognormal --dead 0.3 --json
+python benchmarks/train_phase.py --device cuda --json   # a 0.5B-shaped model, completions up to 4,096 tokens
+```
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from overhead import interval
+from task import build_tokenizer
+from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+
+import trl_ext
+
+
+# Model shape, longest completion and vocabulary; Qwen2.5-0.5B's on a GPU
+SIZES: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "longest": 512,
+        "config": {
+            "vocab_size": 2000,
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        },
+    },
+    "cuda": {
+        "longest": 4096,
+        "config": {
+            "vocab_size": 151_936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+        },
+    },
+}
+ROWS, MICRO_BATCH, ACCUMULATION, GROUP, PROMPT = 64, 4, 16, 4, 16
+
+
+def lengths(workload: str, longest: int, generator: torch.Generator) -> list[int]:
+    """Completion lengths of one generation batch."""
+    if workload == "uniform":
+        return [longest] * ROWS
+    if workload == "lognormal":
+        # mu 4.2 at a longest of 512; the same shape where completions are longer
+        drawn = (torch.randn(ROWS, generator=generator) * 0.8 + 4.2).exp() * longest / 512
+        return drawn.clamp(longest // 64, longest).int().tolist()
+    groups = torch.rand(ROWS // GROUP, generator=generator) < 0.25
+    spread = torch.rand(ROWS, generator=generator) * 0.2 + 0.8
+    return [max(1, int(s * longest / (1 if groups[i // GROUP] else 16))) for i, s in enumerate(spread.tolist())]
+
+
+class Rollouts:
+    """A `rollout_func`: the same completions and rewards, batch after batch, for whoever asks."""
+
+    def __init__(self, workload: str, dead: float, longest: int, vocabulary: int) -> None:
+        self.workload, self.dead, self.longest, self.vocabulary = workload, dead, longest, vocabulary
+        self.batch = 0
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(self.batch)
+        groups = ROWS // GROUP
+        # Whole groups, with the right share over several batches
+        dead = int((self.batch + 1) * self.dead * groups + 0.5) - int(self.batch * self.dead * groups + 0.5)
+        self.batch += 1
+
+        def ids(length: int) -> list[int]:
+            return torch.randint(4, self.vocabulary, (length,), generator=generator).tolist()
+
+        completions = [ids(length) for length in lengths(self.workload, self.longest, generator)]
+        is_dead = torch.randperm(groups, generator=generator) < dead
+        return {
+            "prompt_ids": [ids(PROMPT) for _ in prompts],
+            "completion_ids": completions,
+            "logprobs": None,
+            "score": [0.0 if is_dead[i // GROUP] else float(i % 2) for i in range(len(prompts))],
+        }
+
+
+def score(completion_ids: list[list[int]], score: list[float], **kwargs: Any) -> list[float]:
+    return score
+
+
+class Watch(TrainerCallback):
+    """Time of training, and where asked for, gradients."""
+
+    def __init__(self, device: str, gradients: bool) -> None:
+        self.device, self.keep = device, gradients
+        self.gradients: list[torch.Tensor] = []
+        self.seconds = 0.0
+
+    def now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.started = self.now()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds = self.now() - self.started
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.keep:
+            self.gradients.append(torch.cat([p.grad.float().flatten().cpu() for p in model.parameters()]))
+
+
+def measured(trainer_class: Any) -> Any:
+    """`trainer_class` that counts tokens and memory of every micro-batch."""
+
+    class Measured(trainer_class):
+        slots = tokens = memory = 0
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            on_gpu = self.accelerator.device.type == "cuda"
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+            kept: dict[int, int] = {}
+
+            def keep(tensor: torch.Tensor) -> torch.Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in parameters:
+                    kept[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                result = super().training_step(*args, **kwargs)
+            peak = torch.cuda.max_memory_allocated() if on_gpu else sum(kept.values())
+            self.memory = max(self.memory, peak)
+            return result
+
+        def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+            mask = kwargs["attention_mask"] if "attention_mask" in kwargs else args[2]
+            self.slots += mask.numel()
+            self.tokens += int(mask.sum())
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    Measured.__name__ = trainer_class.__name__
+    return Measured
+
+
+def train(side: str, args: argparse.Namespace, detailed: bool) -> dict[str, Any]:
+    trainer_class, config_class = {
+        "trl": (trl.GRPOTrainer, trl.GRPOConfig),
+        "trl_ext": (trl_ext.GRPOTrainer, trl_ext.GRPOConfig),
+    }[side]
+    size, tokenizer = SIZES[args.device], build_tokenizer()
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            **size["config"],
+            max_position_embeddings=2 * size["longest"],
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    watch = Watch(args.device, gradients=detailed)
+    cpu = args.device == "cpu"
+    with tempfile.TemporaryDirectory() as directory:
+        config = config_class(
+            output_dir=directory,
+            use_cpu=cpu,
+            bf16=not (cpu or detailed),  # gradients are compared in float32
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            optim="sgd",
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            loss_type=args.loss_type,
+            per_device_train_batch_size=MICRO_BATCH,
+            gradient_accumulation_steps=ACCUMULATION,
+            num_generations=GROUP,
+            max_completion_length=size["longest"],
+            max_steps=args.steps,
+        )
+        trainer = (measured(trainer_class) if detailed else trainer_class)(
+            model=model,
+            reward_funcs=score,
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": [f"s{i}=" for i in range(256)]}),
+            processing_class=tokenizer,
+            rollout_func=Rollouts(args.workload, args.dead, size["longest"], size["config"]["vocab_size"]),
+            callbacks=[watch],
+        )
+        trainer.train()
+    found = {"seconds": watch.seconds, "gradients": watch.gradients}
+    if detailed:
+        found |= {"slots": trainer.slots, "tokens": trainer.tokens, "memory": trainer.memory}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=("uniform", "lognormal", "bimodal"), default="lognormal")
+    parser.add_argument("--dead", type=float, default=0.3, help="share of groups without variance (default: 0.3)")
+    parser.add_argument("--loss_type", default="dapo")
+    parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
+    parser.add_argument("--pairs", type=int, default=5, help="timed pairs of runs (default: 5)")
+    parser.add_argument("--steps", type=int, default=1, help="optimizer steps of a run (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print the last line as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    # Not timed, and a warm-up for what is
+    detail = {side: train(side, args, detailed=True) for side in ("trl", "trl_ext")}
+    errors = [
+        ((ours - theirs).norm() / theirs.norm()).item()
+        for ours, theirs in zip(detail["trl_ext"]["gradients"], detail["trl"]["gradients"], strict=True)
+    ]
+    seconds: dict[str, list[float]] = {side: [] for side in detail}
+    for pair in range(args.pairs):
+        for side in detail if pair % 2 == 0 else reversed(detail):
+            seconds[side].append(train(side, args, detailed=False)["seconds"])
+    ratios = [ours / theirs for ours, theirs in zip(seconds["trl_ext"], seconds["trl"], strict=True)]
+    low, high = interval(ratios)
+    result = {
+        "workload": args.workload,
+        "dead": args.dead,
+        "loss_type": args.loss_type,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "ratio": statistics.median(ratios),
+        "low": low,
+        "high": high,
+        "pairs": args.pairs,
+        "seconds_trl": statistics.median(seconds["trl"]),
+        "seconds": statistics.median(seconds["trl_ext"]),
+        "grad_relative_error": max(errors),
+        "real_tokens": detail["trl"]["tokens"],
+        "padded_tokens_trl": detail["trl"]["slots"],
+        "padded_tokens": detail["trl_ext"]["slots"],
+        "computed_tokens": detail["trl_ext"]["tokens"],
+        "memory_ratio": detail["trl_ext"]["memory"] / detail["trl"]["memory"],
+    }
+    for key, value in result.items():
+        print(f"{key:>20}: {value:.4g}" if isinstance(value, float) else f"{key:>20}: {value}")
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,667 @@
+"""
+The micro-batches in which selected rollouts travel to the loss.
+
+TRL pads every micro-batch to the longest prompt and completion of the whole generation batch, and computes rows that
+can't move the policy. Here the rows of one optimizer step are sorted by length and dealt again, over its micro-batches
+and over the processes, so that all carry about equally many tokens; each micro-batch is cut to its own longest row;
+rows that contribute nothing are left out, and copies inside a step become weights. The gradient stays TRL's: a row
+never leaves the optimizer step that TRL dealt it to, and what is not exact for a loss is not done ([`exact_savings`]).
+"""
+
+import heapq
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import astuple, dataclass
+from itertools import count, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+
+MicroBatch = dict[str, Any]
+
+# Losses whose value is a mean over the rows of a micro-batch: with other rows in it, it is scaled back
+ROW_MEAN_LOSSES = ("grpo", "sapo", "luspo", "dr_grpo")
+# Divides by the tokens of its own micro-batch
+MICRO_BATCH_MEAN_LOSSES = ("bnpo",)
+# TRL takes a completion of one column for one value per sequence
+FEWEST_COLUMNS = 2
+# Under which a micro-batch carries its [`Fit`], and rows the number of the row they are a copy of
+FIT, SOURCE_ROW = "fit", "source_row"
+
+# Rotary position embeddings that depend on differences of positions only; `dynamic` and `longrope` read the length
+RELATIVE_ROPE = ("default", "linear", "llama3", "yarn")
+ROPE_KEYS = {
+    *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"),
+    *("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    "truncate",
+}
+RELATIVE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+# What is exact
+
+
+@dataclass(frozen=True)
+class Savings:
+    """
+    Which savings leave the gradient as it is.
+
+    Args:
+        trim_prompts (`bool`):
+            Left padding may be cut; right padding of completions always may.
+        regroup (`bool`):
+            Rows may change their micro-batch inside an optimizer step, and rows without a token in the loss be left
+            out.
+        skip_dead (`bool`):
+            Rows whose advantage is zero may be left out.
+        weigh_copies (`bool`):
+            Copies of a row in one optimizer step may be computed once, with their number as weight.
+        reasons (`tuple[str]`):
+            Why not, for each that is not exact.
+    """
+
+    trim_prompts: bool
+    regroup: bool
+    skip_dead: bool
+    weigh_copies: bool
+    reasons: tuple[str, ...] = ()
+
+
+def exact_savings(
+    loss_type: str, *, kl: bool, entropy_terms: bool, aux_loss: bool, relative_positions: bool
+) -> Savings:
+    """
+    Which savings are exact for a loss.
+
+    Args:
+        loss_type (`str`):
+            TRL's.
+        kl (`bool`):
+            Whether the loss has a KL term: it moves rows without advantage too.
+        entropy_terms (`bool`):
+            Whether an entropy bonus or entropy quantile is taken over each micro-batch.
+        aux_loss (`bool`):
+            Whether experts are balanced over each micro-batch.
+        relative_positions (`bool`):
+            Whether left padding doesn't move the model's outputs ([`has_relative_positions`]).
+    """
+    reasons = []
+    if not relative_positions:
+        reasons.append("the left padding of prompts is kept: the model's positions may be absolute")
+    composed = {
+        f"loss_type='{loss_type}' divides by the tokens of its micro-batch": loss_type in MICRO_BATCH_MEAN_LOSSES,
+        "the entropy term is taken over each micro-batch": entropy_terms,
+        "the auxiliary loss balances experts over each micro-batch": aux_loss,
+    }
+    bound = [reason for reason, holds in composed.items() if holds]
+    if bound:
+        reasons.append(f"rows keep their micro-batch, and all are computed: {' and '.join(bound)}")
+    elif kl:
+        reasons.append("rows without advantage are computed, copies too: the KL term (beta) gives them a gradient")
+    policy_only = not bound and not kl
+    return Savings(relative_positions, not bound, policy_only, policy_only, tuple(reasons))
+
+
+def has_relative_positions(model: nn.Module) -> bool:
+    """
+    Whether cutting left padding leaves a model's outputs as they are. TRL passes no positions, so that they count from
+    the first column, padding included. Known to be so for rotary embeddings that depend on differences only;
+    everything else (learned positions, recurrent or convolutional layers, chunked attention, scales that depend on the
+    position) counts as not.
+    """
+    unknown: Any = getattr(model, "config", None)
+    if unknown is None:
+        return False
+    config = unknown.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    per_layer_type = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    rotary = bool(rope) and all(
+        settings.get("rope_type") in RELATIVE_ROPE and settings.keys() <= ROPE_KEYS for settings in per_layer_type
+    )
+    layers = set(getattr(config, "layer_types", None) or ()) <= RELATIVE_LAYERS
+    scaled = bool(getattr(config, "attn_temperature_tuning", False))
+    recurrent = any(isinstance(module, nn.Conv1d) for module in model.modules())
+    return rotary and layers and not scaled and not recurrent
+
+
+# How rows are dealt
+
+
+class Width(NamedTuple):
+    """Columns of a micro-batch."""
+
+    prompt: int
+    completion: int
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.completion
+
+
+@dataclass
+class RowSizes:
+    """
+    Lengths of rows, which may all be computed together.
+
+    Args:
+        prompt, completion (`list[int]`):
+            Columns that each row needs.
+        multiple (`int`):
+            Prompts and completions are padded to a multiple of this.
+        widest (`Width`):
+            Columns that there are.
+    """
+
+    prompt: list[int]
+    completion: list[int]
+    multiple: int
+    widest: Width
+
+    def rounded(self, prompt: int, completion: int) -> Width:
+        """Columns of a micro-batch whose longest prompt and completion these are."""
+        needed = (max(prompt, 1), max(completion, FEWEST_COLUMNS))
+        padded = (-(-columns // self.multiple) * self.multiple for columns in needed)
+        return Width(*map(min, padded, self.widest))
+
+    def width(self, rows: list[int]) -> Width:
+        """Columns of a micro-batch of these rows."""
+        return self.rounded(max(self.prompt[row] for row in rows), max(self.completion[row] for row in rows))
+
+    def tokens(self, rows: list[int]) -> int:
+        """Tokens of a micro-batch of these rows, padding included."""
+        return len(rows) * self.width(rows).total
+
+    def growing(self, rows: Iterable[int]) -> Iterator[int]:
+        """Tokens of the first 1, 2, 3, … of `rows` together, padding included."""
+        prompt = completion = 0
+        for size, row in enumerate(rows, start=1):
+            prompt, completion = max(prompt, self.prompt[row]), max(completion, self.completion[row])
+            yield size * self.rounded(prompt, completion).total
+
+
+Stretch = list[int]
+
+
+def _filled(sizes: RowSizes, order: list[int], cap: int, at_most: int) -> list[Stretch] | None:
+    """Cut `order` into stretches of at most `cap` tokens; `None` if that takes more than `at_most` of them."""
+    stretches: list[Stretch] = []
+    start = 0
+    while start < len(order):
+        taken = 0
+        for tokens in sizes.growing(order[i] for i in range(start, len(order))):
+            if tokens > cap:
+                break
+            taken += 1
+        if taken == 0 or len(stretches) == at_most:
+            return None
+        stretches.append(order[start : start + taken])
+        start += taken
+    return stretches
+
+
+def _best_cut(sizes: RowSizes, rows: Stretch) -> tuple[int, int]:
+    """Tokens that cutting a stretch in two saves, and where; among equals the cut nearest to the middle."""
+    front, back = list(sizes.growing(rows)), list(sizes.growing(reversed(rows)))[::-1]
+    saved, _, cut_at = max(
+        (front[-1] - front[i - 1] - back[i], -abs(i - len(rows) / 2), i) for i in range(1, len(rows))
+    )
+    return saved, cut_at
+
+
+def _packed(sizes: RowSizes, order: list[int], micro_batches: int) -> list[Stretch]:
+    low, high = 1, sizes.tokens(order)
+    while low < high:
+        cap = (low + high) // 2
+        low, high = (low, cap) if _filled(sizes, order, cap, micro_batches) else (cap + 1, high)
+    stretches = _filled(sizes, order, high, micro_batches)
+    assert stretches is not None
+    whole = [stretch for stretch in stretches if len(stretch) == 1]
+    # By what a cut saves, then by rows; the counter only breaks ties
+    queue: list[tuple[int, int, int, Stretch, int]] = []
+    counter = count()
+
+    def push(stretch: Stretch) -> None:
+        if len(stretch) == 1:
+            whole.append(stretch)
+            return
+        saved, cut_at = _best_cut(sizes, stretch)
+        heapq.heappush(queue, (-saved, -len(stretch), next(counter), stretch, cut_at))
+
+    for stretch in stretches:
+        if len(stretch) > 1:
+            push(stretch)
+    while queue and len(queue) + len(whole) < micro_batches:
+        *_, stretch, cut_at = heapq.heappop(queue)
+        push(stretch[:cut_at])
+        push(stretch[cut_at:])
+    return sorted(whole + [entry[3] for entry in queue], key=lambda stretch: -sizes.tokens(stretch))
+
+
+def pack(sizes: RowSizes, rows: list[int], micro_batches: int) -> list[list[int]]:
+    """
+    Deal rows to micro-batches: none has more tokens (padding included) than the most even deal needs, and all together
+    have few.
+
+    Rows are sorted by length and cut into stretches. The smallest possible largest stretch is found by bisection; what
+    micro-batches are left over then go where one more saves most.
+
+    Args:
+        sizes ([`RowSizes`]):
+            Lengths of all rows.
+        rows (`list[int]`):
+            Which rows.
+        micro_batches (`int`):
+            How many micro-batches there are.
+
+    Returns:
+        `list[list[int]]`: the largest first; fewer than `micro_batches` only if there are fewer rows.
+    """
+    if not rows:
+        return []
+    orders = [
+        sorted(rows, key=lambda row: (-sizes.completion[row], -sizes.prompt[row])),
+        sorted(rows, key=lambda row: -sizes.completion[row] - sizes.prompt[row]),
+    ]
+    deals = [_packed(sizes, order, micro_batches) for order in (orders if orders[0] != orders[1] else orders[:1])]
+    return min(deals, key=lambda deal: sum(map(sizes.tokens, deal)))
+
+
+FILLER = -1
+
+
+def deal(sizes: RowSizes, rows: list[int], ranks: int, micro_batches: int) -> list[list[list[int]]]:
+    """
+    Give each rank its micro-batches. TRL gathers metrics by row, so that at any time all ranks must work on equally
+    many rows: neighbours in length go to different ranks, in turn, and what is left over is filled up with rows
+    without weight.
+
+    Args:
+        sizes ([`RowSizes`]):
+            Lengths of all rows.
+        rows (`list[int]`):
+            Which rows.
+        ranks (`int`):
+            Processes.
+        micro_batches (`int`):
+            Micro-batches of each rank.
+
+    Returns:
+        `list[list[list[int]]]`: rows by rank and micro-batch, at least one in each; `FILLER` for a row without weight.
+    """
+    order = sorted(rows, key=lambda row: (-sizes.completion[row], -sizes.prompt[row]))
+    teams = [order[start : start + ranks] for start in range(0, len(order), ranks)]  # a row for each rank
+    of_teams = RowSizes(
+        [max(sizes.prompt[row] for row in team) for team in teams],
+        [max(sizes.completion[row] for row in team) for team in teams],
+        sizes.multiple,
+        sizes.widest,
+    )
+    packed = pack(of_teams, list(range(len(teams))), micro_batches)
+    packed += [[] for _ in range(micro_batches - len(packed))]
+    dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
+    for batch in packed:
+        members = [teams[i] + [FILLER] * (ranks - len(teams[i])) for i in batch] or [[FILLER] * ranks]
+        for rank in range(ranks):
+            dealt[rank].append([team[(rank + turn) % ranks] for turn, team in enumerate(members)])
+    return dealt
+
+
+def windows(length: int, step: int, until_update: int, accumulation: int, iterations: int) -> list[tuple[int, int]]:
+    """
+    Stretches of a generation batch's micro-batches whose optimizer step is the same each time they are used.
+
+    Args:
+        length (`int`):
+            Micro-batches of a generation batch.
+        step (`int`):
+            Micro-steps since training began, at the first use of the batch.
+        until_update (`int`):
+            Micro-steps until the next optimizer step ends.
+        accumulation (`int`):
+            Micro-steps of every optimizer step after that.
+        iterations (`int`):
+            How often the batch is used.
+    """
+    start = step - step % (length * iterations)
+    ends = range(step + until_update, start + length * iterations, accumulation)
+    cuts = sorted({0, length, *((end - start) % length for end in ends)})
+    return list(pairwise(cuts))
+
+
+# Rows and their tensors
+
+
+class Rows(NamedTuple):
+    """
+    What the deal depends on, by row.
+
+    Args:
+        prompt, completion (`torch.Tensor` of shape `(N,)`):
+            Columns that the row needs.
+        tokens (`torch.Tensor` of shape `(N,)`):
+            Tokens in the loss.
+        contributes (`torch.Tensor` of shape `(N,)`):
+            1 where the row can move the policy.
+        source (`torch.Tensor` of shape `(N,)`):
+            Equal for copies of one row, −1 where there are none.
+    """
+
+    prompt: torch.Tensor
+    completion: torch.Tensor
+    tokens: torch.Tensor
+    contributes: torch.Tensor
+    source: torch.Tensor
+
+
+def _needed(mask: torch.Tensor) -> torch.Tensor:
+    """Columns `(N,)` up to the last 1 of each row of a mask `(N, T)`."""
+    return (mask.bool() * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(dim=1)
+
+
+def describe(batch: MicroBatch, skip_dead: bool) -> Rows:
+    """
+    Sizes of the rows of a micro-batch, and which of them the loss needs: those with a token in the loss and, if
+    `skip_dead`, an advantage that is not exactly zero.
+    """
+    mask = batch["completion_mask"]
+    loss_mask = mask * batch["tool_mask"] if "tool_mask" in batch else mask
+    contributes = loss_mask.any(dim=1)
+    if skip_dead:
+        advantages = batch["advantages"]
+        live = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
+        contributes = ((live != 0) & (loss_mask != 0)).any(dim=1)
+    source = batch.get(SOURCE_ROW)
+    return Rows(
+        prompt=_needed(batch["prompt_mask"].flip(1)),
+        completion=_needed(mask),
+        tokens=loss_mask.sum(dim=1),
+        contributes=contributes,
+        source=torch.full_like(contributes, -1, dtype=torch.long) if source is None else source,
+    )
+
+
+def cut(batch: MicroBatch, old: Width, new: Width) -> MicroBatch:
+    """Cut left padding of prompts and right padding of completions off every tensor of a micro-batch."""
+
+    def narrowed(name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dim() < 2:
+            return value
+        if name.startswith("prompt_"):
+            return value[:, old.prompt - new.prompt :]
+        if name.endswith("token_type_ids"):  # over prompt and completion
+            return value[:, old.prompt - new.prompt : old.prompt + new.completion]
+        if name.startswith(("pixel_", "image_", "spatial_")):
+            return value
+        return value[:, : new.completion] if value.size(1) == old.completion else value
+
+    return {name: narrowed(name, value) for name, value in batch.items()}
+
+
+def _width(batch: MicroBatch) -> Width:
+    return Width(batch["prompt_ids"].size(1), batch["completion_ids"].size(1))
+
+
+def _joined(batches: list[MicroBatch], accelerator: Accelerator, widest: Width) -> MicroBatch:
+    """The rows of several micro-batches, and of all ranks, in one."""
+    first, narrowest = batches[0], _width(batches[0])
+    joined: MicroBatch = {}
+    for name, value in first.items():
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            joined[name] = value
+            continue
+        rows = torch.cat([batch[name] for batch in batches])
+        if accelerator.num_processes > 1:
+            is_prompt = name.startswith("prompt_")
+            if is_prompt or (rows.dim() == 2 and rows.size(1) == narrowest.completion):
+                missing = widest.prompt - rows.size(1) if is_prompt else widest.completion - rows.size(1)
+                # A ratio of 1 is what TRL has in padding
+                filler = 1 if name == "importance_sampling_ratio" else 0
+                padding = (missing, 0) if is_prompt else (0, missing)
+                rows = nn.functional.pad(rows, padding, value=filler)
+            rows = accelerator.gather(rows.contiguous())
+        joined[name] = rows
+    return joined
+
+
+@dataclass(frozen=True)
+class Fit:
+    """
+    What a micro-batch stands for, over all ranks.
+
+    Args:
+        scale (`float`):
+            Factor on a loss that is a mean over rows: rows here over rows of TRL's micro-batch.
+        tokens, rows, fillers (`int`):
+            Loss tokens, rows, and rows that only keep collectives alive.
+        computed_tokens, computed_rows, all_tokens, all_rows (`int`):
+            Of the micro-batches it was dealt with, without and with the rows that were left out; copies count there.
+        micro_batches (`int`):
+            How many those are.
+    """
+
+    scale: float
+    tokens: int
+    rows: int
+    fillers: int
+    computed_tokens: int
+    computed_rows: int
+    all_tokens: int
+    all_rows: int
+    micro_batches: int
+
+
+@dataclass
+class Saved:
+    """
+    What fitting changed, in totals over all processes.
+
+    Args:
+        token_slots, token_slots_trl (`int`):
+            Tokens that forward and backward pass of the loss compute, padding included: here, and in TRL's
+            micro-batches.
+        useful_tokens, dead_slots (`int`):
+            Of TRL's slots: tokens of rows that the loss needs, without padding; and slots of the other rows.
+        rows, skipped_rows, merged_rows, regrouped_rows (`int`):
+            Rows of the generation batches, and how many of them were left out, weighed as copies, and computed in
+            another micro-batch than TRL's.
+    """
+
+    token_slots: int = 0
+    token_slots_trl: int = 0
+    useful_tokens: int = 0
+    dead_slots: int = 0
+    rows: int = 0
+    skipped_rows: int = 0
+    merged_rows: int = 0
+    regrouped_rows: int = 0
+
+    def __add__(self, other: "Saved") -> "Saved":
+        return Saved(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def share(self) -> float:
+        """Share of TRL's token slots that are not computed."""
+        return 1 - self.token_slots / max(self.token_slots_trl, 1)
+
+
+def _merge_copies(joined: MicroBatch, rows: Rows) -> list[int]:
+    """
+    Rows to compute, each set of copies once with the sum of their advantages as its advantage: the policy terms of
+    every loss of TRL's are homogeneous in a positive factor on the advantage.
+    """
+    contributing = rows.contributes.nonzero().flatten().tolist()
+    copies: dict[int, list[int]] = {}
+    for row in contributing:
+        source = int(rows.source[row])
+        copies.setdefault(source if source >= 0 else -2 - row, []).append(row)
+    for same in copies.values():
+        if len(same) > 1:
+            joined["advantages"][same[0]] *= len(same)
+    return [same[0] for same in copies.values()]
+
+
+def _take(joined: MicroBatch, rows: list[int]) -> MicroBatch:
+    """
+    Some of the rows. A `FILLER` is one without a token in the loss: a rank that has nothing left still takes part in
+    every collective.
+    """
+    index = torch.tensor([max(row, 0) for row in rows], device=joined["completion_ids"].device)
+    taken = {
+        name: value[index] if isinstance(value, torch.Tensor) and value.dim() else value
+        for name, value in joined.items()
+    }
+    fillers = torch.tensor([row == FILLER for row in rows], device=index.device)
+    taken["completion_mask"][fillers] = 0
+    return taken
+
+
+def fit_window(
+    batches: list[MicroBatch],
+    savings: Savings,
+    accelerator: Accelerator,
+    loss_type: str,
+    multiple: int,
+    saved: Saved,
+) -> list[MicroBatch]:
+    """
+    Deal the micro-batches of one optimizer step anew. Called on every rank, with equally many micro-batches.
+
+    Args:
+        batches (`list[dict]`):
+            TRL's micro-batches, all padded alike.
+        savings ([`Savings`]):
+            What may be done.
+        accelerator ([`~accelerate.Accelerator`]):
+            The trainer's.
+        loss_type (`str`):
+            TRL's.
+        multiple (`int`):
+            Prompts and completions are padded to a multiple of this.
+        saved ([`Saved`]):
+            Counts what was saved; changed in place.
+
+    Returns:
+        `list[dict]`: equally many micro-batches. Their rows carry TRL's tensors; [`Fit`] is under `"fit"`.
+    """
+    # Images stand in tensors and lists of their own, not one row a completion
+    has_images = any(isinstance(value, list) for value in batches[0].values())
+    regroup = savings.regroup and not has_images
+    trim_prompts = savings.trim_prompts and not has_images
+    described = [describe(batch, skip_dead=savings.skip_dead and regroup) for batch in batches]
+    local = torch.stack([torch.cat(column).long() for column in zip(*described, strict=True)], dim=1)  # (n, 5)
+    local = nn.functional.pad(local, (0, 2))
+    local[:, 5], local[:, 6] = _width(batches[0])
+    gathered = accelerator.gather(local).cpu()
+    rows = Rows(*gathered[:, :5].unbind(dim=1))
+    widest = Width(int(gathered[:, 5].amax()), int(gathered[:, 6].amax()))
+    saved.rows += len(gathered)
+    slots, needed = gathered[:, 5] + gathered[:, 6], rows.contributes.bool()
+    saved.token_slots_trl += int(slots.sum())
+    saved.useful_tokens += int((rows.prompt + rows.completion)[needed].sum())
+    saved.dead_slots += int(slots[~needed].sum())
+    if not trim_prompts:
+        rows = rows._replace(prompt=gathered[:, 5])
+    sizes = RowSizes(rows.prompt.tolist(), rows.completion.tolist(), multiple, widest)
+    ranks, per_rank = accelerator.num_processes, len(batches)
+    per_batch = len(local) // per_rank  # rows of TRL's micro-batch
+    if not regroup:
+        return _cut_in_place(batches, sizes, per_batch, accelerator, saved)
+
+    joined = _joined(batches, accelerator, widest)
+    keep = _merge_copies(joined, rows) if savings.weigh_copies else rows.contributes.nonzero().flatten().tolist()
+    saved.skipped_rows += len(gathered) - int(rows.contributes.sum())
+    saved.merged_rows += int(rows.contributes.sum()) - len(keep)
+    dealt = deal(sizes, keep, ranks, per_rank)
+    least = Width(1 if trim_prompts else widest.prompt, min(FEWEST_COLUMNS, widest.completion))
+    fitted = []
+    for i in range(per_rank):
+        turn = [dealt[rank][i] for rank in range(ranks)]
+        real = [[row for row in rank_rows if row != FILLER] for rank_rows in turn]
+        columns = [sizes.width(rank_rows) if rank_rows else least for rank_rows in real]
+        here = accelerator.process_index
+        batch = cut(_take(joined, turn[here]), widest, columns[here])
+        together = [row for rank_rows in real for row in rank_rows]
+        saved.token_slots += sum(len(turn[0]) * width.total for width in columns)
+        for rank, rank_rows in enumerate(real):
+            saved.regrouped_rows += sum(
+                (row // len(local), row % len(local) // per_batch) != (rank, i) for row in rank_rows
+            )
+        batch[FIT] = Fit(
+            scale=len(turn[0]) / per_batch if loss_type in ROW_MEAN_LOSSES else 1.0,
+            tokens=int(rows.tokens[together].sum()),
+            rows=len(together),
+            fillers=ranks * len(turn[0]) - len(together),
+            computed_tokens=int(rows.tokens[keep].sum()),
+            computed_rows=len(keep),
+            all_tokens=int(rows.tokens.sum()),
+            all_rows=len(gathered),
+            micro_batches=per_rank,
+        )
+        fitted.append(batch)
+    return fitted
+
+
+def _cut_in_place(
+    batches: list[MicroBatch], sizes: RowSizes, per_batch: int, accelerator: Accelerator, saved: Saved
+) -> list[MicroBatch]:
+    """Every micro-batch keeps its rows and loses its padding."""
+    fitted, per_rank = [], per_batch * len(batches)
+    for i, batch in enumerate(batches):
+        for rank in range(accelerator.num_processes):
+            start = rank * per_rank + i * per_batch
+            # The widest of a rank is what its own tensors have
+            width = sizes.width(list(range(start, start + per_batch)))
+            saved.token_slots += per_batch * width.total
+            if rank == accelerator.process_index:
+                fitted.append(cut(batch, _width(batch), Width(*map(min, width, _width(batch)))))
+    return fitted
+
+
+# Passes without gradient
+
+
+def fitted_pass(forward: Callable[..., Any], trim_prompts: bool, multiple: int, *args: Any, **kwargs: Any) -> Any:
+    """
+    TRL's pass over a whole generation batch (old policy, reference), in as many batches as TRL makes, each of rows of
+    like length and cut to its longest.
+
+    Args:
+        forward (`Callable`):
+            TRL's `_get_per_token_logps_and_entropies`, bound to a trainer; `args` and `kwargs` are its arguments.
+        trim_prompts (`bool`):
+            Whether left padding may be cut.
+        multiple (`int`):
+            Prompts and completions are padded to a multiple of this.
+
+    Returns:
+        What `forward` returns, with 0 in padding as there. Where it is given images or is asked for an auxiliary loss,
+        it runs as it is.
+    """
+    given = {k: v for k, v in inspect.signature(forward).bind(*args, **kwargs).arguments.items() if v is not None}
+    by_row = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    known = {*by_row, "model", "logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"}
+    ids, batch_size = given["input_ids"], given.get("batch_size")
+    if not batch_size or given.keys() - known or given.get("compute_aux_loss"):
+        return forward(*args, **kwargs)
+    old = Width(ids.size(1) - given["logits_to_keep"], given["logits_to_keep"])
+    mask = given["attention_mask"]
+    prompt = _needed(mask[:, : old.prompt].flip(1)).tolist() if trim_prompts else [old.prompt] * len(ids)
+    sizes = RowSizes(prompt, _needed(mask[:, old.prompt :]).tolist(), multiple, old)
+    chunks = pack(sizes, list(range(len(ids))), -(-len(ids) // batch_size))
+    found: list[torch.Tensor | None] = [None, None]  # log-probabilities, entropies
+    for rows in chunks:
+        width, index = sizes.width(rows), torch.tensor(rows, device=ids.device)
+        columns = slice(old.prompt - width.prompt, old.prompt + width.completion)
+        cut_inputs = {name: given[name][index][:, columns] for name in by_row if name in given}
+        others = {name: given[name] for name in ("model", "compute_entropy") if name in given}
+        result = forward(**others, **cut_inputs, logits_to_keep=width.completion)
+        for i, values in enumerate(result[:2]):
+            if values is None:
+                continue
+            whole = found[i] = values.new_zeros(len(ids), old.completion) if found[i] is None else found[i]
+            assert whole is not None
+            whole[index, : width.completion] = values
+    return (*found, None)
