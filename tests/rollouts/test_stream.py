@@ -122,6 +122,76 @@ def test_rows_come_with_all_their_columns():
     assert row["prompt"] == f"p{row['answer']}"
 
 
+class TestChoice:
+    """Draws that choose among rows further on."""
+
+    @staticmethod
+    def last(count: int):
+        """Chooses the last `count` rows, and remembers what it was offered."""
+        offered: list[list[str]] = []
+
+        def choose(candidates: list[dict]) -> list[int]:
+            offered.append(names(candidates))
+            return list(range(len(candidates)))[-count:]
+
+        return choose, offered
+
+    @both_kinds
+    def test_among_the_next_rows(self, dataset):
+        order = passes(PromptStream(dataset(), seed=1), 12, 1)[0]
+        stream = PromptStream(dataset(), seed=1)
+        choose, offered = self.last(2)
+        exclude = {prompt_key({"prompt": order[1]})}
+        assert names(stream.draw(2, exclude, choose, lookahead=3)) == order[5:7]
+        assert offered == [[order[0], *order[2:7]]]
+        assert exclude == {prompt_key({"prompt": order[i]}) for i in (1, 5, 6)}
+        # The stream goes on behind what was offered
+        assert names(stream.draw(1, set())) == [order[7]]
+
+    @both_kinds
+    def test_rows_passed_over_come_again_in_the_next_pass(self, dataset):
+        stream = PromptStream(dataset(), seed=1)
+        choose, offered = self.last(1)
+        exclude: set[str] = set()
+        chosen = [names(stream.draw(1, exclude, choose, lookahead=4))[0] for _ in range(6)]
+        first, second = [name for offer in offered[:3] for name in offer], [n for offer in offered[3:] for n in offer]
+        assert len(set(first)) == 12
+        assert not set(second) & set(chosen[:3])
+        assert set(first) - set(chosen[:3]) <= set(second)
+
+    @both_kinds
+    def test_offers_nothing_twice(self, dataset):
+        stream = PromptStream(dataset(), seed=1)
+        stream.draw(5, set())  # in mid-pass: the search goes on in the next pass
+        choose, offered = self.last(4)
+        assert len(stream.draw(4, set(), choose, lookahead=100)) == 4
+        assert sorted(offered[0]) == sorted(f"p{i}" for i in range(12))
+
+    @both_kinds
+    def test_takes_all_if_there_are_no_more(self, dataset):
+        stream = PromptStream(dataset(), seed=1)
+        exclude = {prompt_key({"prompt": f"p{i}"}) for i in range(9)}
+        choose, offered = self.last(1)
+        assert sorted(names(stream.draw(3, exclude, choose))) == ["p10", "p11", "p9"]
+        assert offered == []
+        assert len(exclude) == 12
+        assert stream.draw(3, exclude, choose) == []
+
+    def test_in_the_order_chosen(self):
+        order = passes(PromptStream(rows(), seed=1), 12, 1)[0]
+        drawn = PromptStream(rows(), seed=1).draw(2, set(), choose=lambda candidates: [3, 0])
+        assert names(drawn) == [order[3], order[0]]
+
+    @both_kinds
+    def test_resumes(self, dataset):
+        stream, resumed = PromptStream(dataset(), seed=1), PromptStream(dataset(), seed=1)
+        choose, _ = self.last(1)
+        stream.draw(1, set(), choose, lookahead=5)
+        resumed.load_state_dict(stream.state_dict())
+        for lookahead in (3, 4, 5):
+            assert stream.draw(1, set(), choose, lookahead) == resumed.draw(1, set(), choose, lookahead)
+
+
 class TestPromptKey:
     def test_only_what_the_policy_sees_counts(self):
         assert prompt_key({"prompt": "a", "answer": 1}) == prompt_key({"prompt": "a", "answer": 2})

@@ -3,7 +3,7 @@ The prompts that refilling draws: a stream of its own beside the epoch's, so tha
 says and a resumed run draws what the interrupted one would have drawn.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -65,32 +65,46 @@ class PromptStream:
             self.position += 1
         return row
 
-    def draw(self, count: int, exclude: set[str]) -> list[dict[str, Any]]:
+    def draw(
+        self,
+        count: int,
+        exclude: set[str],
+        choose: Callable[[list[dict[str, Any]]], list[int]] | None = None,
+        lookahead: int = 4,
+    ) -> list[dict[str, Any]]:
         """
-        The next rows of the stream whose prompts are not in `exclude`.
+        The next rows of the stream whose prompts are not in `exclude`, or a choice among more of them.
 
         Args:
             count (`int`):
                 How many.
             exclude (`set[str]`):
                 Keys ([`prompt_key`]) that must not be drawn. The keys of what is drawn are added to it.
+            choose (`Callable`, *optional*):
+                Gets up to `lookahead * count` next rows and returns the positions of `count` of them. Not asked where
+                `count` rows or fewer are left. The rows passed over come again in the next pass.
+            lookahead (`int`, *optional*, defaults to `4`):
+                Rows to choose from for every row drawn.
 
         Returns:
             `list[dict]`: fewer than `count` rows if the data set holds no other prompts.
         """
-        drawn: list[dict[str, Any]] = []
+        candidates: dict[str, dict[str, Any]] = {}
+        wanted = count if choose is None else lookahead * count
         passes_ended = 0
         # From the second end on, every row of the data set has been looked at since the call began.
-        while len(drawn) < count and passes_ended < 2:
+        while len(candidates) < wanted and passes_ended < 2:
             row = self._next()
             if row is None:
                 passes_ended += 1
                 continue
             key = prompt_key(row)
             if key not in exclude:
-                exclude.add(key)
-                drawn.append(row)
-        return drawn
+                candidates.setdefault(key, row)
+        keys, rows = list(candidates), list(candidates.values())
+        chosen = range(len(rows)) if choose is None or len(rows) <= count else choose(rows)
+        exclude.update(keys[i] for i in chosen)
+        return [rows[i] for i in chosen]
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
