@@ -161,3 +161,40 @@ def test_a_stop_is_no_fault(stop):
 
     with pytest.raises(stop):
         guard(stops, "judge")(**COLUMNS)
+
+
+@pytest.fixture(params=["sync", "async"])
+def counted(request):
+    """A guard, a way to call it on `COLUMNS`, and the calls that reached the function."""
+    calls = []
+
+    def func(**columns: Any) -> list[float]:
+        calls.append(columns)
+        return [0.0] * 3
+
+    if request.param == "sync":
+        guarded = guard(func, "judge")
+        return guarded, lambda: guarded(**COLUMNS), calls
+    guarded = guard(made_async(func), "judge")
+    return guarded, lambda: asyncio.run(guarded(**COLUMNS)), calls
+
+
+@pytest.mark.parametrize("ready", [[1.0, None, 0.5], [FAILED] * 3], ids=str)
+def test_what_is_ready_is_handed_out_once(counted, ready):
+    guarded, run, calls = counted
+    guarded.ready = ready
+    assert run() == ready
+    assert calls == []
+    assert guarded.fault is None
+    assert run() == [0.0] * 3
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_ready_for_another_batch(counted, count):
+    guarded, run, calls = counted
+    guarded.ready = [1.0] * count
+    with pytest.raises(ValueError, match=f"{count} rewards of `judge` are ready, for 3 completions"):
+        run()
+    assert calls == []
+    assert guarded.ready is None

@@ -23,18 +23,21 @@ MOST_PROBES = 64
 LARGEST_REWARD = torch.finfo(torch.float32).max
 
 
-def _describe(name: str, problem: str, sample: dict[str, Any]) -> str:
-    shown = "\n".join(f"  {key}: {value!r}"[:500] for key, value in sample.items())
+def _by_completion(columns: dict[str, Any]) -> dict[str, list[Any]]:
+    """The arguments with one value for each completion; the others are shared."""
+    size = len(columns["prompts"])
+    return {key: value for key, value in columns.items() if isinstance(value, list) and len(value) == size}
+
+
+def cut_columns(columns: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """The arguments of a reward function for some of the completions: lists by completion are cut, others stay."""
+    return {**columns, **{key: value[start:stop] for key, value in _by_completion(columns).items()}}
+
+
+def describe_fault(name: str, problem: str, columns: dict[str, Any], index: int) -> str:
+    """What went wrong with a reward function, and the arguments of one completion that show it."""
+    shown = "\n".join(f"  {key}: {value[index]!r}"[:500] for key, value in _by_completion(columns).items())
     return f"The reward function `{name}` {problem}\n{shown}"
-
-
-def _sample(columns: dict[str, Any], index: int) -> dict[str, Any]:
-    """The arguments of one completion."""
-    return {
-        key: value[index]
-        for key, value in columns.items()
-        if isinstance(value, list) and len(value) == len(columns["prompts"])
-    }
 
 
 class RewardGuard:
@@ -47,12 +50,18 @@ class RewardGuard:
             A reward function as TRL takes them, sync or async.
         name (`str`):
             Its name in logs.
+
+    Attributes:
+        ready (`list`, *optional*):
+            Rewards that have been computed and checked already. The next call returns them instead of calling the
+            function.
     """
 
     def __init__(self, func: Callable[..., Any], name: str) -> None:
         self.func = func
         self.__name__ = name
         self.fault: str | None = None
+        self.ready: list[float | None] | None = None
 
     def __getattr__(self, name: str) -> Any:  # only what the guard itself lacks
         if name == "func":
@@ -60,15 +69,18 @@ class RewardGuard:
         return getattr(self.func, name)
 
     def _failed(self, columns: dict[str, Any], problem: str, index: int) -> list[float]:
-        self.fault = _describe(self.__name__, problem, _sample(columns, index))
+        self.fault = describe_fault(self.__name__, problem, columns, index)
         return [FAILED] * len(columns["prompts"])
 
-    def _raised(self, columns: dict[str, Any], error: Exception, index: int | None) -> list[float]:
-        tried = min(len(columns["prompts"]), MOST_PROBES)
-        where = "for this sample"
-        if index is None:
-            where = f"on the whole batch, but on none of its first {tried} samples alone; here is the first"
-        return self._failed(columns, f"raised {type(error).__name__}: {error} ({where}):", index or 0)
+    def _raised(self, columns: dict[str, Any], error: Exception, where: str, index: int = 0) -> list[float]:
+        return self._failed(columns, f"raised {type(error).__name__}: {error} ({where}):", index)
+
+    def _taken(self, columns: dict[str, Any], ready: list[float | None]) -> list[float | None]:
+        self.ready = None
+        expected = len(columns["prompts"])
+        if len(ready) != expected:
+            raise ValueError(f"{len(ready)} rewards of `{self.__name__}` are ready, for {expected} completions")
+        return ready
 
     def _checked(self, columns: dict[str, Any], output: Any) -> Any:
         expected = len(columns["prompts"])
@@ -101,37 +113,47 @@ class RewardGuard:
                 )
         return output
 
-    def _one_by_one(self, columns: dict[str, Any]) -> Any:
+    def _one_by_one(self, columns: dict[str, Any], error: Exception) -> Iterator[tuple[int, dict[str, Any]]]:
         """Arguments of single samples, to find one on which a function raises; a few, since a judge may be slow."""
+        # Kept first: there may be no time to try them
+        self._raised(columns, error, "on the whole batch; here is its first sample")
         for index in range(min(len(columns["prompts"]), MOST_PROBES)):
-            alone = {key: [value] for key, value in _sample(columns, index).items()}
-            yield index, {**columns, **alone}
+            yield index, cut_columns(columns, index, index + 1)
+
+    def _on_none(self, columns: dict[str, Any], error: Exception) -> list[float]:
+        tried = min(len(columns["prompts"]), MOST_PROBES)
+        where = f"on the whole batch, but on none of its first {tried} samples alone; here is the first"
+        return self._raised(columns, error, where)
 
     def __call__(self, **columns: Any) -> Any:
+        if self.ready is not None:
+            return self._taken(columns, self.ready)
         try:
             return self._checked(columns, self.func(**columns))
         except Exception as error:  # whatever the user's code raises
-            for index, alone in self._one_by_one(columns):
+            for index, alone in self._one_by_one(columns, error):
                 try:
                     self.func(**alone)
                 except Exception:
-                    return self._raised(columns, error, index)
-            return self._raised(columns, error, None)
+                    return self._raised(columns, error, "for this sample", index)
+            return self._on_none(columns, error)
 
 
 class AsyncRewardGuard(RewardGuard):
     """[`RewardGuard`] for an async reward function."""
 
     async def __call__(self, **columns: Any) -> Any:
+        if self.ready is not None:
+            return self._taken(columns, self.ready)
         try:
             return self._checked(columns, await self.func(**columns))
         except Exception as error:
-            for index, alone in self._one_by_one(columns):
+            for index, alone in self._one_by_one(columns, error):
                 try:
                     await self.func(**alone)
                 except Exception:
-                    return self._raised(columns, error, index)
-            return self._raised(columns, error, None)
+                    return self._raised(columns, error, "for this sample", index)
+            return self._on_none(columns, error)
 
 
 def guard(func: Callable[..., Any], name: str) -> RewardGuard:
