@@ -1,13 +1,19 @@
 """
-Which method learns faster, and by what measure? GRPO (TRL's own trainer), DAPO, DUPO and GSPO on set A of the sorting
-task: a model that was shown 3 to 8 digits is trained on 4 to 14.
+Which method learns faster, and by what measure? Two studies on set A of the sorting task: a model that was shown 3 to
+8 digits is trained on 4 to 14.
 
-Every method gets the same start (a supervised warm-up, one per seed), the same number of generation batches of 32
-prompts × 8 completions, 4 optimizer steps on each, the same learning rate and schedule, and its own defaults for the
-rest. pass@1 is sampled at temperature 1 on held-out prompts; tokens and CPU-seconds count everything but evaluation.
+- `methods`: GRPO (TRL's own trainer), DAPO, DUPO and GSPO, each with its own defaults, over the same number of
+  generation batches.
+- `refill`: TRL's GRPO against the same loss with refilled batches, from blind and from informed draws, over the same
+  number of generated tokens: 2,000 prompts, passed several times.
+
+Every method gets the same start (a supervised warm-up, one per seed), batches of 32 prompts × 8 completions,
+4 optimizer steps on each, the same learning rate and schedule. pass@1 is sampled at temperature 1 on held-out prompts;
+tokens and CPU-seconds count everything but evaluation.
 
 ```shell
 python benchmarks/learning.py --seeds 5 --report
+python benchmarks/learning.py --study refill --seeds 10 --report
 ```
 """
 
@@ -19,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +43,32 @@ from recipes.tasks.sort_digits import exact_match
 
 mpl.use("Agg")
 
+OURS, OUR_CONFIG = trl_ext.GRPOTrainer, trl_ext.GRPOConfig
+INFORMED = {"rollout_selection": "refill", "refill_draws": "informed"}
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "GRPO": (trl.GRPOTrainer, trl.GRPOConfig, {}),
     "DAPO": (trl_ext.DAPOTrainer, trl_ext.DAPOConfig, {"soft_punish_cache": 0, "warmup_steps": 0}),
     "DUPO": (trl_ext.DUPOTrainer, trl_ext.DUPOConfig, {}),
     "GSPO": (trl_ext.GSPOTrainer, trl_ext.GSPOConfig, {}),
+    "blind": (OURS, OUR_CONFIG, {"rollout_selection": "refill"}),
+    "informed": (OURS, OUR_CONFIG, INFORMED),
+    "informed+length": (OURS, OUR_CONFIG, {**INFORMED, "similar_prompts_columns": ["digits"]}),
+}
+STUDIES: dict[str, list[str]] = {
+    "methods": ["GRPO", "DAPO", "DUPO", "GSPO"],
+    "refill": ["GRPO", "blind", "informed", "informed+length"],
 }
 # Okabe and Ito's colours
-COLOURS = {"GRPO": "#000000", "DAPO": "#D55E00", "DUPO": "#009E73", "GSPO": "#0072B2"}
+COLOURS = {
+    "GRPO": "#000000",
+    "DAPO": "#D55E00",
+    "DUPO": "#009E73",
+    "GSPO": "#0072B2",
+    "blind": "#D55E00",
+    "informed": "#0072B2",
+    "informed+length": "#009E73",
+}
+BASELINES = {"GRPO": "TRL's GRPO", "blind": "blind refill"}
 AXES = {"steps": "optimizer steps", "tokens": "generated tokens", "cpu": "CPU-seconds"}
 
 
@@ -60,11 +85,30 @@ class TokenCounter:
         return exact_match(completion_ids, **kwargs)
 
 
-class Curve(TrainerCallback):
-    """Samples pass@1 every few steps, outside the clocks and the random state of training."""
+@dataclass
+class Budget:
+    """
+    How long a run is.
 
-    def __init__(self, task: TrainingTask, counter: TokenCounter, every: int, samples: int) -> None:
-        self.task, self.counter, self.every, self.samples = task, counter, every, samples
+    Args:
+        generations (`int`):
+            Generation batches, at most.
+        tokens (`float`):
+            Generated tokens, after which the next optimizer step is the last.
+        points (`int`):
+            Measurements of pass@1 on the way.
+    """
+
+    generations: int
+    tokens: float
+    points: int
+
+
+class Curve(TrainerCallback):
+    """Samples pass@1 at even distances, outside the clocks and the random state of training; ends the run."""
+
+    def __init__(self, task: TrainingTask, counter: TokenCounter, budget: Budget, samples: int) -> None:
+        self.task, self.counter, self.budget, self.samples = task, counter, budget, samples
         self.points: list[dict[str, float]] = []
         self.evaluating = 0.0
 
@@ -99,8 +143,10 @@ class Curve(TrainerCallback):
         self.point(state.global_step, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0:
+        done = max(state.global_step / state.max_steps, self.counter.tokens / self.budget.tokens)
+        if done >= len(self.points) / self.budget.points:
             self.point(state.global_step, model)
+        control.should_training_stop |= done >= 1
 
     def point(self, step: int, model: Any) -> None:
         cpu = time.process_time() - self.started - self.evaluating
@@ -133,14 +179,18 @@ def warm_up(directory: Path, seed: int) -> Path:
     return target
 
 
-def train(method: str, start: Path, seed: int, generations: int, every: int, samples: int) -> list[dict[str, float]]:
+def train(method: str, start: Path, seed: int, budget: Budget, samples: int, prompts: int) -> list[dict[str, float]]:
     trainer_class, config_class, settings = METHODS[method]
     counter = TokenCounter()
-    task = TrainingTask("A", seed, str(start), counter)
-    curve = Curve(task, counter, every, samples)
+    task = TrainingTask("A", seed, str(start), counter, prompts)
+    curve = Curve(task, counter, budget, samples)
     with tempfile.TemporaryDirectory() as output_dir:
         settings = task.settings(
-            output_dir, gradient_accumulation_steps=1, steps_per_generation=4, max_steps=4 * generations, **settings
+            output_dir,
+            gradient_accumulation_steps=1,
+            steps_per_generation=4,
+            max_steps=4 * budget.generations,
+            **settings,
         )
         trainer_class(args=config_class(**settings), callbacks=[curve], **task.arguments()).train()
     return curve.points
@@ -165,6 +215,12 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
+def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over seeds."""
+    means = np.random.default_rng(seed).choice(values, size=(10_000, len(values))).mean(axis=1)
+    return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
+
+
 def table(curves: dict[str, dict[int, list[dict[str, float]]]]) -> list[dict[str, Any]]:
     """A row a method: final pass@1, and areas under the curve up to the smallest budget any run used."""
     runs = [points for seeds in curves.values() for points in seeds.values()]
@@ -177,12 +233,17 @@ def table(curves: dict[str, dict[int, list[dict[str, float]]]]) -> list[dict[str
             row[axis] = mean_interval([area(points, axis, budgets[axis]) for points in seeds.values()])
             row[f"{axis}_used"] = float(np.mean([points[-1][axis] for points in seeds.values()]))
         # Paired by seed: the same start and data
-        row["versus_grpo"] = {
-            axis: mean_interval(
-                [area(seeds[s], axis, budgets[axis]) - area(curves["GRPO"][s], axis, budgets[axis]) for s in seeds]
-            )
-            for axis in AXES
-        }
+        row["versus"] = {}
+        for other in [name for name in BASELINES if name in curves and name != method]:
+            differences = {
+                axis: [
+                    area(seeds[s], axis, budgets[axis]) - area(curves[other][s], axis, budgets[axis]) for s in seeds
+                ]
+                for axis in AXES
+            }
+            row["versus"][other] = {
+                axis: (*mean_interval(found), *bootstrap_interval(found)) for axis, found in differences.items()
+            }
         rows.append(row)
     return rows
 
@@ -224,25 +285,31 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"| {row['method']} | {pm(row['final'])} | {pm(row['steps'])} | {pm(row['tokens'])} | {pm(row['cpu'])} "
             f"| {row['tokens_used'] / 1000:.0f} | {row['cpu_used']:.0f} |"
         )
-    lines += [
-        "",
-        "Difference to TRL's GRPO, paired by seed:",
-        "",
-        "| method | steps | tokens | CPU-seconds |",
-        "|---|---|---|---|",
-    ]
-    for row in rows[1:]:
-        lines.append(f"| {row['method']} | " + " | ".join(pm(row["versus_grpo"][axis]) for axis in AXES) + " |")
+    for other in [name for name in BASELINES if name in rows[-1]["versus"]]:
+        lines += [
+            "",
+            f"Difference to {BASELINES[other]}, paired by seed (mean ± t interval, bootstrap interval):",
+            "",
+            "| method | steps | tokens | CPU-seconds |",
+            "|---|---|---|---|",
+        ]
+        for row in rows:
+            if other in row["versus"]:
+                found = [row["versus"][other][axis] for axis in AXES]
+                cells = [f"{mean:+.3f} ± {half:.3f} ({low:+.3f} to {high:+.3f})" for mean, half, low, high in found]
+                lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=STUDIES, default="methods")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--generations", type=int, default=40, help="generation batches of a run")
-    parser.add_argument("--every", type=int, default=16, help="optimizer steps between two measurements")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: those of the study")
+    parser.add_argument("--generations", type=int, help="generation batches of a run, at most (methods: 40)")
+    parser.add_argument("--tokens", type=float, help="generated tokens of a run (refill: 600,000)")
+    parser.add_argument("--points", type=int, default=40, help="measurements of a run (default: 40)")
     parser.add_argument("--samples", type=int, default=2, help="completions for each held-out prompt")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "benchmarks" / "learning")
     parser.add_argument("--report", action="store_true", help="write the table into benchmarks/RESULTS.md")
@@ -250,16 +317,24 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    refill = args.study == "refill"
+    methods = args.methods or STUDIES[args.study]
+    budget = Budget(
+        generations=args.generations or (100_000 if refill else 40),
+        tokens=args.tokens or (600_000 if refill else float("inf")),
+        points=args.points,
+    )
+    prompts = 2000 if refill else 2048
 
-    curves: dict[str, dict[int, list[dict[str, float]]]] = {method: {} for method in args.methods}
+    curves: dict[str, dict[int, list[dict[str, float]]]] = {method: {} for method in methods}
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         start = warm_up(args.output_dir, seed)
-        for method in args.methods:
+        for method in methods:
             # Each finished run is kept: an interrupted benchmark goes on where it was
-            settings = f"{args.generations}_{args.every}_{args.samples}_{code_version()}"
-            done = args.output_dir / f"{method}_{seed}_{settings}.json"
+            settings = f"{budget.generations}_{budget.tokens:.0f}_{budget.points}_{args.samples}_{prompts}"
+            done = args.output_dir / f"{method}_{seed}_{settings}_{code_version()}.json"
             if not done.exists():
-                points = train(method, start, seed, args.generations, args.every, args.samples)
+                points = train(method, start, seed, budget, args.samples, prompts)
                 done.write_text(json.dumps(points))
             curves[method][seed] = points = json.loads(done.read_text())
             print(
@@ -271,11 +346,12 @@ def main() -> None:
     rows = table(curves)
     text = markdown(rows)
     print(text)
-    plot(curves, args.output_dir / "learning.png")
+    picture = "refill.png" if refill else "learning.png"
+    plot(curves, args.output_dir / picture)
     if args.report:
-        plot(curves, ROOT / "benchmarks" / "learning.png")
+        plot(curves, ROOT / "benchmarks" / picture)
         results = ROOT / "benchmarks" / "RESULTS.md"
-        begin, end = "<!-- learning.py -->", "<!-- /learning.py -->"
+        begin, end = (f"<!-- {slash}learning.py --study {args.study} -->" for slash in ("", "/"))
         before, _, rest = results.read_text(encoding="utf-8").partition(begin)
         results.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
     if args.json:

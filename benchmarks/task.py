@@ -28,18 +28,23 @@ class TrainingTask:
             Seed of data and initial weights.
         model_path (`str`, *optional*):
             A trained start; by default the model is untrained.
+        train_size (`int`):
+            Training prompts.
     """
 
     task_set: str = "N"
     seed: int = 0
     model_path: str | None = None
     reward_func: Any = exact_match
+    train_size: int = 2048
     tokenizer: Any = field(init=False)
     data: DatasetDict = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokenizer = build_tokenizer()
-        self.data = build_data(self.task_set, self.tokenizer, self.seed, 64, 2048, 512)
+        self.data = build_data(self.task_set, self.tokenizer, self.seed, 64, self.train_size, 512)
+        # What a difficulty column would say; an answer ends with the end-of-sequence token
+        self.data = self.data.map(lambda row: {"digits": len(row["answer_ids"]) - 1} if row.get("answer_ids") else {})
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of a trainer beside `args`."""

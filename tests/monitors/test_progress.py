@@ -67,6 +67,10 @@ def test_pace_is_recent_and_time_left_is_of_the_whole_session(printed):
     assert printed(15, 10, {"reward": 0.5}) == "step 15/60 · reward 0.500 · 2.00 s/step · 1:00 left\n"
 
 
+def test_saved_compute_is_told(printed):
+    assert "· 61% compute saved ·" in printed(12, 7.2, SELECTED | {"compute/saved": 0.614})
+
+
 def test_copies_are_told(printed):
     assert "20 groups kept of 32 · 12 duplicated ·" in printed(
         1,

@@ -17,6 +17,7 @@ SUMMARY = {
     "steps": 120,
     "generation_rounds": 133,
     "generated_tokens": 159_801,
+    "compute_saved": 0.614,
     "trained_tokens": 117_444,
     "parameters": 109_248,
     "trainable_parameters": 109_248,
@@ -34,6 +35,7 @@ def test_results_as_a_table():
     assert "| exact_match | 0.336 (0.304 to 0.368) | 0.765 (0.740 to 0.790) | 0.429 (0.400 to 0.460) |" in card
     assert "](learning.png)" in card
     assert "| tokens generated | 160k |" in card
+    assert "| padding and dead rows not computed | 61% |" in card
     assert "| parameters | 109,248 trained of 109,248 |" in card
     assert 'tokenizer("s3142=", return_tensors="pt")' in card
     assert "```yaml\nmax_steps: 120\nhub_token: ***\n```" in card
@@ -43,10 +45,17 @@ def test_results_as_a_table():
 
 
 def test_a_run_without_evaluation_says_so():
-    missing = {"before": None, "after": None, "gain": None, "generated_tokens": None, "command": None}
+    missing = {
+        "before": None,
+        "after": None,
+        "gain": None,
+        "generated_tokens": None,
+        "compute_saved": None,
+        "command": None,
+    }
     card = results_section(SUMMARY | missing)
     assert "without held-out evaluation" in card
-    assert "tokens generated" not in card
+    assert "tokens generated" not in card and "not computed" not in card
     assert "Train it again" not in card
 
 

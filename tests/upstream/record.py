@@ -52,6 +52,12 @@ LEANED_ON = {
         "says what a `tool_mask` masks, and runs the tools of row i for row i: selection happens after it"
     ),
     "trl.trainer.grpo_trainer.GRPOTrainer.compute_loss": "goes through `_compute_loss` with the micro-batch itself",
+    "trl.trainer.grpo_trainer.GRPOTrainer.get_gamma_weights": (
+        "sums importance ratios over padding too, where they must be 1; looks at one row at a time"
+    ),
+    "trl.trainer.grpo_trainer.GRPOTrainer.get_high_entropy_mask": (
+        "takes a quantile over a micro-batch and all ranks: no regrouping with it"
+    ),
     "trl.trainer.grpo_trainer.GRPOTrainer.get_off_policy_mask": (
         "measures drift from `sampling_per_token_logps`, which stay the real ones under GSPO-token"
     ),
@@ -74,7 +80,7 @@ LEANED_ON = {
         "deals rows to micro-batches: one permutation of the global generator for every tensor of the batch"
     ),
     "trl.trainer.utils.split_tensor_dict": (
-        "makes the micro-batches that `on_new_buffer` changes; scalars such as `num_items_in_batch` go into each"
+        "makes the micro-batches that `on_new_buffer` deals anew; scalars such as `num_items_in_batch` go into each"
     ),
     "trl.rewards.other_rewards._SoftOverlongPunishment": (
         "its `__name__` is how the shaping reward is told from outcome rewards, its arguments are DAPO's eq. 13"
@@ -88,6 +94,7 @@ LEANED_ON = {
         "logs, then evaluates, then saves: a checkpoint is written between two steps, after the metrics are cleared"
     ),
     "transformers.trainer.Trainer._run_epoch": (
+        "sets `current_gradient_accumulation_steps` to the window's length before its first micro-batch; "
         "opens the loader's iterator while `state.epoch` is the epoch about to be walked, skips batches on resuming, "
         "and prefetches an accumulation window before its first micro-batch"
     ),

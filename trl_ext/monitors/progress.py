@@ -98,6 +98,8 @@ def _facts(logs: dict[str, Any]) -> list[str]:
             facts.append(f"{logs['selection/groups_duplicated']:.0f} duplicated")
     if "selection/generated_tokens" in logs:
         facts.append(f"{count(logs['selection/generated_tokens'])} tokens generated")
+    if logs.get("compute/saved") is not None:
+        facts.append(f"{float(logs['compute/saved']):.0%} compute saved")
     return facts
 
 

@@ -51,9 +51,10 @@ def summarize(
     Returns:
         `dict[str, Any]`: `before`, `after` and `gain` map each metric to its mean, and hold under `intervals` the
         metric's `[low, high]` (95 %), under `prompts` and `samples` what it was measured on, and under `step` the
-        optimizer step. Tokens, rounds and steps count the whole run, over all processes.
+        optimizer step. `compute_saved` is the share of the token slots of TRL's micro-batches that were not computed,
+        `None` where none could be. Tokens, rounds and steps count the whole run, over all processes.
     """
-    counters = getattr(trainer, "counters", None)
+    counters, saved = getattr(trainer, "counters", None), getattr(trainer, "saved", None)
     summary: dict[str, Any] = {
         "method": type(trainer).__name__.removesuffix("Trainer"),
         "model": model,
@@ -66,6 +67,7 @@ def summarize(
         "generation_rounds": getattr(counters, "generation_rounds", None),
         "generated_tokens": getattr(counters, "generated_tokens", None),
         "trained_tokens": getattr(counters, "trained_tokens", None),
+        "compute_saved": round(saved.share, 4) if saved is not None and saved.rows else None,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "seed": trainer.args.seed,

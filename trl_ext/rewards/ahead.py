@@ -16,6 +16,11 @@ import torch
 from .guard import FAILED, AsyncRewardGuard, RewardGuard, cut_columns, describe_fault
 
 
+# A function that failed on this many groups in a row, all groups of the last batch among them, is broken. Fewer may be
+# an unlucky batch: a refill round can be one group.
+BROKEN_AFTER = 4
+
+
 class RewardFault(NamedTuple):
     """
     A call of a reward function that failed.
@@ -72,8 +77,8 @@ class RewardsAhead:
     one may run at the same time; async ones run on an event loop. Nothing is started before the first [`submit`].
 
     A call that fails or takes too long costs its group that reward (`None`: does not apply), for all of its
-    completions alike, and is told in `faults`. A function that failed on all groups is broken: its rewards are
-    [`FAILED`], with `fault` set on its guard.
+    completions alike, and is told in `faults`. A function that failed on all groups, and at least `BROKEN_AFTER` times
+    in a row, is broken: its rewards are [`FAILED`], with `fault` set on its guard.
 
     Args:
         funcs (`list[RewardGuard]`):
@@ -107,6 +112,7 @@ class RewardsAhead:
         self.timeout = timeout
         self.loop = loop
         self.faults: list[RewardFault] = []
+        self._failures = dict.fromkeys(range(len(funcs)), 0)  # in a row, by function
         self._calls: list[list[_Call]] = [[] for _ in funcs]
         self._waiting: deque[_Call] = deque()
         self._running: set[_Call] = set()
@@ -153,7 +159,7 @@ class RewardsAhead:
         for index in sorted(range(len(self.funcs)), key=lambda i: isinstance(self.funcs[i], AsyncRewardGuard)):
             self._log(by_func[index])
         self.faults = []
-        return [self._rewards(func, calls) for func, calls in zip(self.funcs, by_func, strict=True)]
+        return [self._rewards(index, calls) for index, calls in enumerate(by_func)]
 
     def discard(self) -> None:
         """Drop everything that was submitted; the next batch starts clean. Threads that still run are left behind."""
@@ -239,14 +245,16 @@ class RewardsAhead:
             for name, value in call.metrics:
                 self._loggers["log_metric"](name, value)
 
-    def _rewards(self, func: RewardGuard, calls: list[_Call]) -> list[float | None]:
+    def _rewards(self, index: int, calls: list[_Call]) -> list[float | None]:
+        func = self.funcs[index]
         rewards: list[float | None] = []
         for call in calls:
+            self._failures[index] = 0 if call.fault is None else self._failures[index] + 1
             rows = range(len(rewards), len(rewards) + call.size)
             if call.fault is not None:
                 self.faults.append(RewardFault(func.__name__, rows, call.fault))
             rewards += call.rewards
-        if calls and all(call.fault is not None for call in calls):
+        if calls and self._failures[index] >= max(len(calls), BROKEN_AFTER):
             func.fault = calls[0].fault
             return [FAILED] * len(rewards)
         return rewards

@@ -146,3 +146,30 @@ def generation_of(logged: list[Rollout], trained: list[Rollout]) -> Generation:
         images,
         column("tool_images", missing=lambda rollout: []) or [],
     )
+
+
+def joined_generation(chunks: list[Generation]) -> Generation:
+    """What `_generate` would have returned for several chunks of prompts at once."""
+    sizes = [len(chunk[0]) for chunk in chunks]
+
+    def column(index: int, missing: Any) -> Any:
+        """A chunk may lack what others have: images, for one."""
+        parts: list[Any] = [chunk[index] for chunk in chunks]
+        if not any(parts):
+            return parts[0]
+        return [value for part, size in zip(parts, sizes, strict=True) for value in part or [missing] * size]
+
+    extra_fields = {
+        name: [value for chunk in chunks for value in chunk[5][name]] if isinstance(first, list) else first
+        for name, first in chunks[0][5].items()
+    }
+    return (
+        column(0, None),
+        column(1, None),
+        column(2, None),
+        column(3, None),
+        column(4, None),
+        extra_fields,
+        column(6, None),
+        column(7, []),
+    )

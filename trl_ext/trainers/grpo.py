@@ -16,6 +16,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -32,6 +33,7 @@ from ..objectives.advantages import aggregate_rewards, leave_one_out, reinforce,
 from ..objectives.ratios import sequence_token_old_logps
 from ..rewards.guard import RewardFunctionError
 from ..rollouts.micro_batches import FIT, Saved, fit_window, fitted_pass
+from ..rollouts.outlook import PromptOutlook
 from ..rollouts.rollout import ScoredGroups, ScoredRound
 from ..rollouts.selection import AcceptanceRate, GroupSelection, census, has_variance, outcome_rewards
 from ..rollouts.statistics import restate_loss_metrics
@@ -42,6 +44,7 @@ from .seams.grpo import GRPOSeams, Rows, savings_of
 logger = get_logger(__name__)
 
 ROLLOUT_SELECTIONS = ("all", "refill", "duplicate")
+REFILL_DRAWS = ("blind", "informed")
 ADVANTAGE_ESTIMATORS = ("group", "leave_one_out", "reinforce")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
 TOKEN_NORMALIZATIONS = ("generation_batch", "mini_batch")
@@ -53,6 +56,9 @@ TOKEN_COUNT_LOSSES = ("dapo", "cispo", "vespo")
 # ranges in use lie well inside these borders (token 0.1–0.3, sequence 2e-4–3e-3).
 SMALLEST_TOKEN_EPSILON = 0.005
 LARGEST_SEQUENCE_EPSILON = 0.05
+
+# Prompts that an informed draw chooses from, for each that it draws
+LOOKAHEAD = 4
 
 SHAPING_REWARD = "soft_overlong_punishment_reward"
 
@@ -76,6 +82,16 @@ class GRPOConfig(trl.GRPOConfig):
         max_refill_rounds (`int`, *optional*, defaults to `10`):
             Rounds of generation that `"refill"` may add to one batch. What is missing after that is filled with
             copies; if nothing has variance, the batch is used as TRL would use it.
+        refill_draws (`str`, *optional*, defaults to `"blind"`):
+            Which prompts `"refill"` generates for. `"blind"`: those the loader deals, and to refill the next of a
+            shuffled stream (the DAPO paper). `"informed"`: those likely to have variance, by what their own groups and
+            those of similar prompts showed so far; dealt prompts that are not are replaced before anything is
+            generated for them, and come again in a later pass.
+        similar_prompts_columns (`list[str]`, *optional*):
+            Columns by which `"informed"` takes prompts for similar: a difficulty, a topic, a length, a pass rate.
+            Numbers are cut at deciles.
+        refill_exploration (`float`, *optional*, defaults to `0.25`):
+            Share of the prompts that `"informed"` leaves to chance, so that none is starved.
         outcome_reward_funcs (`list[str]`, *optional*):
             Names of the reward functions by which a group is judged, in selection and for pass rates, as they appear
             in the logs. `None`: all, except
@@ -108,6 +124,17 @@ class GRPOConfig(trl.GRPOConfig):
             TRL's argument. `None`: `"group"` for the group estimator, as in TRL, `"none"` for the others.
         use_bias_correction_kl (`bool`, *optional*):
             TRL's argument. `None`: `True` as in TRL, `False` under `"sequence_token"`, where it would be inexact.
+        rewards_in_flight (`int`, *optional*):
+            Calls of reward functions that run at the same time, in threads or, for async functions, on TRL's event
+            loop. Each call gets one whole group, as soon as its chunk is generated. A call that fails or times out
+            costs its group this reward and is logged with its sample; the others go on. Functions must be safe to
+            call from several threads, and must not compare completions of different groups. `None`: TRL's way, one
+            call for the whole batch after generation.
+        reward_timeout (`float`, *optional*):
+            Seconds that one call may take. `None`: any.
+        generation_chunks (`int`, *optional*, defaults to `1`):
+            Parts in which a generation batch is generated, so that rewards of one are computed while the next is
+            generated. More chunks overlap more, and generate in smaller batches.
         fit_micro_batches (`bool`, *optional*, defaults to `True`):
             Whether the rows of an optimizer step are dealt to micro-batches that fit their lengths, and rows that
             can't move the policy are not computed. The gradient stays TRL's, up to rounding; what isn't exact for a
@@ -121,6 +148,20 @@ class GRPOConfig(trl.GRPOConfig):
     max_refill_rounds: int = field(
         default=10,
         metadata={"help": "Rounds of generation that 'refill' may add to one batch."},
+    )
+    refill_draws: str = field(
+        default="blind",
+        metadata={"help": "Which prompts 'refill' generates for: 'blind' draws, or those likely to have variance."},
+    )
+    similar_prompts_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns by which 'informed' draws take prompts for similar: a difficulty, a topic, a length."
+        },
+    )
+    refill_exploration: float = field(
+        default=0.25,
+        metadata={"help": "Share of prompts that 'informed' draws leave to chance."},
     )
     outcome_reward_funcs: list[str] | None = field(
         default=None,
@@ -168,6 +209,18 @@ class GRPOConfig(trl.GRPOConfig):
         default=None,
         metadata={"help": "TRL's argument. None: True, except under 'sequence_token'."},
     )
+    rewards_in_flight: int | None = field(
+        default=None,
+        metadata={"help": "Calls of reward functions, one group each, that run at once while the next are generated."},
+    )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={"help": "Seconds that one call of a reward function may take, with rewards_in_flight."},
+    )
+    generation_chunks: int = field(
+        default=1,
+        metadata={"help": "Parts in which a batch is generated, with rewards_in_flight."},
+    )
     fit_micro_batches: bool = field(
         default=True,
         metadata={"help": "Whether padding and rows that can't move the policy are left out where that is exact."},
@@ -192,6 +245,7 @@ class GRPOConfig(trl.GRPOConfig):
         if self.use_bias_correction_kl is None:
             self.use_bias_correction_kl = self.importance_sampling_level != "sequence_token"
         self._check_overlong()
+        self._check_rewards_ahead()
         self._set_updates_per_generation()
         try:
             super().__post_init__()
@@ -207,6 +261,7 @@ class GRPOConfig(trl.GRPOConfig):
     def _check_axes(self) -> None:
         for name, known in (
             ("rollout_selection", ROLLOUT_SELECTIONS),
+            ("refill_draws", REFILL_DRAWS),
             ("advantage_estimator", ADVANTAGE_ESTIMATORS),
             ("importance_sampling_level", IMPORTANCE_SAMPLING_LEVELS),
             ("token_normalization", TOKEN_NORMALIZATIONS),
@@ -229,6 +284,21 @@ class GRPOConfig(trl.GRPOConfig):
             self.advantage_estimator != "reinforce" or self.scale_rewards not in ("group", "True", True),
             "scale_rewards='group' with advantage_estimator='reinforce' divides by the deviation within a group, "
             "which is zero where all of its rewards are equal. Set scale_rewards='none' or 'batch'.",
+        )
+        informed = self.refill_draws == "informed"
+        _require(
+            not self.similar_prompts_columns or informed,
+            f"similar_prompts_columns={self.similar_prompts_columns} has no effect with refill_draws="
+            f"{self.refill_draws!r}. Set refill_draws='informed', or leave it out.",
+        )
+        _require(
+            not informed or self.rollout_selection == "refill",
+            f"refill_draws='informed' has no effect with rollout_selection={self.rollout_selection!r}. Set "
+            "rollout_selection='refill', or leave it out.",
+        )
+        _require(
+            0 <= self.refill_exploration <= 1,
+            f"refill_exploration={self.refill_exploration} is a share of prompts: choose it in [0, 1].",
         )
         _require(
             self.max_refill_rounds >= 1,
@@ -284,6 +354,26 @@ class GRPOConfig(trl.GRPOConfig):
             f"soft_punish_cache={self.soft_punish_cache} must lie between 0 (no punishment) and "
             f"max_completion_length={self.max_completion_length}.",
         )
+
+    def _check_rewards_ahead(self) -> None:
+        if self.rewards_in_flight is None:
+            for name, off in (("reward_timeout", None), ("generation_chunks", 1)):
+                value = getattr(self, name)
+                _require(
+                    value == off,
+                    f"{name}={value} has no effect without rewards_in_flight: TRL calls reward functions once, after "
+                    "generation. Set rewards_in_flight to the calls that may run at once, or leave it out.",
+                )
+            return
+        _require(
+            self.rewards_in_flight >= 1,
+            f"rewards_in_flight={self.rewards_in_flight} must be at least 1; None computes rewards after generation.",
+        )
+        _require(
+            self.reward_timeout is None or self.reward_timeout > 0,
+            f"reward_timeout={self.reward_timeout} is no time to compute a reward in. Set seconds, or None for any.",
+        )
+        _require(self.generation_chunks >= 1, f"generation_chunks={self.generation_chunks} must be at least 1.")
 
     def _set_updates_per_generation(self) -> None:
         updates = self.updates_per_generation
@@ -428,6 +518,11 @@ class GRPOTrainer(GRPOSeams):
         config = given["args"] = self.config_class.adopt(given["args"])
         self._check_data(config, given.get("train_dataset"), given.get("environment_factory"))
         self._check_images(config, given.get("train_dataset"), given.get("rollout_func"))
+        _require(
+            config.generation_chunks == 1 or not (given.get("tools") or given.get("environment_factory")),
+            f"generation_chunks={config.generation_chunks} with tools or environments: TRL binds them to the rows of "
+            "the whole batch. Leave it at 1; rewards_in_flight alone scores their groups side by side.",
+        )
         funcs = given.get("reward_funcs")
         given["reward_funcs"] = [] if funcs is None else list(funcs) if isinstance(funcs, list) else [funcs]
         self._add_overlong_punishment(given)
@@ -448,6 +543,9 @@ class GRPOTrainer(GRPOSeams):
             self.importance_sampling_level = "token"
         if config.rollout_selection == "refill":
             self._refill_stream = PromptStream(self.rows_seen_in_training(), seed=config.seed)
+        self._groups: Rows = []  # rows of all ranks that are generated for, one a group; known to informed draws
+        self._replaced = 0
+        self._outlook = self._new_outlook(config) if config.refill_draws == "informed" else None
         self.saved = Saved()
         exact = savings_of(self)
         # Where refilling falls back on copies they are computed: metrics over all rows are worth more there
@@ -526,6 +624,50 @@ class GRPOTrainer(GRPOSeams):
         if classes is not None:
             given["reward_processing_classes"] = [*(classes if isinstance(classes, list) else [classes]), None]
 
+    # Prompts
+
+    def _new_outlook(self, config: GRPOConfig) -> PromptOutlook:
+        columns, dataset = config.similar_prompts_columns or [], self._refill_stream.dataset
+        known = getattr(dataset, "column_names", None)
+        for column in columns:
+            _require(
+                known is None or column in known,
+                f"similar_prompts_columns names {column!r}, but the training set has {known}"
+                + (" (remove_unused_columns=True drops the others)." if config.remove_unused_columns else "."),
+            )
+        outlook = PromptOutlook(
+            columns, self.num_generations, config.success_threshold, config.seed, exploration=config.refill_exploration
+        )
+        if isinstance(dataset, Dataset):
+            outlook.fit_bins({column: dataset[column] for column in columns})
+        return outlook
+
+    def _first_of_groups(self, rows: Rows) -> Rows:
+        """The rows of all ranks, one for each group, from this rank's."""
+        start = self.accelerator.process_index * len(rows)
+        gathered: Rows = gather_object(rows[-start % self.num_generations :: self.num_generations])
+        return gathered
+
+    def rows_to_generate(self, rows: Rows) -> Rows:
+        """Informed draws: dealt prompts whose groups will hardly be live make room for others, by slot."""
+        if self._outlook is None:
+            return rows
+        self._outlook.tick()
+        dealt = self._first_of_groups(rows)
+        others = self._refill_stream.draw((LOOKAHEAD - 1) * len(dealt), exclude=set(map(prompt_key, dealt)))
+        chosen = self._outlook.choose(dealt + others, len(dealt), reserved=len(dealt))
+        stays, comes = set(chosen), iter([others[i - len(dealt)] for i in chosen if i >= len(dealt)])
+        groups = [row if i in stays else next(comes) for i, row in enumerate(dealt)]
+        self._groups = groups
+        self._replaced = sum(i not in stays for i in range(len(dealt)))
+        return self._local_rows(groups, self.num_generations)
+
+    def _observe(self, rows: Rows, outcomes: torch.Tensor, live: list[bool]) -> None:
+        """Every group that was generated: how many prompts are live, and which."""
+        self._acceptance.observe(sum(live), len(live))
+        if self._outlook is not None:
+            self._outlook.observe(rows, outcomes.cpu(), live)
+
     # Selection
 
     def group_outcomes(self, rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
@@ -544,9 +686,10 @@ class GRPOTrainer(GRPOSeams):
         return outcome_rewards(rewards, self.reward_weights, self.is_outcome).view(-1, num_generations)
 
     def select_groups(self, first: ScoredRound) -> GroupSelection:
-        live = has_variance(self.group_outcomes(first.rewards, self.num_generations)).tolist()
+        outcomes = self.group_outcomes(first.rewards, self.num_generations)
+        live = has_variance(outcomes).tolist()
         selection = GroupSelection(live, self.num_generations, rows_per_rank=len(first.rollouts))
-        self._acceptance.observe(sum(live), len(live))
+        self._observe(self._groups, outcomes, live)
         if self.args.rollout_selection == "refill":
             self._refill(first, selection)
         if not any(selection.live):
@@ -566,14 +709,16 @@ class GRPOTrainer(GRPOSeams):
             if drawn is None:
                 drawn = set(gather_object([prompt_key(rollout.row) for rollout in first.rollouts]))
             count = self._acceptance.draws_for(missing, at_most=len(selection.slots), multiple_of=together)
-            rows = self._refill_stream.draw(count, exclude=drawn)
+            choose = None if self._outlook is None else partial(self._outlook.choose, count=count)
+            rows = self._refill_stream.draw(count, drawn, choose, LOOKAHEAD)
             rows = rows[: len(rows) // together * together]
             if not rows:
                 return
             scored = self.score_round(self._local_rows(rows, size))
             self._rounds.append(scored)
-            live = has_variance(self.group_outcomes(scored.rewards, size)).tolist()
-            self._acceptance.observe(sum(live), len(live))
+            outcomes = self.group_outcomes(scored.rewards, size)
+            live = has_variance(outcomes).tolist()
+            self._observe(rows, outcomes, live)
             selection.fill(len(self._rounds) - 1, live, rows_per_rank=len(scored.rollouts))
 
     def _local_rows(self, rows: Rows, num_generations: int) -> Rows:
@@ -707,6 +852,8 @@ class GRPOTrainer(GRPOSeams):
             metrics[f"selection/groups_{name}"].append(value)
         metrics["selection/rounds"].append(len(rounds))
         metrics["selection/acceptance"].append(self._acceptance.rate)
+        if self._outlook is not None:
+            metrics["selection/prompts_replaced"].append(self._replaced)
 
     def run_state(self) -> dict[str, Any]:
         state = {
@@ -718,6 +865,8 @@ class GRPOTrainer(GRPOSeams):
         }
         if self.args.rollout_selection == "refill":
             state["refill_stream"] = self._refill_stream.state_dict()
+        if self._outlook is not None:
+            state["outlook"] = self._outlook.state_dict()
         return state
 
     def load_run_state(self, state: dict[str, Any]) -> None:
@@ -728,6 +877,8 @@ class GRPOTrainer(GRPOSeams):
         self._duplicates.set_state(state["duplicates"].cpu())
         if self.args.rollout_selection == "refill" and "refill_stream" in state:
             self._refill_stream.load_state_dict(state["refill_stream"])
+        if self._outlook is not None and "outlook" in state:
+            self._outlook.load_state_dict(state["outlook"])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's model card, followed by what `self.card_sections` return (Markdown)."""

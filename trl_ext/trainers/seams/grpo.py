@@ -13,7 +13,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,11 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ...rewards.ahead import RewardsAhead
 from ...rewards.guard import FAILED, RewardFunctionError, RewardGuard, guard
 from ...rollouts.exchange import RolloutExchange
 from ...rollouts.micro_batches import SOURCE_ROW, Savings, exact_savings, has_relative_positions, windows
-from ...rollouts.rollout import Generation, Rollout, ScoredRound, generation_of, rollouts_of
+from ...rollouts.rollout import Generation, Rollout, ScoredRound, generation_of, joined_generation, rollouts_of
 from ...rollouts.selection import GroupSelection
 from ...rollouts.statistics import pool_rounds, reward_statistics
 
@@ -114,6 +115,7 @@ class GRPOSeams(trl.GRPOTrainer):
     Hooks for [`GRPOTrainer`]; all of them neutral here.
 
     - `selects`: whether rollouts are selected in training.
+    - `rows_to_generate`: which rows are generated for, of those the loader dealt or instead of them.
     - `select_groups`: which groups of a generation batch are trained on.
     - `estimate_advantages`: advantages instead of TRL's.
     - `old_logps_for_loss`: old log-probabilities instead of TRL's.
@@ -150,8 +152,17 @@ class GRPOSeams(trl.GRPOTrainer):
             func if isinstance(func, nn.Module) else guard(func, name)
             for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
+        self._guards = [func for func in self.reward_funcs if isinstance(func, RewardGuard)]
+        self._ahead: RewardsAhead | None = None
+        if self.args.rewards_in_flight is not None:
+            loop = getattr(self, "async_loop", None)  # there if one of them is async
+            self._ahead = RewardsAhead(self._guards, self.args.rewards_in_flight, self.args.reward_timeout, loop)
 
     # Hooks
+
+    def rows_to_generate(self, rows: Rows) -> Rows:
+        """The rows of this rank's generation batch in training, given those that the loader dealt."""
+        return rows
 
     def select_groups(self, first: ScoredRound) -> GroupSelection:
         """Decide on `self._rounds`, which starts with `first`. [`score_round`] generates more of them."""
@@ -180,9 +191,10 @@ class GRPOSeams(trl.GRPOTrainer):
     # Generation and selection
 
     def _generate(self, prompts: list[Any]) -> Generation:
+        generation = self._generate_in_chunks(super()._generate, prompts)
         if not (self._round_only or (self.selects and self.model.training)):
-            return super()._generate(prompts)
-        scored = self._score(prompts, super()._generate(prompts))
+            return generation
+        scored = self._score(prompts, generation)
         if self._round_only:
             raise _RoundScored(scored)
         self._rounds = [scored]
@@ -213,6 +225,68 @@ class GRPOSeams(trl.GRPOTrainer):
         self._pending_extra_logs.clear()
         for column in {column for rollout in logged for column in rollout.extra_logs}:
             self._pending_extra_logs[column] = [rollout.extra_logs.get(column) for rollout in logged]
+
+    def _generate_in_chunks(self, generate: Callable[..., Generation], prompts: list[Any]) -> Generation:
+        """TRL's generation; where rewards are computed ahead, in chunks whose whole groups are scored meanwhile."""
+        training, rows = self.model.training, self._rows
+        size = self.num_generations if training else self.num_generations_eval
+        # A group that spans processes is scored by TRL's own call, after generation
+        if self._ahead is None or rows is None or len(prompts) % size:
+            return generate(prompts)
+        groups = len(prompts) // size
+        count = min(self.args.generation_chunks, groups)
+        cuts = [groups * i // count * size for i in range(count + 1)]
+        chunks = []
+        for start, stop in pairwise(cuts):
+            chunks.append(generate(prompts[start:stop]))
+            self._score_ahead(start, rows[start:stop], prompts[start:stop], chunks[-1])
+        if count == 1:
+            return chunks[0]
+        processes = self.accelerator.num_processes
+        sizes = [(stop - start) * processes for start, stop in pairwise(cuts)]
+        pool_rounds(self._metrics["train" if training else "eval"], sizes)
+        return joined_generation(chunks)
+
+    def _score_ahead(self, start: int, rows: Rows, prompts: list[Any], generation: Generation) -> None:
+        assert self._ahead is not None
+        rollouts = rollouts_of(rows, prompts, generation)
+        # What TRL's `_calculate_rewards` passes to a function
+        columns = {
+            key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion", "completion_ids")
+        }
+        if self.environments is not None:
+            columns["environments"] = self.environments[start : start + len(rows)]
+        self._ahead.submit(
+            {
+                "prompts": prompts,
+                "completions": [rollout.completion for rollout in rollouts],
+                "completion_ids": [rollout.completion_ids for rollout in rollouts],
+                **columns,
+                "trainer_state": self.state,
+                "log_extra": self._log_completion_extra,
+                "log_metric": self._log_metric,
+            },
+            self.num_generations if self.model.training else self.num_generations_eval,
+        )
+
+    def _take_rewards_ahead(self) -> None:
+        """Hand TRL the rewards that are there, in the order of the batch, and tell what failed."""
+        if self._ahead is None:
+            return
+        rewards = self._ahead.collect()
+        if not self._guards or not rewards[0]:
+            return
+        for func, ready in zip(self._guards, rewards, strict=True):
+            func.ready = ready
+        for fault in self._ahead.faults:
+            logger.warning(f"{fault.message}\nIts group has no reward from it.", main_process_only=False)
+        counts = torch.zeros(len(self._guards), device=self.accelerator.device)
+        names = [func.__name__ for func in self._guards]
+        for fault in self._ahead.faults:
+            counts[names.index(fault.name)] += 1
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, count in zip(names, self.accelerator.reduce(counts, reduction="sum").tolist(), strict=True):
+            metrics[f"rewards/{name}/failed_groups"].append(count)
 
     def _score(self, prompts: list[Any], generation: Generation) -> ScoredRound:
         rows = self._rows
@@ -248,6 +322,7 @@ class GRPOSeams(trl.GRPOTrainer):
         if self._selection is not None:  # TRL asks again for what was scored to select
             assert self._base_rewards is not None
             return self._base_rewards
+        self._take_rewards_ahead()
         rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
         self._raise_reward_faults(rewards)
         if not self._round_only:
@@ -270,6 +345,7 @@ class GRPOSeams(trl.GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Rows) -> dict[str, Any]:
         training = self.model.training  # before generation, which may leave the model in another mode
+        inputs = self.rows_to_generate(inputs) if training else inputs
         self._rows = inputs
         try:
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -289,6 +365,10 @@ class GRPOSeams(trl.GRPOTrainer):
         finally:
             self._rows, self._rounds, self._selection, self._base_rewards = None, [], None, None
             self._logged_prompts = None
+            if self._ahead is not None:  # nothing is left of a batch that failed
+                self._ahead.discard()
+                for func in self._guards:
+                    func.ready = None
 
     def _restate_metrics(self) -> None:
         """TRL's metrics over everything that was generated, not over its last round or what was selected."""
