@@ -308,8 +308,8 @@ def main() -> None:
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: those of the study")
     parser.add_argument("--generations", type=int, help="generation batches of a run, at most (methods: 40)")
-    parser.add_argument("--tokens", type=float, help="generated tokens of a run (refill: 600,000)")
-    parser.add_argument("--points", type=int, default=40, help="measurements of a run (default: 40)")
+    parser.add_argument("--tokens", type=float, help="generated tokens of a run (refill: 400,000)")
+    parser.add_argument("--points", type=int, default=20, help="measurements of a run (default: 20)")
     parser.add_argument("--samples", type=int, default=2, help="completions for each held-out prompt")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "benchmarks" / "learning")
     parser.add_argument("--report", action="store_true", help="write the table into benchmarks/RESULTS.md")
@@ -321,7 +321,7 @@ def main() -> None:
     methods = args.methods or STUDIES[args.study]
     budget = Budget(
         generations=args.generations or (100_000 if refill else 40),
-        tokens=args.tokens or (600_000 if refill else float("inf")),
+        tokens=args.tokens or (400_000 if refill else float("inf")),
         points=args.points,
     )
     prompts = 2000 if refill else 2048

@@ -31,6 +31,7 @@ from trl import (
 
 from trl_ext.evaluation.held_out import HeldOut
 from trl_ext.monitors.progress import ProgressLines
+from trl_ext.monitors.verify import verify
 from trl_ext.reports.card import results_section
 from trl_ext.reports.plots import plot_learning
 from trl_ext.reports.summary import summarize, write_summary
@@ -84,6 +85,9 @@ class PolicyArguments(DataArguments):
             Also measure every so many optimizer steps. 0: only before and after.
         held_out_seed (`int`, *optional*, defaults to `0`):
             Chooses the prompts and the samples, the same ones at every measurement.
+        verify (`bool`, *optional*, defaults to `False`):
+            Before training, measure on one step that the gradient is TRL's, and what time and memory are saved
+            (`trl_ext.verify`).
     """
 
     reward_funcs: list[str] | None = field(
@@ -96,6 +100,9 @@ class PolicyArguments(DataArguments):
     held_out_samples: int = field(default=4, metadata={"help": "Completions sampled for each held-out prompt."})
     held_out_every: int = field(default=0, metadata={"help": "Also measure every so many optimizer steps."})
     held_out_seed: int = field(default=0, metadata={"help": "Chooses the held-out prompts and the samples."})
+    verify: bool = field(
+        default=False, metadata={"help": "Measure first that the gradient is TRL's, and what is saved."}
+    )
 
 
 def parse_arguments(script_class: type, config_class: type, argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -314,6 +321,8 @@ def train_policy(trainer_class: type, config_class: type, argv: list[str] | None
         reward_funcs=reward_funcs, **trainer_arguments(script_args, training_args, model_args, data)
     )
     held_out = _add_held_out(trainer, data, script_args)
+    if script_args.verify:
+        verify(trainer)
     fit(trainer)
 
     if trainer.is_world_process_zero():

@@ -72,6 +72,10 @@ def test_the_cases_are_what_they_say(results: Any) -> None:
     for case in ("refill", "refill_spanning", "refill_odd_groups"):
         assert max(logged(case, "rounds")) > 1, case
         assert sum(logged(case, "groups_duplicated")) == 0, case
+    for case in ("refill_informed", "refill_informed_spanning"):
+        first, second = logged(case, "prompts_replaced")
+        assert first == 0 and second > 0, case
+        assert max(logged(case, "rounds")) > 1, case
     assert sum(logged("refill_capped", "groups_duplicated")) > 0
     assert max(logged("refill_capped", "rounds")) == 2
     for case in ("duplicate", "duplicate_spanning", "duplicate_rare", "batch_scaled_copies"):

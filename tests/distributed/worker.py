@@ -22,6 +22,13 @@ import tiny
 import trl_ext
 
 
+INFORMED: dict[str, Any] = {
+    "rollout_selection": "refill",
+    "refill_draws": "informed",
+    "similar_prompts_columns": ["target"],
+    "rare": True,
+}
+
 # Every case: rows on all processes per micro-batch, and what the config says beside it. One optimizer step takes a
 # whole generation batch, so that neither the deal into micro-batches nor the number of processes changes the gradient.
 CASES: dict[str, dict[str, Any]] = {
@@ -33,6 +40,9 @@ CASES: dict[str, dict[str, Any]] = {
     "duplicate_spanning": {"rows": 6, "rollout_selection": "duplicate"},
     # Groups of 3: one prompt alone can't give two processes equally many rows
     "refill_odd_groups": {"rows": 6, "rollout_selection": "refill", "num_generations": 3},
+    # The second batch knows the first: prompts that were dealt are replaced on all processes alike
+    "refill_informed": {"rows": 8, **INFORMED},
+    "refill_informed_spanning": {"rows": 6, **INFORMED},
     # More than half of the groups stay dead: copies travel, and the rounds are used up
     "refill_capped": {"rows": 16, "rollout_selection": "refill", "max_refill_rounds": 1, "rare": True},
     "duplicate_rare": {"rows": 16, "rollout_selection": "duplicate", "rare": True},

@@ -115,15 +115,17 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(dapo, task):
 
 
 @pytest.mark.parametrize("name", ["GRPO", "DUPO", "GSPO"])
-def test_the_other_methods(name, task):
+def test_the_other_methods(name, task, capsys):
     trainer_class, config_class = getattr(trl_ext, f"{name}Trainer"), getattr(trl_ext, f"{name}Config")
     argv = policy(task, name, "--max_steps", "2", "--use_peft", "--lora_target_modules", "q_proj", "v_proj")
+    argv += ["--verify", "true"]
     trainer = common.train_policy(trainer_class, config_class, argv)
     summary = json.loads((task / name / "summary.json").read_text())
     assert summary["method"] == name
     assert summary["trainable_parameters"] == 2 * 2 * (64 * 16 + 16 * 64)  # layers, projections, A and B of rank 16
     assert (task / name / "adapter_model.safetensors").is_file()
     assert trainer.state.global_step == 2
+    assert "relative gradient error" in capsys.readouterr().out
 
 
 def test_a_data_set_without_test_split_trains_unmeasured(task, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from trl.trainer.utils import shutdown_event_loop_in_daemon, start_event_loop_in_daemon
 
-from trl_ext.rewards.ahead import RewardsAhead
+from trl_ext.rewards.ahead import BROKEN_AFTER, RewardsAhead
 from trl_ext.rewards.guard import FAILED, guard
 
 
@@ -270,16 +270,74 @@ def test_a_fault_costs_its_group(kind, loop, how, said):
     assert ahead.faults == []
 
 
+class Scripted:
+    """Halves; raises for the groups of one that are `bad`."""
+
+    def __init__(self, bad: set[int]) -> None:
+        self.bad = bad
+
+    def __call__(self, answer: list[int], **columns: Any) -> list[float]:
+        if answer[0] in self.bad:
+            raises()
+        return halves(answer)
+
+
+def collected(ahead: RewardsAhead, groups: range) -> list[float | None]:
+    """Rewards of the first function for one batch, in groups of one."""
+    ahead.submit(columns_of(groups), group_size=1)
+    return ahead.collect()[0]
+
+
 def test_failing_on_every_group_is_broken(kind, loop):
     funcs = [guarded(lambda **columns: raises(), kind, "broken"), guarded(halves, name="healthy")]
-    logs = Logs()
+    logs, rows = Logs(), 2 * BROKEN_AFTER
     ahead = RewardsAhead(funcs, in_flight=2, loop=loop)
-    ahead.submit(columns_of(range(4), logs), group_size=2)
-    assert ahead.collect() == [[FAILED] * 4, [0.0, 0.5, 1.0, 1.5]]
-    assert [fault.rows for fault in ahead.faults] == [range(0, 2), range(2, 4)]
+    ahead.submit(columns_of(range(rows), logs), group_size=2)
+    assert ahead.collect() == [[FAILED] * rows, [number / 2 for number in range(rows)]]
+    assert [fault.rows for fault in ahead.faults] == [range(row, row + 2) for row in range(0, rows, 2)]
     assert funcs[0].fault == ahead.faults[0].message
     assert "0 + 0" in funcs[0].fault
     assert funcs[1].fault is None
+
+
+def test_a_few_groups_that_fail_are_an_unlucky_batch(kind, loop):
+    # The next ones decide
+    judge = guarded(lambda **columns: raises(), kind)
+    ahead = RewardsAhead([judge], in_flight=2, loop=loop)
+    for batch in range(BROKEN_AFTER - 1):
+        assert collected(ahead, range(batch, batch + 1)) == [None]
+        assert len(ahead.faults) == 1
+        assert judge.fault is None
+    assert collected(ahead, range(7, 8)) == [FAILED]
+    assert "7 + 0" in judge.fault
+
+
+def test_a_batch_is_broken_as_a_whole_or_not():
+    # Many in a row, but the first of the batch was scored: the others may be as good as that
+    judge = guarded(Scripted(set(range(1, 8))))
+    ahead = RewardsAhead([judge], in_flight=1)
+    assert collected(ahead, range(7)) == [0.0] + [None] * 6
+    assert judge.fault is None
+    assert collected(ahead, range(7, 8)) == [FAILED]
+
+
+def test_one_that_works_is_a_new_beginning():
+    judge = guarded(Scripted({0, 1, 2, 4, 5, 6}))
+    ahead = RewardsAhead([judge], in_flight=1)
+    assert collected(ahead, range(3)) == [None] * 3
+    assert collected(ahead, range(3, 4)) == [1.5]
+    assert collected(ahead, range(4, 7)) == [None] * 3
+    assert judge.fault is None
+
+
+def test_failures_are_counted_by_function(kind, loop):
+    # Two that fail in turn are both alive
+    funcs = [guarded(Scripted({0, 1, 4, 5}), kind, "low"), guarded(Scripted({2, 3, 6, 7}), kind, "high")]
+    ahead = RewardsAhead(funcs, in_flight=1, loop=loop)
+    for start in range(0, 8, 2):
+        collected(ahead, range(start, start + 2))
+        assert len(ahead.faults) == 2
+    assert [func.fault for func in funcs] == [None, None]
 
 
 def test_not_applicable_is_no_fault(kind, loop):
@@ -363,8 +421,10 @@ def test_an_async_function_that_blocks_the_loop_times_out(loop):
 
     ahead = RewardsAhead([guard(blocks, "judge")], in_flight=1, timeout=SOON, loop=loop)
     ahead.submit(columns_of(range(1)), group_size=1)
-    assert ahead.collect() == [[FAILED]]
+    rewards = ahead.collect()
     go.set()
+    assert rewards == [[None]]
+    assert "took longer than 0.3 seconds" in ahead.faults[0].message
 
 
 def test_late_results_are_dropped():

@@ -1,13 +1,15 @@
 """TRL's generation, taken apart and put together again; and rollouts that travel between ranks."""
 
 import copy
+import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
 from trl_ext.rollouts.exchange import RolloutExchange
-from trl_ext.rollouts.rollout import Rollout, ScoredRound, generation_of, rollouts_of
+from trl_ext.rollouts.rollout import Rollout, ScoredRound, generation_of, joined_generation, rollouts_of
 
 
 ROWS = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}, {"prompt": "a", "answer": 1}]
@@ -76,6 +78,63 @@ def test_rounds_with_and_without_a_tool_mask_mix():
     # The policy wrote every token of a completion that has no mask
     assert made[2] == [[1, 0, 1], [1, 1, 1], [1]]
     assert [len(logps) for logps in made[4]] == [3, 3, 1]
+
+
+# Chunks of a generation
+
+
+FIELDS = {"score": [0.1, 0.2, 0.3], "where": "here"}
+
+
+def chunk(whole: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
+    """What `_generate` would have returned for some of the rows."""
+    fields = {name: values[start:stop] if isinstance(values, list) else values for name, values in whole[5].items()}
+    parts = [part[start:stop] if isinstance(part, list) else part for part in whole]
+    return (*parts[:5], fields, *parts[6:])
+
+
+@pytest.mark.parametrize("cuts", [[0, 3], [0, 1, 3], [0, 2, 3], [0, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize(
+    "changed", [{}, {"tool_mask": None}, {"logprobs": None}, {"images": None}, {"tool_images": []}], ids=str
+)
+def test_chunks_joined_are_the_whole(cuts, changed):
+    whole = generation(extra_fields=FIELDS, **changed)
+    chunks = [chunk(whole, start, stop) for start, stop in pairwise(cuts)]
+    assert joined_generation(copy.deepcopy(chunks)) == whole
+
+
+def test_a_chunk_without_images_beside_one_with():
+    # TRL leaves them out of a call in which no row has any
+    chunks = [chunk(generation(images=None, tool_images=[]), 0, 1), chunk(generation(), 1, 3)]
+    joined = joined_generation(chunks)
+    assert joined[6] == [None, None, ["image 3"]]
+    assert joined[7] == [[], ["tool image"], []]
+    joined = joined_generation([chunk(generation(), 0, 2), chunk(generation(images=None, tool_images=[]), 2, 3)])
+    assert joined[6] == [["image 1"], None, None]
+    assert joined[7] == [[], ["tool image"], []]
+
+
+def test_a_chunk_without_masks_beside_one_with():
+    # The policy wrote every token of a completion that has no mask
+    chunks = [chunk(generation(tool_mask=None, logprobs=None), 0, 2), chunk(generation(), 2, 3)]
+    joined = joined_generation(chunks)
+    assert joined[2] == [[1, 1, 1], [1], [1, 1]]
+    assert [len(logprobs) for logprobs in joined[4]] == [3, 1, 2]
+    assert all(math.isnan(value) for logprobs in joined[4][:2] for value in logprobs)
+    assert joined[4][2] == [-0.5, -0.6]
+
+
+def test_joining_leaves_the_chunks_alone():
+    # Their rewards may still be computed
+    chunks = [chunk(generation(extra_fields=FIELDS), 0, 1), chunk(generation(extra_fields=FIELDS), 1, 3)]
+    before = copy.deepcopy(chunks)
+    joined = joined_generation(chunks)
+    joined[0].clear()
+    joined[5]["score"].clear()
+    assert chunks == before
+
+
+# Rollouts that travel
 
 
 def scored(count: int, start: int) -> ScoredRound:

@@ -1,4 +1,4 @@
-"""Metrics of several rounds against a direct recount over all completions."""
+"""Metrics of several rounds against a direct recount, and those of fitted micro-batches by hand."""
 
 import math
 import random
@@ -8,7 +8,8 @@ from itertools import chain
 import pytest
 import torch
 
-from trl_ext.rollouts.statistics import pool_rounds, reward_statistics
+from trl_ext.rollouts.micro_batches import Fit, Savings
+from trl_ext.rollouts.statistics import pool_rounds, restate_loss_metrics, reward_statistics
 
 
 def trl_metrics(lengths: list[int], terminated: list[bool], calls: int, failures: int) -> dict[str, float]:
@@ -83,3 +84,131 @@ class TestRewardStatistics:
                 "frac_reward_zero_std": 2 / 3,
             }
         )
+
+
+def fits(tokens: list[int], rows: list[int], fillers: list[int], all_tokens: int, all_rows: int) -> list[Fit]:
+    """What the micro-batches of one step stand for."""
+    return [
+        Fit(
+            scale=1.0,
+            tokens=t,
+            rows=r,
+            fillers=f,
+            computed_tokens=sum(tokens),
+            computed_rows=sum(rows),
+            all_tokens=all_tokens,
+            all_rows=all_rows,
+            micro_batches=len(tokens),
+        )
+        for t, r, f in zip(tokens, rows, fillers, strict=True)
+    ]
+
+
+class TestRestateLossMetrics:
+    """
+    Two micro-batches: five tokens in two rows, one token in one row and a row without weight. Of TRL's micro-batches
+    they hold what has an advantage; ten tokens in four rows more have none.
+    """
+
+    tokens, rows = [5, 1], [2, 1]
+    dealt = fits(tokens, rows, fillers=[0, 1], all_tokens=16, all_rows=7)
+    whole = fits(tokens, rows, fillers=[0, 0], all_tokens=6, all_rows=3)
+    skipping = Savings(True, True, skip_dead=True, weigh_copies=False)
+    merging = Savings(True, True, skip_dead=True, weigh_copies=True)
+    keeping = Savings(True, True, skip_dead=False, weigh_copies=False)
+
+    def restated(
+        self, key: str, values: list[float], savings: Savings, by_row: bool = False, fits: list[Fit] | None = None
+    ) -> dict[str, float]:
+        """What TRL logs after a step: means over what stands in each list."""
+        metrics: dict[str, list[float]] = {"reward": [0.5]}
+        for value, fit in zip(values, self.dealt if fits is None else fits, strict=True):
+            metrics.setdefault(key, []).append(value)
+            restate_loss_metrics(metrics, fit, by_row, savings)
+            assert all(metrics.values())  # TRL logs None for an empty list
+        assert metrics.pop("reward") == [0.5]
+        return {name: statistics.fmean(found) for name, found in metrics.items()}
+
+    @pytest.mark.parametrize("key", ["kl", "entropy", "clip_ratio/region_mean", "cispo_clip_ratio"])
+    def test_a_mean_over_tokens_stays_one(self, key):
+        # Five tokens have 0.2, one has 0.8
+        found = self.restated(key, [0.2, 0.8], self.keeping, fits=self.whole)
+        assert found == pytest.approx({key: (5 * 0.2 + 0.8) / 6})
+
+    @pytest.mark.parametrize("key", ["clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"])
+    def test_tokens_without_an_advantage_are_never_clipped(self, key):
+        assert self.restated(key, [0.2, 1.0], self.skipping) == pytest.approx({key: (1 + 1) / 16})
+        assert self.restated("cispo_clip_ratio", [0.2, 1.0], self.skipping) == pytest.approx(
+            {"cispo_clip_ratio": 2 / 16}
+        )
+
+    def test_the_entropy_of_what_is_not_computed_is_not_known(self):
+        found = self.restated("entropy", [0.2, 0.8], self.skipping)
+        assert found == pytest.approx({"computed/entropy": (5 * 0.2 + 0.8) / 6})
+
+    @pytest.mark.parametrize("key", ["entropy", "clip_ratio/low_mean", "cispo_clip_ratio"])
+    def test_copies_that_are_weights_are_not_known_one_by_one(self, key):
+        found = self.restated(key, [0.2, 0.8], self.merging)
+        assert found == pytest.approx({f"computed/{key}": (5 * 0.2 + 0.8) / 6})
+
+    @pytest.mark.parametrize("savings", [skipping, keeping])
+    def test_ratios_of_sequences_count_rows(self, savings):
+        # Both rows of the first are clipped, and the one of the second, whose mean has the row without weight in it
+        found = self.restated("clip_ratio/region_mean", [1.0, 0.5], savings, by_row=True)
+        assert found == pytest.approx({"clip_ratio/region_mean": 3 / 7})
+        found = self.restated("clip_ratio/region_mean", [1.0, 0.5], self.merging, by_row=True)
+        assert found == pytest.approx({"computed/clip_ratio/region_mean": 1.0})
+        # The entropy is a token's all the same
+        found = self.restated("entropy", [0.2, 0.8], self.merging, by_row=True)
+        assert found == pytest.approx({"computed/entropy": (5 * 0.2 + 0.8) / 6})
+
+    @pytest.mark.parametrize("by_row", [True, False])
+    def test_vespo_weighs_rows(self, by_row):
+        # Two rows with 0.5 each; one with 0.2, and TRL's 1 for the row without weight
+        found = self.restated("vespo/phi_seq_mean", [0.5, (0.2 + 1) / 2], self.skipping, by_row)
+        assert found == pytest.approx({"computed/vespo/phi_seq_mean": (2 * 0.5 + 0.2) / 3})
+
+    def test_vespo_counts_rows_without_a_token(self):
+        # With a KL term all rows are computed but those without a token in the loss, where TRL's weight is 1
+        found = self.restated("vespo/phi_seq_mean", [0.5, (0.2 + 1) / 2], self.keeping)
+        assert found == pytest.approx({"vespo/phi_seq_mean": (2 * 0.5 + 0.2 + 4 * 1) / 7})
+
+    def test_a_micro_batch_without_a_row(self):
+        empty = fits([6, 0], [3, 0], fillers=[0, 1], all_tokens=6, all_rows=3)
+        assert self.restated("kl", [0.4, 0.0], self.keeping, fits=empty) == pytest.approx({"kl": 0.4})
+        nothing = fits([0, 0], [0, 0], fillers=[1, 1], all_tokens=9, all_rows=3)
+        assert self.restated("entropy", [0.0, 0.0], self.skipping, fits=nothing) == {"computed/entropy": 0.0}
+
+    def test_extremes(self):
+        low, high = "clip_ratio/low_min", "clip_ratio/high_max"
+        # A row that was left out has a clip ratio of zero: that may be the smallest, but not the largest
+        assert self.restated(low, [0.2, 0.4], self.skipping) == pytest.approx({f"computed/{low}": 0.3})
+        assert self.restated(high, [0.2, 0.4], self.skipping) == pytest.approx({high: 0.3})
+        assert self.restated(low, [0.2, 0.4], self.keeping) == pytest.approx({low: 0.3})
+        for key in (low, high):
+            assert self.restated(key, [0.2, 0.4], self.merging) == pytest.approx({f"computed/{key}": 0.3})
+
+    def test_the_smallest_is_not_that_of_a_row_without_weight(self):
+        # By token TRL leaves such a row out itself; by row it has a zero
+        assert self.restated("clip_ratio/low_min", [0.2, 0.0], self.skipping, by_row=True) == pytest.approx(
+            {"computed/clip_ratio/low_min": 0.2}
+        )
+
+    def test_earlier_steps_stay(self):
+        metrics = {"kl": [7.0], "clip_ratio/low_mean": [0.5], "entropy": [3.0]}
+        for key in metrics:
+            metrics[key].append(0.2)
+        restate_loss_metrics(metrics, self.whole[0], False, self.keeping)
+        new = pytest.approx(5 * 0.2 * 2 / 6)
+        assert metrics == {"kl": [7.0, new], "clip_ratio/low_mean": [0.5, new], "entropy": [3.0, new]}
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_equals_a_recount(self, seed):
+        """Random tokens dealt at random: whatever the deal, the mean is that over all."""
+        generator = random.Random(seed)
+        tokens = [generator.randint(1, 9) for _ in range(4)]
+        values = [[generator.random() for _ in range(n)] for n in tokens]
+        found = self.restated(
+            "kl", [*map(statistics.fmean, values)], self.keeping, fits=fits(tokens, [1] * 4, [0] * 4, sum(tokens), 4)
+        )
+        assert found["kl"] == pytest.approx(statistics.fmean(chain(*values)))

@@ -61,6 +61,7 @@ def test_dapo_defaults_are_the_papers():
     assert config.loss_type == "dapo"
     assert config.token_normalization == "mini_batch"
     assert config.rollout_selection == "refill"
+    assert (config.refill_draws, config.similar_prompts_columns) == ("blind", None)
     assert config.num_generations == 16
     assert config.learning_rate == 1e-6
     assert (config.warmup_steps, config.lr_scheduler_type) == (20, "constant_with_warmup")
@@ -176,6 +177,28 @@ def test_values_that_depend_on_others():
             ["reinforce_baseline_momentum=-0.1", "[0, 1)"],
         ),
         (DAPOConfig, {"max_refill_rounds": 0}, ["max_refill_rounds=0", "at least 1", "'duplicate'"]),
+        (DAPOConfig, {"refill_draws": "clever"}, ["refill_draws='clever'", "'blind'", "'informed'"]),
+        (
+            GRPOConfig,
+            {"refill_draws": "informed"},
+            ["refill_draws='informed'", "rollout_selection='all'", "Set rollout_selection='refill'"],
+        ),
+        (DUPOConfig, {"refill_draws": "informed"}, ["refill_draws='informed'", "rollout_selection='duplicate'"]),
+        (
+            DAPOConfig,
+            {"similar_prompts_columns": ["level"]},
+            ["similar_prompts_columns=['level']", "refill_draws='blind'", "Set refill_draws='informed'"],
+        ),
+        (
+            DAPOConfig,
+            {"refill_draws": "informed", "refill_exploration": 1.5},
+            ["refill_exploration=1.5", "[0, 1]"],
+        ),
+        (
+            DAPOConfig,
+            {"refill_draws": "informed", "refill_exploration": -0.1},
+            ["refill_exploration=-0.1", "[0, 1]"],
+        ),
         # GSPO clips with a token ratio, and the reverse
         (
             GRPOConfig,
@@ -572,6 +595,9 @@ def test_yaml_round_trip(config_class, tmp_path):
     chosen = settings(
         rollout_selection="refill",
         max_refill_rounds=3,
+        refill_draws="informed",
+        similar_prompts_columns=["source", "level"],
+        refill_exploration=0.5,
         outcome_reward_funcs=["accuracy", "format"],
         success_threshold=0.25,
         advantage_estimator="reinforce",

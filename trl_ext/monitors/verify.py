@@ -93,24 +93,24 @@ class Verification:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Dropout off while the model stays in training mode: with it, no two passes have the same gradient."""
-    layers = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
-    layers = [layer for layer in layers if layer.training]
-    attentions: list[Any] = [
-        module for module in model.modules() if isinstance(getattr(module, "attention_dropout", None), float)
+    """
+    Dropout off while the model stays in training mode: with it, no two passes have the same gradient. Attention layers
+    read a rate of their own, or that of a dropout layer which they don't call.
+    """
+    rates = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float)
+        and (name == "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout" in name)
     ]
-    rates = [module.attention_dropout for module in attentions]
-    for layer in layers:
-        layer.eval()
-    for attention in attentions:
-        attention.attention_dropout = 0.0
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.train()
-        for attention, rate in zip(attentions, rates, strict=True):
-            attention.attention_dropout = rate
+        for module, name, rate in rates:
+            setattr(module, name, rate)
 
 
 class KeptForBackward:
@@ -153,7 +153,9 @@ def _gradient(trainer: GRPOTrainer, micro_batches: list[MicroBatch], kept: KeptF
         with kept.measuring():
             loss = trainer.compute_loss(model, batch)
         loss.backward()
-    gradients = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
+    # Experts that no token went to have none
+    learned = [p for p in model.parameters() if p.requires_grad]
+    gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in learned]
     gradient: torch.Tensor = trainer.accelerator.reduce(torch.cat(gradients), reduction="mean")
     model.zero_grad(set_to_none=True)
     return gradient
@@ -212,6 +214,7 @@ def verify(trainer: GRPOTrainer, repetitions: int = 3, quiet: bool = False) -> V
         )
     model: Any = trainer.model
     was_training, steps = model.training, getattr(trainer, "current_gradient_accumulation_steps", 1)
+    adapts, trainer.use_adaptive_entropy = trainer.use_adaptive_entropy, False  # it would after each micro-batch
     metrics = {key: list(values) for key, values in trainer.train_metrics.items()}
     count = min(trainer.args.gradient_accumulation_steps, trainer.args.steps_per_generation or 1)
     trainer.current_gradient_accumulation_steps = count
@@ -229,6 +232,7 @@ def verify(trainer: GRPOTrainer, repetitions: int = 3, quiet: bool = False) -> V
                     seconds[name].append(_seconds(trainer, sides[name]))
     finally:
         model.train(was_training)
+        trainer.use_adaptive_entropy = adapts
         trainer.current_gradient_accumulation_steps = steps
         trainer.train_metrics.clear()
         trainer.train_metrics.update(metrics)

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..rollouts.micro_batches import MicroBatch, Saved, Savings, fit_window
 from ..trainers.grpo import GRPOTrainer
-from ..trainers.seams.grpo import last_micro_batch, savings_of
+from ..trainers.seams.grpo import generation_is_used_up, last_micro_batch, savings_of
 
 
 class WasteCallback(TrainerCallback):
@@ -48,19 +48,21 @@ class WasteCallback(TrainerCallback):
         self.trainer = trainer
         self.total = Saved()
         self.since_log = Saved()
-        self.micro_batches: list[MicroBatch] = []  # of the optimizer step under way
+        self.micro_batches: list[MicroBatch] = []  # of the optimizer step and the generation under way
         self.savings: Savings | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.micro_batches = []  # of a training that was broken off
 
     def _seen(self) -> None:
         self.micro_batches.append(last_micro_batch(self.trainer))
+        # Micro-batches of two generations are not padded alike, and not dealt together
+        if generation_is_used_up(self.trainer):
+            self._measure()
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._seen()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._seen()
+    def _measure(self) -> None:
+        if not self.micro_batches:
+            return
         trainer = self.trainer
         if self.savings is None:
             self.savings = savings_of(trainer)
@@ -70,6 +72,15 @@ class WasteCallback(TrainerCallback):
         self.total += saved
         self.since_log += saved
         self.micro_batches = []
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._seen()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._seen()
+        self._measure()
 
     def on_log(
         self,
@@ -93,7 +104,9 @@ class WasteCallback(TrainerCallback):
             print(self.summary(), flush=True)
 
     def summary(self) -> str:
-        """The totals in a sentence or two."""
+        """The totals in a sentence or two; nothing before the first step."""
+        if not self.total.rows:
+            return ""
         shares, total = waste_shares(self.total), self.total
         return (
             f"{shares['waste/share']:.0%} of the training compute was padding ({shares['waste/padding']:.0%}) or rows "

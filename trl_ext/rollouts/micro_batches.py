@@ -12,7 +12,7 @@ import heapq
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass
-from itertools import count, pairwise
+from itertools import count, pairwise, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -242,11 +242,12 @@ def _packed(sizes: RowSizes, order: list[int], micro_batches: int) -> list[Stret
 
 def pack(sizes: RowSizes, rows: list[int], micro_batches: int) -> list[list[int]]:
     """
-    Deal rows to micro-batches: none has more tokens (padding included) than the most even deal needs, and all together
-    have few.
+    Deal rows to micro-batches: none is larger (in tokens, padding included) than an even deal of rows sorted by length
+    needs, and all together are small.
 
-    Rows are sorted by length and cut into stretches. The smallest possible largest stretch is found by bisection; what
-    micro-batches are left over then go where one more saves most.
+    Sorted rows are cut into stretches. The smallest possible largest stretch is found by bisection; what micro-batches
+    are left over then go where one more saves most. Done for rows sorted by completion and by whole length: the deal
+    with fewer tokens is taken.
 
     Args:
         sizes ([`RowSizes`]):
@@ -270,9 +271,14 @@ def pack(sizes: RowSizes, rows: list[int], micro_batches: int) -> list[list[int]
 
 
 FILLER = -1
+# A row without weight has no token in the loss. Its prompt may be cut, so that its ratios are made 1: an infinite one
+# times a mask of 0 would not be 0
+NEUTRAL = {"completion_mask": 0, "old_per_token_logps": 0, "importance_sampling_ratio": 1}
 
 
-def deal(sizes: RowSizes, rows: list[int], ranks: int, micro_batches: int) -> list[list[list[int]]]:
+def deal(
+    sizes: RowSizes, rows: list[int], ranks: int, micro_batches: int, homes: list[int] | None = None
+) -> list[list[list[int]]]:
     """
     Give each rank its micro-batches. TRL gathers metrics by row, so that at any time all ranks must work on equally
     many rows: neighbours in length go to different ranks, in turn, and what is left over is filled up with rows
@@ -287,15 +293,21 @@ def deal(sizes: RowSizes, rows: list[int], ranks: int, micro_batches: int) -> li
             Processes.
         micro_batches (`int`):
             Micro-batches of each rank.
+        homes (`list[int]`, *optional*):
+            Ranks that rows must not leave, by row.
 
     Returns:
         `list[list[list[int]]]`: rows by rank and micro-batch, at least one in each; `FILLER` for a row without weight.
     """
     order = sorted(rows, key=lambda row: (-sizes.completion[row], -sizes.prompt[row]))
-    teams = [order[start : start + ranks] for start in range(0, len(order), ranks)]  # a row for each rank
+    if homes is None:
+        teams = [order[start : start + ranks] for start in range(0, len(order), ranks)]  # a row for each rank
+    else:
+        by_rank = [[row for row in order if homes[row] == rank] for rank in range(ranks)]
+        teams = [list(team) for team in zip_longest(*by_rank, fillvalue=FILLER)]
     of_teams = RowSizes(
-        [max(sizes.prompt[row] for row in team) for team in teams],
-        [max(sizes.completion[row] for row in team) for team in teams],
+        [max(sizes.prompt[row] for row in team if row != FILLER) for team in teams],
+        [max(sizes.completion[row] for row in team if row != FILLER) for team in teams],
         sizes.multiple,
         sizes.widest,
     )
@@ -305,7 +317,7 @@ def deal(sizes: RowSizes, rows: list[int], ranks: int, micro_batches: int) -> li
     for batch in packed:
         members = [teams[i] + [FILLER] * (ranks - len(teams[i])) for i in batch] or [[FILLER] * ranks]
         for rank in range(ranks):
-            dealt[rank].append([team[(rank + turn) % ranks] for turn, team in enumerate(members)])
+            dealt[rank].append([team[rank if homes else (rank + turn) % ranks] for turn, team in enumerate(members)])
     return dealt
 
 
@@ -493,10 +505,11 @@ def _merge_copies(joined: MicroBatch, rows: Rows) -> list[int]:
     every loss of TRL's are homogeneous in a positive factor on the advantage.
     """
     contributing = rows.contributes.nonzero().flatten().tolist()
-    copies: dict[int, list[int]] = {}
+    copies: dict[tuple[int, int], list[int]] = {}
     for row in contributing:
         source = int(rows.source[row])
-        copies.setdefault(source if source >= 0 else -2 - row, []).append(row)
+        # Where padding counts, copies are only equal if they have as much of it
+        copies.setdefault((source if source >= 0 else -2 - row, int(rows.prompt[row])), []).append(row)
     for same in copies.values():
         if len(same) > 1:
             joined["advantages"][same[0]] *= len(same)
@@ -514,7 +527,9 @@ def _take(joined: MicroBatch, rows: list[int]) -> MicroBatch:
         for name, value in joined.items()
     }
     fillers = torch.tensor([row == FILLER for row in rows], device=index.device)
-    taken["completion_mask"][fillers] = 0
+    for name, value in NEUTRAL.items():
+        if name in taken:
+            taken[name][fillers] = value
     return taken
 
 
@@ -546,8 +561,9 @@ def fit_window(
     Returns:
         `list[dict]`: equally many micro-batches. Their rows carry TRL's tensors; [`Fit`] is under `"fit"`.
     """
-    # Images stand in tensors and lists of their own, not one row a completion
-    has_images = any(isinstance(value, list) for value in batches[0].values())
+    # Images stand in tensors and lists of their own, not one row a completion; some ranks may have none
+    lists = sum(isinstance(value, list) for value in batches[0].values())
+    has_images = bool(accelerator.gather(torch.tensor([lists], device=accelerator.device)).any())
     regroup = savings.regroup and not has_images
     trim_prompts = savings.trim_prompts and not has_images
     described = [describe(batch, skip_dead=savings.skip_dead and regroup) for batch in batches]
@@ -574,7 +590,10 @@ def fit_window(
     keep = _merge_copies(joined, rows) if savings.weigh_copies else rows.contributes.nonzero().flatten().tolist()
     saved.skipped_rows += len(gathered) - int(rows.contributes.sum())
     saved.merged_rows += int(rows.contributes.sum()) - len(keep)
-    dealt = deal(sizes, keep, ranks, per_rank)
+    # Absolute positions count from the first column of the padding that a row's own rank has
+    same_padding = trim_prompts or len(set(gathered[:, 5].tolist())) == 1
+    homes = None if same_padding else [row // len(local) for row in range(len(gathered))]
+    dealt = deal(sizes, keep, ranks, per_rank, homes)
     least = Width(1 if trim_prompts else widest.prompt, min(FEWEST_COLUMNS, widest.completion))
     fitted = []
     for i in range(per_rank):

@@ -353,6 +353,81 @@ class PromptOutlook:
         self._buckets = dict(state["buckets"])
 
 
+# Half-lives of 3, 14 and 69 generation batches. How fast a policy moves depends on learning rate, updates and task.
+MEMORIES = (0.8, 0.95, 0.99)
+# Weight of what was predicted before, at each tick: the last ten batches or so decide
+TRUST_MEMORY = 0.9
+
+
+class AdaptiveOutlook:
+    """
+    Several [`PromptOutlook`]s that forget at different speeds: the one that foretold best which groups were live in
+    the recent past predicts and chooses. A fast policy makes old evidence wrong, a slow one makes forgetting a waste;
+    which it is, the groups tell (prequential choice by the log-likelihood of their outcomes).
+
+    Args:
+        columns, num_generations, success_threshold, seed, exploration:
+            See [`PromptOutlook`].
+    """
+
+    def __init__(
+        self,
+        columns: list[str],
+        num_generations: int,
+        success_threshold: float,
+        seed: int,
+        exploration: float = 0.25,
+    ) -> None:
+        self.outlooks = [
+            PromptOutlook(columns, num_generations, success_threshold, seed, memory, exploration)
+            for memory in MEMORIES
+        ]
+        self._log_likelihoods = [0.0] * len(MEMORIES)
+
+    @property
+    def best(self) -> PromptOutlook:
+        """The one to listen to; of equals, the one that remembers longest."""
+        return max(reversed(self.outlooks), key=lambda outlook: self._log_likelihoods[self.outlooks.index(outlook)])
+
+    def fit_bins(self, values_by_column: Mapping[str, Sequence[Any]]) -> None:
+        """See [`PromptOutlook.fit_bins`]."""
+        for outlook in self.outlooks:
+            outlook.fit_bins(values_by_column)
+
+    def tick(self) -> None:
+        """See [`PromptOutlook.tick`]."""
+        self._log_likelihoods = [TRUST_MEMORY * value for value in self._log_likelihoods]
+        for outlook in self.outlooks:
+            outlook.tick()
+
+    def observe(self, rows: list[dict[str, Any]], outcomes: torch.Tensor, live: list[bool]) -> None:
+        """See [`PromptOutlook.observe`]. What each had predicted is counted before it learns."""
+        for i, outlook in enumerate(self.outlooks):
+            for row, is_live in zip(rows, live, strict=True):
+                predicted = outlook.live_probability(row)
+                likelihood = predicted if is_live else 1 - predicted
+                self._log_likelihoods[i] += math.log(max(likelihood, 0.01))  # no single surprise decides
+            outlook.observe(rows, outcomes, live)
+
+    def live_probability(self, row: dict[str, Any]) -> float:
+        """See [`PromptOutlook.live_probability`]."""
+        return self.best.live_probability(row)
+
+    def choose(self, candidates: list[dict[str, Any]], count: int, reserved: int = 0) -> list[int]:
+        """See [`PromptOutlook.choose`]."""
+        return self.best.choose(candidates, count, reserved)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was learned. Later calls leave it alone."""
+        outlooks = [outlook.state_dict() for outlook in self.outlooks]
+        return {"outlooks": outlooks, "log_likelihoods": list(self._log_likelihoods)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for outlook, saved in zip(self.outlooks, state["outlooks"], strict=True):
+            outlook.load_state_dict(saved)
+        self._log_likelihoods = list(state["log_likelihoods"])
+
+
 def _number(value: Any) -> float:
     """A numeric value as a float, NaN for what is no number."""
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan

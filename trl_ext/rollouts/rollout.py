@@ -2,6 +2,7 @@
 One completion, with everything TRL needs to go on as if it had just generated it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,26 +151,25 @@ def generation_of(logged: list[Rollout], trained: list[Rollout]) -> Generation:
 
 def joined_generation(chunks: list[Generation]) -> Generation:
     """What `_generate` would have returned for several chunks of prompts at once."""
-    sizes = [len(chunk[0]) for chunk in chunks]
 
-    def column(index: int, missing: Any) -> Any:
+    def column(index: int, missing: Callable[[list[int]], Any] = lambda completion_ids: None) -> Any:
         """A chunk may lack what others have: images, for one."""
         parts: list[Any] = [chunk[index] for chunk in chunks]
         if not any(parts):
             return parts[0]
-        return [value for part, size in zip(parts, sizes, strict=True) for value in part or [missing] * size]
+        return [value for chunk, part in zip(chunks, parts, strict=True) for value in part or map(missing, chunk[1])]
 
     extra_fields = {
         name: [value for chunk in chunks for value in chunk[5][name]] if isinstance(first, list) else first
         for name, first in chunks[0][5].items()
     }
     return (
-        column(0, None),
-        column(1, None),
-        column(2, None),
-        column(3, None),
-        column(4, None),
+        column(0),
+        column(1),
+        column(2, missing=lambda completion_ids: [1] * len(completion_ids)),
+        column(3),
+        column(4, missing=lambda completion_ids: [float("nan")] * len(completion_ids)),
         extra_fields,
-        column(6, None),
-        column(7, []),
+        column(6),
+        column(7, missing=lambda completion_ids: []),
     )

@@ -124,8 +124,12 @@ def restate_loss_metrics(metrics: dict[str, list[float]], fit: Fit, by_row: bool
         rows = key in ROW_MEANS or (by_row and key in ZERO_WITHOUT_ADVANTAGE)
         over_all = not savings.weigh_copies and (not savings.skip_dead or key in ZERO_WITHOUT_ADVANTAGE)
         if rows:
-            total = value * (fit.rows + fit.fillers) - fit.fillers * ROW_MEANS.get(key, 0.0)
-            count = fit.all_rows if over_all else fit.computed_rows
+            empty = ROW_MEANS.get(key, 0.0)
+            total = value * (fit.rows + fit.fillers) - fit.fillers * empty
+            count = fit.computed_rows
+            if over_all:
+                total += empty * (fit.all_rows - fit.computed_rows) / fit.micro_batches
+                count = fit.all_rows
         else:
             total, count = value * fit.tokens, fit.all_tokens if over_all else fit.computed_tokens
         metrics.setdefault(key if over_all else COMPUTED + key, []).append(total * fit.micro_batches / max(count, 1))
@@ -136,5 +140,5 @@ def restate_loss_metrics(metrics: dict[str, list[float]], fit: Fit, by_row: bool
             metrics[key].pop()  # that of a row without weight
         if metrics.get(key) and (savings.weigh_copies or (savings.skip_dead and key.endswith("min"))):
             metrics.setdefault(COMPUTED + key, []).append(metrics[key].pop())
-            if not metrics[key]:
-                del metrics[key]
+        if key in metrics and not metrics[key]:
+            del metrics[key]

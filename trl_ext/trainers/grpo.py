@@ -33,7 +33,7 @@ from ..objectives.advantages import aggregate_rewards, leave_one_out, reinforce,
 from ..objectives.ratios import sequence_token_old_logps
 from ..rewards.guard import RewardFunctionError
 from ..rollouts.micro_batches import FIT, Saved, fit_window, fitted_pass
-from ..rollouts.outlook import PromptOutlook
+from ..rollouts.outlook import AdaptiveOutlook
 from ..rollouts.rollout import ScoredGroups, ScoredRound
 from ..rollouts.selection import AcceptanceRate, GroupSelection, census, has_variance, outcome_rewards
 from ..rollouts.statistics import restate_loss_metrics
@@ -58,7 +58,7 @@ SMALLEST_TOKEN_EPSILON = 0.005
 LARGEST_SEQUENCE_EPSILON = 0.05
 
 # Prompts that an informed draw chooses from, for each that it draws
-LOOKAHEAD = 4
+LOOKAHEAD = 8
 
 SHAPING_REWARD = "soft_overlong_punishment_reward"
 
@@ -90,7 +90,7 @@ class GRPOConfig(trl.GRPOConfig):
         similar_prompts_columns (`list[str]`, *optional*):
             Columns by which `"informed"` takes prompts for similar: a difficulty, a topic, a length, a pass rate.
             Numbers are cut at deciles.
-        refill_exploration (`float`, *optional*, defaults to `0.25`):
+        refill_exploration (`float`, *optional*, defaults to `0.1`):
             Share of the prompts that `"informed"` leaves to chance, so that none is starved.
         outcome_reward_funcs (`list[str]`, *optional*):
             Names of the reward functions by which a group is judged, in selection and for pass rates, as they appear
@@ -160,7 +160,7 @@ class GRPOConfig(trl.GRPOConfig):
         },
     )
     refill_exploration: float = field(
-        default=0.25,
+        default=0.1,
         metadata={"help": "Share of prompts that 'informed' draws leave to chance."},
     )
     outcome_reward_funcs: list[str] | None = field(
@@ -536,16 +536,22 @@ class GRPOTrainer(GRPOSeams):
         self._duplicates = torch.Generator().manual_seed(config.seed)
         super().__init__(**given)
         self._check_outcome_names(config, self.reward_func_names)  # with those of environments
-        outcome = config.outcome_reward_funcs or [n for n in self.reward_func_names if n != SHAPING_REWARD]
-        self.is_outcome = torch.tensor([name in outcome for name in self.reward_func_names])
         if config.importance_sampling_level == "sequence_token":
             # TRL's loss runs at token level, on old log-probabilities that make its ratio the sequence's
             self.importance_sampling_level = "token"
+        self._set_up_selection(config)
+        self._set_up_micro_batches(config)
+
+    def _set_up_selection(self, config: GRPOConfig) -> None:
+        outcome = config.outcome_reward_funcs or [n for n in self.reward_func_names if n != SHAPING_REWARD]
+        self.is_outcome = torch.tensor([name in outcome for name in self.reward_func_names])
         if config.rollout_selection == "refill":
             self._refill_stream = PromptStream(self.rows_seen_in_training(), seed=config.seed)
         self._groups: Rows = []  # rows of all ranks that are generated for, one a group; known to informed draws
         self._replaced = 0
         self._outlook = self._new_outlook(config) if config.refill_draws == "informed" else None
+
+    def _set_up_micro_batches(self, config: GRPOConfig) -> None:
         self.saved = Saved()
         exact = savings_of(self)
         # Where refilling falls back on copies they are computed: metrics over all rows are worth more there
@@ -626,16 +632,16 @@ class GRPOTrainer(GRPOSeams):
 
     # Prompts
 
-    def _new_outlook(self, config: GRPOConfig) -> PromptOutlook:
+    def _new_outlook(self, config: GRPOConfig) -> AdaptiveOutlook:
         columns, dataset = config.similar_prompts_columns or [], self._refill_stream.dataset
-        known = getattr(dataset, "column_names", None)
+        known = dataset.column_names or list(next(iter(dataset), {}))  # not declared: its first row tells
         for column in columns:
             _require(
-                known is None or column in known,
+                column in known,
                 f"similar_prompts_columns names {column!r}, but the training set has {known}"
                 + (" (remove_unused_columns=True drops the others)." if config.remove_unused_columns else "."),
             )
-        outlook = PromptOutlook(
+        outlook = AdaptiveOutlook(
             columns, self.num_generations, config.success_threshold, config.seed, exploration=config.refill_exploration
         )
         if isinstance(dataset, Dataset):

@@ -83,6 +83,12 @@ def last_micro_batch(trainer: trl.GRPOTrainer) -> dict[str, Any]:
     return batch
 
 
+def generation_is_used_up(trainer: trl.GRPOTrainer) -> bool:
+    """Whether a trainer, TRL's or ours, generates before its next micro-batch."""
+    args: Any = trainer.args
+    return int(trainer._step) % (args.steps_per_generation * trainer.num_iterations) == 0
+
+
 class EpochSampler(Sampler[int]):
     """
     TRL's sampler with its order tied to the epoch: TRL's generator starts over when a run is resumed, so that a later
@@ -286,7 +292,11 @@ class GRPOSeams(trl.GRPOTrainer):
             counts[names.index(fault.name)] += 1
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, count in zip(names, self.accelerator.reduce(counts, reduction="sum").tolist(), strict=True):
-            metrics[f"rewards/{name}/failed_groups"].append(count)
+            failed = metrics[f"rewards/{name}/failed_groups"]
+            if self._rounds:  # refilling: all rounds of a batch count together
+                failed[-1] += count
+            else:
+                failed.append(count)
 
     def _score(self, prompts: list[Any], generation: Generation) -> ScoredRound:
         rows = self._rows
