@@ -75,10 +75,9 @@ def upstream_names():
 
 
 def own_state(cls):
-    """What `__init__` of a class of ours creates."""
-    if "__init__" not in vars(cls):
-        return set()
-    return attributes_of_self(tree_of(vars(cls)["__init__"]))[1]
+    """What `__init__` of a class of ours creates, with its parts `_set_up_…`."""
+    parts = [value for name, value in vars(cls).items() if name == "__init__" or name.startswith("_set_up_")]
+    return {name for part in parts for name in attributes_of_self(tree_of(part))[1]}
 
 
 def test_every_trainer_of_the_package_is_looked_at():
