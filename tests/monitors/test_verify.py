@@ -354,3 +354,13 @@ class TestWithoutDropout:
         with pytest.raises(ArithmeticError), without_dropout(model):
             raise ArithmeticError
         assert model[0].training and math.isclose(model[0].p, 0.5)
+
+
+def test_checkpointing_is_on_as_in_training_and_off_again(tmp_path):
+    measured = {}
+    for checkpointing in (False, True):
+        trainer = tiny.trainer(GRPOTrainer, tmp_path / str(checkpointing), gradient_checkpointing=checkpointing)
+        measured[checkpointing] = verify(trainer, repetitions=1, quiet=True)
+        assert not trainer.model.is_activation_checkpointing
+    assert measured[True].trl.memory < measured[False].trl.memory
+    assert measured[True].grad_relative_error <= 1e-5

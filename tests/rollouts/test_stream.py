@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 from datasets import Dataset, IterableDataset
+from trl.trainer.utils import RepeatSampler
 
 from trl_ext.rollouts.stream import PromptStream, can_be_read_twice, prompt_key
 
@@ -229,3 +230,22 @@ class TestCanBeReadTwice:
             yield from ({"prompt": f"p{i}"} for i in itertools.count())
 
         assert can_be_read_twice(IterableDataset.from_generator(endless))
+
+
+def test_the_order_is_not_the_loaders():
+    """TRL shuffles by the same seed; drawn in its order, a prompt would be generated for twice in a row."""
+    dataset = rows(24)
+    dealt = list(RepeatSampler(dataset, mini_repeat_count=1, batch_size=1, shuffle=True, seed=3))
+    drawn = [row["answer"] for row in PromptStream(dataset, seed=3).draw(24, exclude=set())]
+    assert sorted(drawn) == sorted(dealt) == list(range(24))
+    assert drawn != dealt
+
+
+def test_keys_of_text_and_of_anything_else():
+    chat = [{"role": "user", "content": "p"}]
+    picture = [{"role": "user", "content": [{"type": "image", "image": b"1"}]}]
+    prompts = ["p", "q", chat, [{"role": "user", "content": "q"}], [], picture, None]
+    keys = [prompt_key({"prompt": prompt}) for prompt in prompts]
+    assert len(set(keys)) == len(prompts)
+    assert keys == [prompt_key({"answer": 1, "prompt": prompt}) for prompt in prompts]
+    assert prompt_key({"prompt": "p", "image": b"1"}) not in {keys[0], prompt_key({"prompt": "p", "image": b"2"})}

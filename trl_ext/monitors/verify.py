@@ -113,6 +113,24 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             setattr(module, name, rate)
 
 
+@contextmanager
+def checkpointing_as_in_training(trainer: GRPOTrainer) -> Iterator[None]:
+    """Activation checkpointing, which transformers switches on when training begins: memory depends on it."""
+    model: Any = trainer.model
+    wanted = trainer.args.activation_checkpointing and hasattr(model, "activation_checkpointing_enable")
+    if not wanted or model.is_activation_checkpointing:
+        yield
+        return
+    kwargs: Any = trainer.args.activation_checkpointing_kwargs
+    given = dict(kwargs or {})
+    own = {name: given.pop(name) for name in ("every_n_layers", "offload") if name in given}
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=given or None, **own)
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
+
+
 class KeptForBackward:
     """
     Bytes that autograd keeps between forward and backward pass of a micro-batch, weights left aside; the largest of
@@ -224,7 +242,7 @@ def verify(trainer: GRPOTrainer, repetitions: int = 3, quiet: bool = False) -> V
         saved = Saved()
         fitted = trainer.fit(dealt, [(0, count)], saved)
         sides = {"trl": dealt, "trl_ext": fitted}
-        with without_dropout(model):
+        with without_dropout(model), checkpointing_as_in_training(trainer):
             measured = {name: _memory(trainer, batches) for name, batches in sides.items()}
             seconds: dict[str, list[float]] = {name: [] for name in sides}
             for i in range(repetitions):

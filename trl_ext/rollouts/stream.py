@@ -4,6 +4,7 @@ says and a resumed run draws what the interrupted one would have drawn.
 """
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -12,11 +13,28 @@ from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 
 
+# TRL's loader shuffles by the same seed: without this, the stream would draw what the loader deals next
+APART_FROM_LOADER = 1_000_003
+
+
+@lru_cache(maxsize=100_000)
+def _text_key(text: str) -> str:
+    return str(Hasher.hash(text))
+
+
+def _is_text(prompt: Any) -> bool:
+    if not isinstance(prompt, list):
+        return isinstance(prompt, str)
+    return all(isinstance(message, dict) and all(isinstance(v, str) for v in message.values()) for message in prompt)
+
+
 def prompt_key(row: dict[str, Any]) -> str:
     """
     Identity of a prompt, by content: what the policy sees of a row (its prompt and images), or the whole row where an
     environment writes the prompt.
     """
+    if _is_text(row.get("prompt")) and not {"image", "images"} & row.keys():
+        return _text_key(repr(row["prompt"]))
     seen = {name: row[name] for name in ("prompt", "image", "images") if name in row}
     return str(Hasher.hash(seen or row))
 
@@ -35,12 +53,13 @@ class PromptStream:
         dataset (`Dataset` or `IterableDataset`):
             Where prompts come from. An iterable one is shuffled with its buffered shuffle.
         seed (`int`):
-            Seed of the orders. Equal on every rank: all draw the same rows.
+            Seed of the orders, which are others than the loader's by the same seed. Equal on every rank: all draw the
+            same rows.
     """
 
     def __init__(self, dataset: Dataset | IterableDataset, seed: int) -> None:
         self.dataset = dataset
-        self.seed = seed
+        self.seed = seed + APART_FROM_LOADER
         self.epoch = 0
         self.position = 0
         self._rows: Iterator[dict[str, Any]] | None = None

@@ -570,6 +570,16 @@ class GRPOTrainer(GRPOSeams):
         if columns is None and isinstance(dataset, IterableDataset):
             columns = list(next(iter(dataset), {})) or None  # not declared: its first row tells
         refills = config.rollout_selection == "refill"
+        for column in config.similar_prompts_columns or []:
+            _require(
+                columns is None or column in columns,
+                f"similar_prompts_columns names {column!r}, but train_dataset has only {columns}.",
+            )
+            _require(
+                not config.remove_unused_columns,
+                f"similar_prompts_columns={config.similar_prompts_columns} are dropped by remove_unused_columns=True. "
+                "Set remove_unused_columns=False.",
+            )
         if environment_factory is None:
             _require(dataset is not None, "train_dataset=None: pass a data set with a `prompt` column.")
             _require(
@@ -634,13 +644,6 @@ class GRPOTrainer(GRPOSeams):
 
     def _new_outlook(self, config: GRPOConfig) -> AdaptiveOutlook:
         columns, dataset = config.similar_prompts_columns or [], self._refill_stream.dataset
-        known = dataset.column_names or list(next(iter(dataset), {}))  # not declared: its first row tells
-        for column in columns:
-            _require(
-                column in known,
-                f"similar_prompts_columns names {column!r}, but the training set has {known}"
-                + (" (remove_unused_columns=True drops the others)." if config.remove_unused_columns else "."),
-            )
         outlook = AdaptiveOutlook(
             columns, self.num_generations, config.success_threshold, config.seed, exploration=config.refill_exploration
         )

@@ -355,9 +355,8 @@ class GRPOSeams(trl.GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Rows) -> dict[str, Any]:
         training = self.model.training  # before generation, which may leave the model in another mode
-        inputs = self.rows_to_generate(inputs) if training else inputs
-        self._rows = inputs
         try:
+            self._rows = inputs = self.rows_to_generate(inputs) if training else inputs
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
             self._credit(output, training)
             if self._logged_prompts is not None:
