@@ -12,7 +12,9 @@ from scipy.stats import betabinom
 
 from trl_ext.rollouts.outlook import (
     CONCENTRATION,
+    MEMORIES,
     PRIOR_PROMPTS,
+    AdaptiveOutlook,
     PromptOutlook,
     fit_beta,
     mixed_probability,
@@ -521,3 +523,66 @@ class TestSimulation:
 
     def test_a_column_that_tells_speeds_it_up(self):
         assert self.acceptance(True, ["source"])[0] > self.acceptance(True)[0] + 0.05
+
+
+# Forgetting at the right speed
+
+
+def adaptive(**settings) -> AdaptiveOutlook:
+    given = {"columns": [], "num_generations": 4, "success_threshold": 0.5, "seed": 0, **settings}
+    return AdaptiveOutlook(**given)
+
+
+def observed(outlook, passes: dict[str, int]) -> None:
+    """A generation batch in which each prompt's group of four had so many passes."""
+    outlook.tick()
+    outcomes = torch.tensor([[1.0] * k + [0.0] * (4 - k) for k in passes.values()])
+    outlook.observe([{"prompt": name} for name in passes], outcomes, [0 < k < 4 for k in passes.values()])
+
+
+def test_without_evidence_the_longest_memory_is_trusted():
+    assert adaptive().best.memory == max(MEMORIES)
+
+
+def test_a_policy_that_moves_makes_it_forget():
+    """Half of the prompts are live in turn: what was seen a few batches ago is wrong by now."""
+    outlook = adaptive()
+    for batch in range(40):
+        early = (batch // 4) % 2
+        observed(outlook, {f"p{i}": 2 if i % 2 == early else 4 for i in range(8)})
+    assert outlook.best.memory == min(MEMORIES)
+
+
+def test_a_policy_that_stands_makes_it_remember():
+    outlook = adaptive()
+    for batch in range(60):
+        observed(outlook, {f"p{batch % 20}": 2 if batch % 2 else 4})
+    assert outlook.best.memory == max(MEMORIES)
+
+
+def test_the_best_one_predicts_and_chooses():
+    outlook = adaptive(exploration=0.0)
+    for batch in range(40):
+        early = (batch // 4) % 2
+        observed(outlook, {f"p{i}": 2 if i % 2 == early else 4 for i in range(8)})
+    candidates = [{"prompt": f"p{i}"} for i in range(8)]
+    assert [outlook.live_probability(row) for row in candidates] == [
+        outlook.best.live_probability(row) for row in candidates
+    ]
+    live = [i for i in range(8) if i % 2 == early]
+    assert outlook.choose(candidates, 4) == live
+
+
+def test_an_adaptive_outlook_goes_on_where_it_was():
+    whole, saved = adaptive(), adaptive()
+    for batch in range(12):
+        observed(whole, {f"p{i}": (i + batch) % 5 for i in range(6)})
+        if batch == 5:
+            state = pickle.loads(pickle.dumps(whole.state_dict()))
+    saved.load_state_dict(state)
+    for batch in range(6, 12):
+        observed(saved, {f"p{i}": (i + batch) % 5 for i in range(6)})
+    candidates = [{"prompt": f"p{i}"} for i in range(9)]
+    assert saved.best.memory == whole.best.memory
+    assert saved.choose(candidates, 4) == whole.choose(candidates, 4)
+    assert [saved.live_probability(row) for row in candidates] == [whole.live_probability(row) for row in candidates]
