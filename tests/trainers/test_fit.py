@@ -113,7 +113,7 @@ CASES = {
     "bnpo": Case({"loss_type": "bnpo", **CLIPPED}, saves=TRIM, shows="clip_ratio/region_mean"),
     "dr_grpo": Case({"loss_type": "dr_grpo", **CLIPPED}, shows="clip_ratio/region_mean"),
     "dapo": Case({"loss_type": "dapo", "epsilon_high": 0.08, **CLIPPED}, shows="clip_ratio/region_mean"),
-    "cispo": Case({"loss_type": "cispo", "epsilon_high": 1.05}, shows="cispo_clip_ratio"),
+    "cispo": Case({"loss_type": "cispo", "epsilon_high": 1.05, "learning_rate": 1e-2}, shows="cispo_clip_ratio"),
     "sapo": Case({"loss_type": "sapo"}),
     "luspo": Case({"loss_type": "luspo", **SEQUENCE}, shows="clip_ratio/region_mean"),
     "luspo_token": Case({"loss_type": "luspo", **CLIPPED}, shows="clip_ratio/region_mean"),

@@ -138,7 +138,8 @@ class GRPOConfig(trl.GRPOConfig):
         fit_micro_batches (`bool`, *optional*, defaults to `True`):
             Whether the rows of an optimizer step are dealt to micro-batches that fit their lengths, and rows that
             can't move the policy are not computed. The gradient stays TRL's, up to rounding; what isn't exact for a
-            loss is not done, and a log line says why. `False`: TRL's micro-batches.
+            loss is not done, and a log line says why. Micro-batches then differ in shape: where shapes are compiled
+            for, set `pad_to_multiple_of`. `False`: TRL's micro-batches.
     """
 
     rollout_selection: str = field(
