@@ -53,10 +53,16 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "blind": (OURS, OUR_CONFIG, {"rollout_selection": "refill"}),
     "informed": (OURS, OUR_CONFIG, INFORMED),
     "informed+length": (OURS, OUR_CONFIG, {**INFORMED, "similar_prompts_columns": ["digits"]}),
+    # What is missing after one more round is filled with copies
+    "informed+length, 1 round": (
+        OURS,
+        OUR_CONFIG,
+        {**INFORMED, "similar_prompts_columns": ["digits"], "max_refill_rounds": 1},
+    ),
 }
 STUDIES: dict[str, list[str]] = {
     "methods": ["GRPO", "DAPO", "DUPO", "GSPO"],
-    "refill": ["GRPO", "blind", "informed", "informed+length"],
+    "refill": ["GRPO", "blind", "informed+length", "informed+length, 1 round"],
 }
 # Okabe and Ito's colours
 COLOURS = {
@@ -67,6 +73,7 @@ COLOURS = {
     "blind": "#D55E00",
     "informed": "#0072B2",
     "informed+length": "#009E73",
+    "informed+length, 1 round": "#CC79A7",
 }
 BASELINES = {"GRPO": "TRL's GRPO", "blind": "blind refill"}
 AXES = {"steps": "optimizer steps", "tokens": "generated tokens", "cpu": "CPU-seconds"}
