@@ -7,8 +7,8 @@ Which method learns faster, and by what measure? Two studies on set A of the sor
 - `refill`: TRL's GRPO against the same loss with refilled batches, from blind and from informed draws, over the same
   number of generated tokens: 2,000 prompts, passed several times.
 
-Every method gets the same start (a supervised warm-up, one per seed), batches of 32 prompts × 8 completions,
-4 optimizer steps on each, the same learning rate and schedule. pass@1 is sampled at temperature 1 on held-out prompts;
+Every method gets the same start (a supervised warm-up, one per seed), batches of 32 prompts × 8 completions (or what
+its name says), 4 optimizer steps on each, the same learning rate and schedule. pass@1 is sampled at temperature 1 on held-out prompts;
 tokens and CPU-seconds count everything but evaluation.
 
 ```shell
@@ -45,6 +45,8 @@ mpl.use("Agg")
 
 OURS, OUR_CONFIG = trl_ext.GRPOTrainer, trl_ext.GRPOConfig
 INFORMED = {"rollout_selection": "refill", "refill_draws": "informed"}
+BY_LENGTH = {**INFORMED, "similar_prompts_columns": ["digits"]}
+HALF_BATCH = {"per_device_train_batch_size": 32}
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "GRPO": (trl.GRPOTrainer, trl.GRPOConfig, {}),
     "DAPO": (trl_ext.DAPOTrainer, trl_ext.DAPOConfig, {"soft_punish_cache": 0, "warmup_steps": 0}),
@@ -52,17 +54,26 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "GSPO": (trl_ext.GSPOTrainer, trl_ext.GSPOConfig, {}),
     "blind": (OURS, OUR_CONFIG, {"rollout_selection": "refill"}),
     "informed": (OURS, OUR_CONFIG, INFORMED),
-    "informed+length": (OURS, OUR_CONFIG, {**INFORMED, "similar_prompts_columns": ["digits"]}),
+    "informed+length": (OURS, OUR_CONFIG, BY_LENGTH),
     # What is missing after one more round is filled with copies
     "informed+length, 1 round": (
         OURS,
         OUR_CONFIG,
-        {**INFORMED, "similar_prompts_columns": ["digits"], "max_refill_rounds": 1},
+        {**BY_LENGTH, "max_refill_rounds": 1},
     ),
+    "GRPO, 16 prompts": (trl.GRPOTrainer, trl.GRPOConfig, HALF_BATCH),
+    "informed+length, 16 prompts": (OURS, OUR_CONFIG, {**BY_LENGTH, **HALF_BATCH}),
 }
 STUDIES: dict[str, list[str]] = {
     "methods": ["GRPO", "DAPO", "DUPO", "GSPO"],
-    "refill": ["GRPO", "blind", "informed+length", "informed+length, 1 round"],
+    "refill": [
+        "GRPO",
+        "blind",
+        "informed+length",
+        "informed+length, 1 round",
+        "GRPO, 16 prompts",
+        "informed+length, 16 prompts",
+    ],
 }
 # Okabe and Ito's colours
 COLOURS = {
@@ -74,6 +85,8 @@ COLOURS = {
     "informed": "#0072B2",
     "informed+length": "#009E73",
     "informed+length, 1 round": "#CC79A7",
+    "GRPO, 16 prompts": "#999999",
+    "informed+length, 16 prompts": "#F0E442",
 }
 BASELINES = {"GRPO": "TRL's GRPO", "blind": "blind refill"}
 AXES = {"steps": "optimizer steps", "tokens": "generated tokens", "cpu": "CPU-seconds"}
