@@ -8,8 +8,8 @@ Which method learns faster, and by what measure? Two studies on set A of the sor
   number of generated tokens: 2,000 prompts, passed several times.
 
 Every method gets the same start (a supervised warm-up, one per seed), batches of 32 prompts × 8 completions (or what
-its name says), 4 optimizer steps on each, the same learning rate and schedule. pass@1 is sampled at temperature 1 on held-out prompts;
-tokens and CPU-seconds count everything but evaluation.
+its name says), 4 optimizer steps on each, the same learning rate and schedule. pass@1 is sampled at temperature 1 on
+held-out prompts; tokens and CPU-seconds count everything but evaluation.
 
 ```shell
 python benchmarks/learning.py --seeds 5 --report
