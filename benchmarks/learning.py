@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.ticker
 import numpy as np
 import torch
 import trl
@@ -283,6 +284,7 @@ def plot(curves: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> No
             panel.plot(grid, mean, color=COLOURS[method], label=method)
             panel.fill_between(grid, mean - sd, mean + sd, color=COLOURS[method], alpha=0.12, linewidth=0)
         panel.set_xlabel(label)
+        panel.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("pass@1 on held-out prompts")
     panels[0].legend(frameon=False)
