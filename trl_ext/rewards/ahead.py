@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .guard import FAILED, AsyncRewardGuard, RewardGuard, cut_columns, describe_fault
+from .steps import is_by_step
 
 
 # A function that failed on this many groups in a row, all groups of the last batch among them, is broken. Fewer may be
@@ -60,7 +61,10 @@ class _Call:
         self.future: Future[None] | None = None
 
     def rewards_of(self, output: Any) -> list[float | None]:
-        return [None if reward is None or self.guard.fault else float(reward) for reward in output]
+        return [
+            None if reward is None or self.guard.fault else reward if is_by_step(reward) else float(reward)
+            for reward in output
+        ]
 
     def fault_of(self, problem: str) -> str:
         return describe_fault(self.guard.__name__, f"{problem}. The first completion:", self.columns, 0)

@@ -3,11 +3,13 @@ Reward functions are the user's code: when one fails, the message says which one
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from trl.trainer.utils import is_async_callable
+
+from .steps import is_by_step, read_step_rewards
 
 
 class RewardFunctionError(RuntimeError):
@@ -55,6 +57,8 @@ class RewardGuard:
         ready (`list`, *optional*):
             Rewards that have been computed and checked already. The next call returns them instead of calling the
             function.
+        returned (`list`):
+            Rewards of the last call, [`StepRewards`] among them.
     """
 
     def __init__(self, func: Callable[..., Any], name: str) -> None:
@@ -62,6 +66,7 @@ class RewardGuard:
         self.__name__ = name
         self.fault: str | None = None
         self.ready: list[float | None] | None = None
+        self.returned: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:  # only what the guard itself lacks
         if name == "func":
@@ -70,7 +75,8 @@ class RewardGuard:
 
     def _failed(self, columns: dict[str, Any], problem: str, index: int) -> list[float]:
         self.fault = describe_fault(self.__name__, problem, columns, index)
-        return [FAILED] * len(columns["prompts"])
+        self.returned = [FAILED] * len(columns["prompts"])
+        return self.returned
 
     def _raised(self, columns: dict[str, Any], error: Exception, where: str, index: int = 0) -> list[float]:
         return self._failed(columns, f"raised {type(error).__name__}: {error} ({where}):", index)
@@ -80,6 +86,7 @@ class RewardGuard:
         expected = len(columns["prompts"])
         if len(ready) != expected:
             raise ValueError(f"{len(ready)} rewards of `{self.__name__}` are ready, for {expected} completions")
+        self.returned = ready
         return ready
 
     def _checked(self, columns: dict[str, Any], output: Any) -> Any:
@@ -97,11 +104,21 @@ class RewardGuard:
                 "does not apply. The first completion:",
                 0,
             )
-        for index, reward in enumerate(output):
+        given = output
+        for index, reward in enumerate(given):
             if reward is None:
                 continue
+            one = math.prod(getattr(reward, "shape", (0,))) == 1  # a tensor of one number is one, as in TRL
+            if isinstance(reward, Iterable) and not isinstance(reward, str) and not one:
+                try:
+                    reward = read_step_rewards(reward, len(columns["completion_ids"][index]))
+                except ValueError as error:
+                    return self._failed(columns, f"returned step rewards {error}. The sample:", index)
+                output = list(output) if output is given else output
+                output[index] = reward
             try:
-                finite = math.isfinite(reward) and abs(reward) <= LARGEST_REWARD
+                parts = [part for _, part in reward.steps] if is_by_step(reward) else [reward]
+                finite = all(math.isfinite(part) and abs(part) <= LARGEST_REWARD for part in (*parts, reward))
             except TypeError:
                 finite = False
             if not finite:
@@ -111,6 +128,7 @@ class RewardGuard:
                     "apply. The sample:",
                     index,
                 )
+        self.returned = output
         return output
 
     def _one_by_one(self, columns: dict[str, Any], error: Exception) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -71,7 +71,13 @@ class Savings:
 
 
 def exact_savings(
-    loss_type: str, *, kl: bool, entropy_terms: bool, aux_loss: bool, relative_positions: bool
+    loss_type: str,
+    *,
+    kl: bool,
+    entropy_terms: bool,
+    aux_loss: bool,
+    relative_positions: bool,
+    value_loss: bool = False,
 ) -> Savings:
     """
     Which savings are exact for a loss.
@@ -87,6 +93,8 @@ def exact_savings(
             Whether experts are balanced over each micro-batch.
         relative_positions (`bool`):
             Whether left padding doesn't move the model's outputs ([`has_relative_positions`]).
+        value_loss (`bool`):
+            Whether a critic learns from rows without advantage too.
     """
     reasons = []
     if not relative_positions:
@@ -99,9 +107,10 @@ def exact_savings(
     bound = [reason for reason, holds in composed.items() if holds]
     if bound:
         reasons.append(f"rows keep their micro-batch, and all are computed: {' and '.join(bound)}")
-    elif kl:
-        reasons.append("rows without advantage are computed, copies too: the KL term (beta) gives them a gradient")
-    policy_only = not bound and not kl
+    elif kl or value_loss:
+        term = "KL term (beta)" if kl else "value loss"
+        reasons.append(f"rows without advantage are computed, copies too: the {term} gives them a gradient")
+    policy_only = not bound and not kl and not value_loss
     return Savings(relative_positions, not bound, policy_only, policy_only, tuple(reasons))
 
 
@@ -416,9 +425,20 @@ def _width(batch: MicroBatch) -> Width:
     return Width(batch["prompt_ids"].size(1), batch["completion_ids"].size(1))
 
 
+def padded(name: str, rows: torch.Tensor, width: Width, widest: Width) -> torch.Tensor:
+    """A tensor of rows of a micro-batch of `width`, as it is in one of `widest`."""
+    is_prompt = name.startswith("prompt_")
+    if not is_prompt and not (rows.dim() == 2 and rows.size(1) == width.completion):
+        return rows
+    missing = widest.prompt - width.prompt if is_prompt else widest.completion - width.completion
+    # A ratio of 1 is what TRL has in padding
+    filler = 1 if name == "importance_sampling_ratio" else 0
+    return nn.functional.pad(rows, (missing, 0) if is_prompt else (0, missing), value=filler)
+
+
 def _joined(batches: list[MicroBatch], accelerator: Accelerator, widest: Width) -> MicroBatch:
     """The rows of several micro-batches, and of all ranks, in one."""
-    first, narrowest = batches[0], _width(batches[0])
+    first, width = batches[0], _width(batches[0])
     joined: MicroBatch = {}
     for name, value in first.items():
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
@@ -426,14 +446,7 @@ def _joined(batches: list[MicroBatch], accelerator: Accelerator, widest: Width) 
             continue
         rows = torch.cat([batch[name] for batch in batches])
         if accelerator.num_processes > 1:
-            is_prompt = name.startswith("prompt_")
-            if is_prompt or (rows.dim() == 2 and rows.size(1) == narrowest.completion):
-                missing = widest.prompt - rows.size(1) if is_prompt else widest.completion - rows.size(1)
-                # A ratio of 1 is what TRL has in padding
-                filler = 1 if name == "importance_sampling_ratio" else 0
-                padding = (missing, 0) if is_prompt else (0, missing)
-                rows = nn.functional.pad(rows, padding, value=filler)
-            rows = accelerator.gather(rows.contiguous())
+            rows = accelerator.gather(padded(name, rows, width, widest).contiguous())
         joined[name] = rows
     return joined
 
@@ -657,7 +670,7 @@ def fitted_pass(forward: Callable[..., Any], trim_prompts: bool, multiple: int, 
 
     Returns:
         What `forward` returns, with 0 in padding as there. Where it is given images or is asked for an auxiliary loss,
-        it runs as it is.
+        it runs as it is. Further entries after TRL's three are tensors `(N, T + 1)`, one column for each state.
     """
     given = {k: v for k, v in inspect.signature(forward).bind(*args, **kwargs).arguments.items() if v is not None}
     by_row = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -670,17 +683,17 @@ def fitted_pass(forward: Callable[..., Any], trim_prompts: bool, multiple: int, 
     prompt = _needed(mask[:, : old.prompt].flip(1)).tolist() if trim_prompts else [old.prompt] * len(ids)
     sizes = RowSizes(prompt, _needed(mask[:, old.prompt :]).tolist(), multiple, old)
     chunks = pack(sizes, list(range(len(ids))), -(-len(ids) // batch_size))
-    found: list[torch.Tensor | None] = [None, None]  # log-probabilities, entropies
+    found: list[torch.Tensor | None] = []  # log-probabilities, entropies, auxiliary loss (none here), and the others
     for rows in chunks:
         width, index = sizes.width(rows), torch.tensor(rows, device=ids.device)
         columns = slice(old.prompt - width.prompt, old.prompt + width.completion)
         cut_inputs = {name: given[name][index][:, columns] for name in by_row if name in given}
         others = {name: given[name] for name in ("model", "compute_entropy") if name in given}
         result = forward(**others, **cut_inputs, logits_to_keep=width.completion)
-        for i, values in enumerate(result[:2]):
-            if values is None:
-                continue
-            whole = found[i] = values.new_zeros(len(ids), old.completion) if found[i] is None else found[i]
-            assert whole is not None
-            whole[index, : width.completion] = values
-    return (*found, None)
+        if not found:
+            cut_off = old.completion - width.completion
+            found = [None if part is None else part.new_zeros(len(ids), part.size(1) + cut_off) for part in result]
+        for whole, values in zip(found, result, strict=True):
+            if whole is not None:
+                whole[index, : values.size(1)] = values
+    return tuple(found)

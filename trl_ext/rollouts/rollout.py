@@ -31,6 +31,9 @@ class Rollout:
             Images of the prompt and of the tools.
         extra_logs (`dict`):
             What the reward functions logged about this completion (`log_extra`).
+        step_rewards (`dict`):
+            Rewards by step ([`~trl_ext.rewards.steps.StepRewards`]), for each function that returned them, by its
+            place among the functions.
     """
 
     row: dict[str, Any]
@@ -43,6 +46,7 @@ class Rollout:
     images: list[Any] | None
     tool_images: list[Any] | None
     extra_logs: dict[str, Any] = field(default_factory=dict)
+    step_rewards: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -125,6 +125,15 @@ class PromptStream:
         exclude.update(keys[i] for i in chosen)
         return [rows[i] for i in chosen]
 
+    def take(self, count: int) -> list[dict[str, Any]]:
+        """The next `count` rows, whatever they hold; rows may repeat where the data set ends."""
+        rows: list[dict[str, Any]] = []
+        while len(rows) < count:
+            row = self._next()
+            if row is not None:
+                rows.append(row)
+        return rows
+
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
 
