@@ -1,0 +1,1 @@
+"""The roles of an RLHF run on one trunk: critics, references, and how they are saved."""
