@@ -7,10 +7,12 @@ Whoever can use `trl.GRPOTrainer` can use it: change the import, keep the rest.
 from .monitors.verify import verify
 from .monitors.waste import WasteCallback
 from .rewards.guard import RewardFunctionError
+from .roles.critic import load_critic
 from .trainers.dapo import DAPOConfig, DAPOTrainer
 from .trainers.dupo import DUPOConfig, DUPOTrainer
 from .trainers.grpo import GRPOConfig, GRPOTrainer
 from .trainers.gspo import GSPOConfig, GSPOTrainer
+from .trainers.ppo import NonFiniteLossError, PPOConfig, PPOTrainer
 
 
 __all__ = [
@@ -22,7 +24,11 @@ __all__ = [
     "GRPOTrainer",
     "GSPOConfig",
     "GSPOTrainer",
+    "NonFiniteLossError",
+    "PPOConfig",
+    "PPOTrainer",
     "RewardFunctionError",
     "WasteCallback",
+    "load_critic",
     "verify",
 ]

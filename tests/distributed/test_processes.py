@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.worker import CASES, FIT_CASES
+from distributed.worker import CASES, FIT_CASES, PPO_CASES
 
 
 pytestmark = pytest.mark.distributed
@@ -126,6 +126,38 @@ def test_metrics_of_the_loss_do_not_depend_on_who_computes_a_row(results: Any, c
                 assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-6), key
                 compared += 1
     assert compared >= 4
+
+
+@pytest.mark.parametrize("case", PPO_CASES)
+def test_ppo_takes_the_same_step_on_one_process_and_two(results: Any, case: str) -> None:
+    alone, first, second = (results[key][f"ppo_{case}"] for key in ((1, 0), (2, 0), (2, 1)))
+    moved = [name for name, weight in alone["weights"].items() if not torch.equal(weight, alone["before"][name])]
+    assert any("critic." in name for name in moved) and any("critic." not in name for name in moved)
+    for name, weight in alone["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name]), name
+        if case != "replay":
+            torch.testing.assert_close(first["weights"][name], weight)
+    assert first["state"] == second["state"]
+    assert first["skipped"] == alone["skipped"] == (1 if case == "broken" else 0)
+
+
+OF_PPO = ("objective/", "val/", "loss/", "policy/", "reward", "completions/")
+
+
+@pytest.mark.parametrize("case", [case for case in PPO_CASES if case != "replay"])
+def test_metrics_of_ppo_do_not_depend_on_the_number_of_processes(results: Any, case: str) -> None:
+    alone, first, second = (results[key][f"ppo_{case}"]["logs"] for key in ((1, 0), (2, 0), (2, 1)))
+    compared = set()
+    for one, two, other in zip(alone, first, second, strict=True):
+        assert one.keys() == two.keys() == other.keys()
+        for key in one:
+            if key.startswith(OF_PPO) and one[key] is None:
+                assert two[key] is None, key
+            elif key.startswith(OF_PPO):
+                assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-5, nan_ok=True), key
+                compared.add(key)
+    expected = {"objective/kl", "val/explained_variance", "loss/value_avg", "loss/policy_avg", "policy/approxkl_avg"}
+    assert expected <= compared
 
 
 def test_a_fault_on_one_process_stops_all_with_a_checkpoint(results: Any) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 
@@ -73,6 +75,39 @@ FIT_CASES: dict[str, dict[str, Any]] = {
     "mostly_dead": {"loss_type": "dapo", "rare": True},
 }
 
+# PPO: the same step from the same rollouts, on one process and on two
+PPO_CASES: dict[str, dict[str, Any]] = {
+    "head": {},
+    "shared": {"critic_head": "mlp", "critic_trunk_grad": 0.5, "gradient_checkpointing": True},
+    "model": {"critic": "model"},
+    "adapter": {
+        "adapted": True,
+        "critic": "model",
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 1,
+        "ref_model_mixup_alpha": 0.5,
+    },
+    "warm_up": {"critic_warmup_steps": 1, "critic_trunk_grad": 0.5},
+    "steps": {"num_generations": 4, "rollout_selection": "refill", "reward": "by_step", "reward_weights": [2.0]},
+    "everything": {
+        "reward_scaling": "running",
+        "reward_clip": 2.0,
+        "missing_eos_penalty": 0.5,
+        "whiten_rewards": True,
+        "kl_target": 0.01,
+        "kl_rule": "exponential",
+        "old_kl_coef": 0.1,
+        "old_kl_target": 1e-4,
+        "positive_nll_coef": 0.1,
+        "bootstrap_truncated": True,
+        "num_iterations": 2,
+    },
+    "text": {"ptx_coef": 0.5},
+    "broken": {"reward": "explodes"},
+    # Every process replays rows of its own
+    "replay": {"replay_ratio": 0.5},
+}
+
 
 LOGGED = ("selection/", "reward", "completions/", "num_tokens", "frac_reward_zero_std")
 
@@ -128,7 +163,7 @@ class Gradients(TrainerCallback):
         self.steps: list[torch.Tensor] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
 
 
 def fit(case: dict[str, Any], output_dir: Path, processes: int, fitted: bool) -> dict[str, Any]:
@@ -208,6 +243,77 @@ def train(case: dict[str, Any], output_dir: Path, processes: int) -> dict[str, A
     }
 
 
+def by_step(prompts: list[str], completion_ids: list[list[int]], **kwargs: Any) -> list[list[tuple[int, float]]]:
+    """Steps at the first and at the last token; many groups are dead."""
+    return [
+        [(0, float(ids[0] % 2)), (len(ids) - 1, success)]
+        for ids, success in zip(completion_ids, rare_success(prompts, completion_ids), strict=True)
+    ]
+
+
+def explodes(completion_ids: list[list[int]], trainer_state: Any, **kwargs: Any) -> list[float]:
+    """In the second step, the reward of the completions with one number is more than the square of it can hold."""
+    broken = trainer_state.global_step == 1
+    return [1e30 if broken and sum(ids) % 8 == 0 else float(ids[0] % 2) for ids in completion_ids]
+
+
+def some_end(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """[`fixed_rollouts`], of which about half are cut off."""
+    output = fixed_rollouts(prompts, trainer)
+    output["completion_ids"] = [ids[:-1] if sum(ids) % 2 else ids for ids in output["completion_ids"]]
+    return output
+
+
+def ppo(case: dict[str, Any], output_dir: Path, processes: int) -> dict[str, Any]:
+    """Three steps on 16 rows each."""
+    settings, gradients = dict(case), Gradients()
+    reward = {"by_step": by_step, "explodes": explodes}.get(settings.pop("reward", ""), tiny.hashed)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+    config = trl_ext.PPOConfig(
+        **tiny.cpu_settings(
+            output_dir,
+            **{
+                "per_device_train_batch_size": 8 // processes,
+                "gradient_accumulation_steps": 2,
+                "num_generations": 1,
+                "num_iterations": 1,
+                "optim": "sgd",
+                "lr_scheduler_type": "constant",
+                "learning_rate": 0.1,
+                "critic_learning_rate": 0.1,
+                "max_grad_norm": 0.0,
+                "max_steps": 3,
+                **{name: value for name, value in settings.items() if name != "adapted"},
+            },
+        )
+    )
+    torch.manual_seed(0)  # of new adapters
+    trainer = trl_ext.PPOTrainer(
+        model=tiny.qwen2(),
+        reward_funcs=reward,
+        args=config,
+        train_dataset=tiny.prompts(64),
+        processing_class=tiny.tokenizer(),
+        rollout_func=some_end,
+        callbacks=[gradients],
+        peft_config=adapter if "adapted" in case else None,
+        ptx_dataset=Dataset.from_dict({"text": [f"w{i} w{i + 1}" for i in range(19)]}) if "ptx_coef" in case else None,
+    )
+    before = weights(trainer)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    state = {
+        name: value for name, value in trainer.run_state().items() if name in ("kl_coef", "old_kl_coef", "skipped")
+    }
+    return {
+        "before": before,
+        "weights": weights(trainer),
+        "logs": logs,
+        "state": state,
+        "skipped": trainer.skipped_steps,
+    }
+
+
 def resume(output_dir: Path, processes: int, checkpoint: str | None) -> dict[str, Any]:
     """DAPO over four steps with two updates a generation, from the start or from a checkpoint in mid-generation."""
     trainer = trl_ext.DAPOTrainer(
@@ -277,6 +383,8 @@ if __name__ == "__main__":
             results[f"fit_{name}_{fitted}"] = fit(
                 case, results_dir / f"out_fit_{name}_{fitted}_{world}", world, fitted
             )
+    for name, case in PPO_CASES.items():
+        results[f"ppo_{name}"] = ppo(case, results_dir / f"out_ppo_{name}_{world}", world)
     whole = results_dir / f"out_whole_{world}"
     results["whole"] = resume(whole, world, None)
     results["resumed"] = resume(results_dir / f"out_resumed_{world}", world, str(whole / "checkpoint-3"))

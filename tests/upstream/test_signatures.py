@@ -28,6 +28,8 @@ CONFIGS = [cls for cls in record.our_classes() if issubclass(cls, trl.GRPOConfig
 # Attributes of TRL's that are ours to replace
 REPLACED = {
     "reward_funcs": "wrapped, so that a fault names the function and the sample",
+    "beta": "not zero while TRL is asked for a reference that its loss doesn't need; adapted by PPO",
+    "eos_token_ids": "PPO's stop_token_id",
     "importance_sampling_level": "TRL's loss runs at level 'token' under GSPO-token",
 }
 
@@ -44,8 +46,12 @@ def shape(function):
 
 
 def passes_everything_through(function):
-    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
-    return kinds[1:] == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
+    """It may take further keywords, with defaults."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    added = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    kinds = [p.kind for p in parameters if p not in added]
+    optional = all(p.default is not inspect.Parameter.empty for p in added)
+    return optional and kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
 
 
 @cache

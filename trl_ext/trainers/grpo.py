@@ -14,7 +14,8 @@ and with `fit_micro_batches=False` every number of it.
 import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,11 @@ SHAPING_REWARD = "soft_overlong_punishment_reward"
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    choices = ", ".join(repr(choice) for choice in known if choice is not None)
+    _require(value in known, f"{name}={value!r} is unknown. Choose one of {choices}.")
 
 
 @dataclass
@@ -227,6 +233,7 @@ class GRPOConfig(trl.GRPOConfig):
         metadata={"help": "Whether padding and rows that can't move the policy are left out where that is exact."},
     )
 
+    _estimators: ClassVar[tuple[str, ...]] = ADVANTAGE_ESTIMATORS
     # Optimizer steps per generation batch where the user says nothing of it
     _updates_per_generation: ClassVar[int | None] = None
     # Sizes belong to the task and the machine: taken from a `trl.GRPOConfig` even where they are TRL's defaults
@@ -249,7 +256,8 @@ class GRPOConfig(trl.GRPOConfig):
         self._check_rewards_ahead()
         self._set_updates_per_generation()
         try:
-            super().__post_init__()
+            with self._shown_to_trl():
+                super().__post_init__()
         except ValueError as error:
             if "divisible by num_generations" not in str(error):
                 raise
@@ -259,18 +267,27 @@ class GRPOConfig(trl.GRPOConfig):
             ) from error
         self._check_token_normalization()
 
+    @contextmanager
+    def _shown_to_trl(self) -> Iterator[None]:
+        """What TRL checks where that isn't what is meant."""
+        yield
+
     def _check_axes(self) -> None:
+        _require(
+            self.advantage_estimator != "gae" or "gae" in self._estimators,
+            "advantage_estimator='gae' needs a critic. Use PPOConfig and PPOTrainer.",
+        )
         for name, known in (
             ("rollout_selection", ROLLOUT_SELECTIONS),
             ("refill_draws", REFILL_DRAWS),
-            ("advantage_estimator", ADVANTAGE_ESTIMATORS),
+            ("advantage_estimator", self._estimators),
             ("importance_sampling_level", IMPORTANCE_SAMPLING_LEVELS),
             ("token_normalization", TOKEN_NORMALIZATIONS),
         ):
             value = getattr(self, name)
             if value is None and name in self._left_open:
                 continue
-            _require(value in known, f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, known))}.")
+            _require_one_of(name, value, known)
         momentum = self.reinforce_baseline_momentum
         if momentum is not None:
             _require(
@@ -541,7 +558,11 @@ class GRPOTrainer(GRPOSeams):
             # TRL's loss runs at token level, on old log-probabilities that make its ratio the sequence's
             self.importance_sampling_level = "token"
         self._set_up_selection(config)
+        self._set_up_roles(config)
         self._set_up_micro_batches(config)
+
+    def _set_up_roles(self, config: GRPOConfig) -> None:
+        """Models beside the policy and TRL's own reference and rewards."""
 
     def _set_up_selection(self, config: GRPOConfig) -> None:
         outcome = config.outcome_reward_funcs or [n for n in self.reward_func_names if n != SHAPING_REWARD]

@@ -27,8 +27,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...rewards.ahead import RewardsAhead
 from ...rewards.guard import FAILED, RewardFunctionError, RewardGuard, guard
+from ...rewards.steps import is_by_step
+from ...roles.critic import ModelCritic, critic_of
 from ...rollouts.exchange import RolloutExchange
 from ...rollouts.micro_batches import SOURCE_ROW, Savings, exact_savings, has_relative_positions, windows
+from ...rollouts.prompts import TokenizedPrompt
 from ...rollouts.rollout import Generation, Rollout, ScoredRound, generation_of, joined_generation, rollouts_of
 from ...rollouts.selection import GroupSelection
 from ...rollouts.statistics import pool_rounds, reward_statistics
@@ -66,12 +69,15 @@ def set_random_states(states: dict[str, Any]) -> None:
 def savings_of(trainer: trl.GRPOTrainer) -> Savings:
     """Which savings of compute are exact for the loss and the models of a trainer, TRL's or ours."""
     unwrap: Any = trainer.accelerator.unwrap_model
+    critic = critic_of(unwrap(trainer.model))
     models = [unwrap(model) for model in (trainer.model, trainer.ref_model) if model is not None]
+    models += [critic] if isinstance(critic, ModelCritic) else []
     return exact_savings(
         trainer.loss_type,
         kl=trainer.beta != 0.0,
         entropy_terms=trainer._entropy_bonus_enabled or trainer.top_entropy_quantile < 1.0,
         aux_loss=trainer.aux_loss_enabled,
+        value_loss=getattr(trainer, "has_value_loss", False),
         relative_positions=all(map(has_relative_positions, models)),
     )
 
@@ -127,11 +133,20 @@ class GRPOSeams(trl.GRPOTrainer):
     - `old_logps_for_loss`: old log-probabilities instead of TRL's.
     - `on_new_buffer`: changes the micro-batches that TRL has dealt.
     - `pass_without_loss`: how a generation batch goes through old policy and reference.
+    - `with_extras`: what is read from the model's output beside log-probabilities.
+    - `credit_tokens`: advantages by token, and whatever else rows carry to the loss.
     - `restate_loss`: what a micro-batch that isn't TRL's makes of TRL's loss.
+    - `added_loss`: what is added to it.
     - `run_state`, `load_run_state`: what a checkpoint must hold.
     """
 
     selects = False
+    # Whether every generation batch goes through the reference, and through the policy before its first update. TRL
+    # asks for these passes only where its own loss needs them.
+    needs_reference = False
+    needs_old_pass = False
+    # Whether a critic learns from every row
+    has_value_loss = False
 
     # Narrower than upstream's annotations: never None once a trainer exists
     args: Any
@@ -152,7 +167,12 @@ class GRPOSeams(trl.GRPOTrainer):
         self._window: tuple[int | None, int] = (None, 0)  # global step and micro-step at which it began
         self._before_window: dict[str, Any] = {}  # state of the run at that moment
         self._saved_step = 0
-        super().__init__(*args, **kwargs)
+        self._step_rewards: list[dict[int, Any]] = []  # of this rank's rows, by column of the rewards
+        self._extras: tuple[torch.Tensor, ...] = ()  # of the policy's pass over a generation batch
+        self._loss_pass: tuple[Any, ...] = ()
+        with self._asking_for_passes(kwargs["args"]):
+            super().__init__(*args, **kwargs)
+        self.beta = self.args.beta
         # After TRL has named the functions and added those of environments
         self.reward_funcs = [
             func if isinstance(func, nn.Module) else guard(func, name)
@@ -163,6 +183,22 @@ class GRPOSeams(trl.GRPOTrainer):
         if self.args.rewards_in_flight is not None:
             loop = getattr(self, "async_loop", None)  # there if one of them is async
             self._ahead = RewardsAhead(self._guards, self.args.rewards_in_flight, self.args.reward_timeout, loop)
+
+    @contextmanager
+    def _asking_for_passes(self, holder: Any) -> Iterator[None]:
+        """
+        Let TRL make a reference and compute what it would leave out: `holder` is what it looks at, its arguments
+        while it is constructed, the trainer itself afterwards.
+        """
+        before = holder.beta, holder.num_iterations
+        if self.needs_reference:
+            holder.beta = holder.beta or 1.0  # not zero; the loss is computed elsewhere
+        if self.needs_old_pass and holder is self:
+            holder.num_iterations = self.args.gradient_accumulation_steps + 1  # never aligned
+        try:
+            yield
+        finally:
+            holder.beta, holder.num_iterations = before
 
     # Hooks
 
@@ -184,6 +220,12 @@ class GRPOSeams(trl.GRPOTrainer):
         """Old log-probabilities `(B, T)` for the loss. `None`: those in `inputs`."""
         return None
 
+    def credit_tokens(self, output: dict[str, Any], rewards: torch.Tensor, training: bool) -> None:
+        """
+        Change TRL's tensors of a generation batch. `rewards` `(n, F)` are those of this rank's rows; steps that a
+        function rewarded are in `self._step_rewards`.
+        """
+
     def on_rollouts(self, output: dict[str, Any], selection: GroupSelection | None, rounds: list[ScoredRound]) -> None:
         """Called with TRL's tensors of each generation batch in training."""
 
@@ -194,7 +236,19 @@ class GRPOSeams(trl.GRPOTrainer):
     def load_run_state(self, state: dict[str, Any]) -> None:
         """The reverse of [`run_state`]."""
 
+    def process_state(self) -> dict[str, Any]:
+        """What a resumed process needs of its own: written once a checkpoint, for every process."""
+        return {}
+
+    def load_process_state(self, state: dict[str, Any]) -> None:
+        """The reverse of [`process_state`]."""
+
     # Generation and selection
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        if all(isinstance(prompt, TokenizedPrompt) for prompt in prompts):
+            return [prompt.input_ids for prompt in prompts], None, {}
+        return super()._tokenize_prompts(prompts)
 
     def _generate(self, prompts: list[Any]) -> Generation:
         generation = self._generate_in_chunks(super()._generate, prompts)
@@ -216,6 +270,7 @@ class GRPOSeams(trl.GRPOTrainer):
         starts = [0, *accumulate(len(scored.rewards) for scored in self._rounds)]
         rewards = torch.cat([scored.rewards for scored in self._rounds])
         self._base_rewards = rewards[[starts[round_] + row for round_, row in keys]]
+        self._step_rewards = [rollout.step_rewards for rollout in trained]
         self._bind(prompts, logged, trained)
         return generation_of(logged, trained)
 
@@ -312,6 +367,8 @@ class GRPOSeams(trl.GRPOTrainer):
             for rollout, value in zip(rollouts, values, strict=False):
                 rollout.extra_logs[column] = value
         self._pending_extra_logs.clear()
+        for rollout, steps in zip(rollouts, self._step_rewards, strict=True):
+            rollout.step_rewards = steps
         return ScoredRound(rollouts, rewards)
 
     def score_round(self, rows: Rows) -> ScoredRound:
@@ -335,6 +392,11 @@ class GRPOSeams(trl.GRPOTrainer):
         self._take_rewards_ahead()
         rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
         self._raise_reward_faults(rewards)
+        guarded = {i: func for i, func in enumerate(self.reward_funcs) if isinstance(func, RewardGuard)}
+        self._step_rewards = [
+            {column: value for column, value in zip(guarded, values, strict=True) if is_by_step(value)}
+            for values in zip(*(func.returned for func in guarded.values()), strict=True)
+        ] or [{} for _ in kwargs.get("prompts") or args[1]]
         if not self._round_only:
             self._base_rewards = rewards
         return rewards
@@ -357,7 +419,8 @@ class GRPOSeams(trl.GRPOTrainer):
         training = self.model.training  # before generation, which may leave the model in another mode
         try:
             self._rows = inputs = self.rows_to_generate(inputs) if training else inputs
-            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            with self._asking_for_passes(self):
+                output: dict[str, Any] = super()._generate_and_score_completions(inputs)
             self._credit(output, training)
             if self._logged_prompts is not None:
                 self._relog("prompt", gather_object(self._logged_prompts))
@@ -373,6 +436,7 @@ class GRPOSeams(trl.GRPOTrainer):
             raise
         finally:
             self._rows, self._rounds, self._selection, self._base_rewards = None, [], None, None
+            self._extras, self._step_rewards = (), []
             self._logged_prompts = None
             if self._ahead is not None:  # nothing is left of a batch that failed
                 self._ahead.discard()
@@ -392,23 +456,26 @@ class GRPOSeams(trl.GRPOTrainer):
 
     def _credit(self, output: dict[str, Any], training: bool) -> None:
         """Put advantages of ours into TRL's output, and give copies those of their source."""
-        assert self._base_rewards is not None
-        advantages = self.estimate_advantages(self._base_rewards, training)
+        rewards = self._base_rewards
+        assert rewards is not None
+        advantages = self.estimate_advantages(rewards, training)
         copied = self._selection is not None and self._selection.sources != list(range(len(self._selection.slots)))
         per_rank = len(output["advantages"])
         start = self.accelerator.process_index * per_rank
+        here = slice(start, start + per_rank)
         if advantages is not None:
             self._relog("advantages", advantages.tolist())
-        elif not copied:
-            return
-        else:
+        elif copied:
             # Computed by TRL on the batch without copies: a copy has the advantage of its source
             advantages = self.accelerator.gather(output["advantages"])
         if copied and self._selection is not None:
-            source = torch.tensor(self._selection.rows(self._selection.sources), device=advantages.device)
-            advantages = advantages[source]
-            output[SOURCE_ROW] = source[start : start + per_rank]
-        output["advantages"] = advantages[start : start + per_rank]
+            source = torch.tensor(self._selection.rows(self._selection.sources), device=rewards.device)
+            rewards = rewards[source]
+            advantages = advantages[source] if advantages is not None else None
+            output[SOURCE_ROW] = source[here]
+        if advantages is not None:
+            output["advantages"] = advantages[here]
+        self.credit_tokens(output, rewards[here], training)
 
     def _relog(self, column: str, values: list[Any]) -> None:
         """Replace the last entries of a column of the completions table."""
@@ -425,6 +492,7 @@ class GRPOSeams(trl.GRPOTrainer):
             self._before_window = {
                 "random": random_states(),
                 "run": copy.deepcopy(self.run_state()),
+                "process": self.process_state(),
                 "metrics": self._copied_metrics(),
                 "num_input_tokens_seen": self.state.num_input_tokens_seen,
             }
@@ -448,32 +516,44 @@ class GRPOSeams(trl.GRPOTrainer):
         """Log-probabilities of a whole generation batch: `forward` is TRL's pass."""
         return forward(*args, **kwargs)
 
+    def with_extras(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward`, TRL's pass, with further tensors after the three that it returns."""
+        return forward
+
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        forward = super()._get_per_token_logps_and_entropies
+        forward = self.with_extras(super()._get_per_token_logps_and_entropies)
         if self._loss_inputs is None:
-            return self.pass_without_loss(forward, *args, **kwargs)
+            result = self.pass_without_loss(forward, *args, **kwargs)
+            self._extras = self._extras or result[3:]  # the policy comes first, then the reference
+            return result[:3]
         # The forward of the loss: TRL reads the old log-probabilities from its inputs after it
         result = forward(*args, **kwargs)
         inputs, logps = self._loss_inputs, result[0]
+        self._loss_pass = result
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         replaced = self.old_logps_for_loss(logps, inputs, mask)
         if replaced is not None:
             inputs["old_per_token_logps"] = replaced
-        return result
+        return result[:3]
 
     def restate_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's loss on a micro-batch, as TRL's own micro-batches would have it; restates metrics too."""
+        return loss
+
+    def added_loss(self, loss: torch.Tensor, model: Any, inputs: dict[str, Any], outputs: tuple[Any, ...]) -> Any:
+        """The loss with terms of ours; `outputs` are those of the pass with its extras."""
         return loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self._loss_inputs = dict(inputs)
         try:
             loss: torch.Tensor = super()._compute_loss(model, self._loss_inputs)
+            outputs, self._loss_pass = self._loss_pass, ()
         finally:
             self._loss_inputs = None
-        return self.restate_loss(loss, inputs)
+        return self.added_loss(self.restate_loss(loss, inputs), model, inputs, outputs)
 
     # Data and metrics
 
@@ -501,6 +581,9 @@ class GRPOSeams(trl.GRPOTrainer):
     def _buffer_file(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, f"trl_ext_buffer_{self.accelerator.process_index}.pt")
 
+    def _process_file(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"trl_ext_process_{self.accelerator.process_index}.pt")
+
     @property
     def _layout(self) -> dict[str, int]:
         """What a half-used generation batch depends on."""
@@ -518,6 +601,9 @@ class GRPOSeams(trl.GRPOTrainer):
             state = {"layout": self._layout, "step": step, "metrics": self._copied_metrics(), "run": self.run_state()}
             if self.args.should_save:
                 torch.save(state, os.path.join(directory, RUN_STATE_FILE))
+            own = self.process_state()
+            if own:
+                torch.save(own, self._process_file(directory))
             # Between two generations, the rest of a generation batch is still to be trained on
             if step % (self.args.steps_per_generation * self.num_iterations):
                 torch.save(self._buffered_inputs, self._buffer_file(directory))
@@ -531,6 +617,8 @@ class GRPOSeams(trl.GRPOTrainer):
         # On the CPU first: torch takes no `cpu:0`, which is what the device of a process is called there
         state = torch.load(os.path.join(checkpoint, RUN_STATE_FILE), map_location="cpu", weights_only=False)
         self.load_run_state(state["run"])
+        if os.path.exists(self._process_file(checkpoint)):
+            self.load_process_state(torch.load(self._process_file(checkpoint), map_location="cpu", weights_only=False))
         self._metrics["train"].update(state["metrics"])
         if state["layout"] != self._layout:
             logger.warning(
@@ -553,6 +641,7 @@ class GRPOSeams(trl.GRPOTrainer):
                 # What the failed generation drew is undone, so that a resumed run draws it again
                 set_random_states(self._before_window["random"])
                 self.load_run_state(self._before_window["run"])
+                self.load_process_state(self._before_window["process"])
                 self._metrics["train"] = defaultdict(list, self._before_window["metrics"])
                 self.state.num_input_tokens_seen = self._before_window["num_input_tokens_seen"]
             self._save_checkpoint(self.model, trial=None)
