@@ -16,7 +16,10 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help setup test lint quickstart clean
+SFT := runs/sort_digits/sft/model.safetensors
+REWARD_MODEL := runs/sort_digits/reward_model/model.safetensors
+
+.PHONY: help setup test lint quickstart ppo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,10 +44,19 @@ lint: setup ## ruff and mypy
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 
-quickstart: setup ## train a tiny model to sort digits, on a CPU too: SFT, then DAPO
+quickstart: setup $(SFT) ## train a tiny model to sort digits, on a CPU too: SFT, then DAPO
+	$(LAUNCH) recipes/dapo.py --config recipes/configs/quickstart_dapo.yaml $(ARGS)
+
+ppo: setup $(SFT) $(REWARD_MODEL) ## the same task with a learned reward: SFT, a reward model from pairs, then PPO
+	$(LAUNCH) recipes/ppo.py --config recipes/configs/quickstart_ppo.yaml $(ARGS)
+
+# Where both start; made once, and again when what makes it changes
+$(SFT): recipes/tasks/sort_digits.py recipes/configs/quickstart_sft.yaml | setup
 	$(PY) recipes/tasks/sort_digits.py --output_dir runs/sort_digits
 	$(LAUNCH) recipes/sft.py --config recipes/configs/quickstart_sft.yaml
-	$(LAUNCH) recipes/dapo.py --config recipes/configs/quickstart_dapo.yaml $(ARGS)
+
+$(REWARD_MODEL): $(SFT) recipes/configs/quickstart_reward.yaml
+	$(LAUNCH) recipes/reward.py --config recipes/configs/quickstart_reward.yaml
 
 clean: ## remove caches and build output; .venv and runs stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

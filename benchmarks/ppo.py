@@ -3,17 +3,18 @@ What does a PPO step cost: `trl_ext.PPOTrainer` against the last `PPOTrainer` th
 
 The script installs TRL 1.12 into an environment of its own, once, with everything else as in requirements.lock. Each
 run is a process of its own that trains random models: 32 prompts × 16 tokens, 32 new tokens, 4 epochs over them in one
-micro-batch of 32, full weights, float32, one thread, no gradient checkpointing. Runs take turns: theirs, ours with a
-value head (`head`), ours with a value model (`model`).
+micro-batch of 32, full weights, float32, one thread, no gradient checkpointing. There are three sides: theirs, ours
+with a value head (`head`), ours with a value model (`model`). A run of each is alive at the same time and they take
+turns after every step, so that whatever slows the machine down falls on all; ratios are medians over pairs of steps.
 
 Equal on all sides: weights of policy, reference and reward model (and of the value model, where there is one),
 prompts, settings, optimizer, the number of updates, and the length of completions: the tokens for padding and for the
-end are none that the models know. Not equal: `head` has no value model. Ours also clips gradients, and computes the
-log-probabilities of its completions in a pass of its own, where 1.12 keeps the logits of generation.
+end are none that the models know. Not equal: `head` has no value model, and ours computes the log-probabilities of its
+completions in a pass of its own, where 1.12 keeps the logits of generation.
 
 Time is that of a whole step (generation, scoring, four updates), after one step of warm-up: `generation` is sampling,
 `training` the updates, and the rest goes through reference, reward model and critic. Memory is the peak of the
-resident set beyond that after the imports; a step on tiny models comes first, for what is imported late.
+resident set in a run beyond that after the imports; a step on tiny models comes first, for what is imported late.
 
 ```shell
 python benchmarks/ppo.py --json
@@ -32,11 +33,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 # Nothing heavy is imported here: what a side imports is its own, and is measured. The main process needs none of it.
@@ -119,19 +119,26 @@ class Memory:
 
 
 class Clock:
-    """Seconds of each step, and of generation and training in it."""
+    """
+    Seconds of each step after the first, and of generation and training in it.
 
-    def __init__(self) -> None:
-        self.ends: list[tuple[float, float]] = []  # of steps: wall-clock, CPU
-        self.generation: list[float] = []
-        self.training: list[float] = []
+    Args:
+        wait (`Callable`):
+            Called between two steps; what it takes doesn't count.
+    """
+
+    def __init__(self, wait: Callable[[], Any]) -> None:
+        self.wait = wait
+        self.steps: list[dict[str, float]] = []
+        self.began: tuple[float, float] | None = None  # wall-clock, CPU
+        self.generation = 0.0
         self.began_training: float | None = None
 
     def around_generation(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
             result = generate(*args, **kwargs)
-            self.generation.append(time.perf_counter() - began)
+            self.generation = time.perf_counter() - began
             return result
 
         return timed
@@ -142,20 +149,14 @@ class Clock:
             self.began_training = time.perf_counter()
 
     def end_step(self) -> None:
-        now = time.perf_counter()
-        assert self.began_training is not None
-        self.training.append(now - self.began_training)
-        self.began_training = None
-        self.ends.append((now, time.process_time()))
-
-    def medians(self) -> dict[str, float]:
-        """Of the steps after the first."""
-        assert len(self.generation) == len(self.training) == len(self.ends)
-        steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(self.ends)]
-        seconds, cpu_seconds = zip(*steps, strict=True)
-        parts = {"generation": self.generation[1:], "training": self.training[1:]}
-        parts |= {"seconds": seconds, "cpu_seconds": cpu_seconds}
-        return {name: statistics.median(values) for name, values in parts.items()}
+        now, cpu = time.perf_counter(), time.process_time()
+        assert self.generation and self.began_training
+        parts = {"generation": self.generation, "training": now - self.began_training}
+        if self.began is not None:
+            self.steps.append({"seconds": now - self.began[0], "cpu_seconds": cpu - self.began[1], **parts})
+        self.generation, self.began_training = 0.0, None
+        self.wait()
+        self.began = time.perf_counter(), time.process_time()
 
 
 def arguments(shape: dict[str, Any], with_value_model: bool) -> dict[str, Any]:
@@ -209,6 +210,7 @@ def settings(directory: str, steps: int) -> dict[str, Any]:
         "temperature": 0.7,
         "learning_rate": 3e-6,
         "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,  # 1.12 never clips
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -219,12 +221,12 @@ def settings(directory: str, steps: int) -> dict[str, Any]:
     }
 
 
-def train_theirs(steps: int, shape: dict[str, Any]) -> Clock:
+def train_theirs(steps: int, shape: dict[str, Any], clock: Clock) -> None:
     """TRL 1.12's trainer."""
     from transformers import TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    clock, generate = Clock(), ppo_trainer.batch_generation
+    generate = ppo_trainer.batch_generation
 
     class Watch(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -238,16 +240,13 @@ def train_theirs(steps: int, shape: dict[str, Any]) -> Clock:
         ppo_trainer.batch_generation = clock.around_generation(generate)
         trainer.train()
     ppo_trainer.batch_generation = generate
-    return clock
 
 
-def train_ours(steps: int, shape: dict[str, Any], critic: str) -> Clock:
+def train_ours(steps: int, shape: dict[str, Any], clock: Clock, critic: str) -> None:
     """Ours."""
     from transformers import TrainerCallback
 
     from trl_ext import PPOConfig, PPOTrainer
-
-    clock = Clock()
 
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -268,54 +267,110 @@ def train_ours(steps: int, shape: dict[str, Any], critic: str) -> Clock:
 
         trainer._generate_and_score_completions = scored
         trainer.train()
-    return clock
 
 
-def measured(side: str, steps: int) -> dict[str, float]:
-    """Train one side in this process."""
+def train(side: str, steps: int) -> None:
+    """Train one side in this process. Says on stdout when it waits for a line, and in the end what it measured."""
     import torch
 
     torch.set_num_threads(1)
-    train = train_theirs if side == "theirs" else partial(train_ours, critic=side)
-    train(1, TINY)
-    memory = Memory()
-    clock = train(steps, SHAPE)
-    return {**clock.medians(), "memory": memory.peak}
+    run = train_theirs if side == "theirs" else partial(train_ours, critic=side)
+
+    def wait() -> None:
+        print("waiting", file=sys.__stdout__, flush=True)
+        sys.stdin.readline()
+
+    clock = Clock(wait)
+    with redirect_stdout(sys.stderr):  # what trainers print
+        run(1, TINY, Clock(lambda: None))
+        memory = Memory()
+        run(1 + steps, SHAPE, clock)
+    print(json.dumps({"steps": clock.steps, "memory": memory.peak}))
 
 
 # What happens in the main process
 
 
-def run(side: str, python: str, steps: int) -> dict[str, float]:
-    """Train in a process of its own, and return what it measured."""
-    command = [python, str(Path(__file__).resolve()), "--side", side, "--steps", str(steps)]
-    done = subprocess.run(command, env=environment_of(side), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{side} failed:\n{done.stderr}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+class Run:
+    """
+    A side in a process of its own, which waits between steps.
+
+    Args:
+        side (`str`):
+            One of the three.
+        python (`str`):
+            Its interpreter.
+        steps (`int`):
+            Steps that are measured.
+        errors (`IO[str]`):
+            A file for what else it prints.
+    """
+
+    def __init__(self, side: str, python: str, steps: int, errors: IO[str]) -> None:
+        self.side, self.errors = side, errors
+        command = [python, str(Path(__file__).resolve()), "--side", side, "--steps", str(steps)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+        self.process = subprocess.Popen(command, env=environment_of(side), text=True, **pipes)
+        self.read()
+
+    def read(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            raise RuntimeError(f"{self.side} failed:\n{self.errors.read()}")
+        return line
+
+    def step(self) -> None:
+        """Have it do one step."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.read()
+
+    def found(self) -> dict[str, Any]:
+        """What it measured, once all steps are done."""
+        self.process.stdin.close()
+        found: dict[str, Any] = json.loads(self.read())
+        self.process.wait()
+        return found
+
+
+def measure(pythons: dict[str, str], steps: int) -> dict[str, dict[str, Any]]:
+    """One run of each side, in turn after every step."""
+    runs: dict[str, Run] = {}
+    with ExitStack() as stack:
+        for side, python in pythons.items():
+            runs[side] = Run(side, python, steps, stack.enter_context(tempfile.TemporaryFile("w+")))
+            stack.callback(runs[side].process.kill)
+        for step in range(steps):
+            for side in SIDES if step % 2 == 0 else reversed(SIDES):
+                runs[side].step()
+        return {side: run.found() for side, run in runs.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default: 3)")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a run, the first not counted (default: 5)")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a run, after one of warm-up (default: 4)")
     parser.add_argument("--environment", type=Path, default=ENVIRONMENT, help="where TRL 1.12 is, or is put")
-    parser.add_argument("--side", choices=SIDES, help="train this side in this process, and print what it took")
+    parser.add_argument("--side", choices=SIDES, help="train this side in this process, a step for each line of input")
     parser.add_argument("--json", action="store_true", help="print the last line as JSON")
     args = parser.parse_args()
     if args.side is not None:
-        print(json.dumps(measured(args.side, args.steps)))
+        train(args.side, args.steps)
         return
 
     pythons = dict.fromkeys(SIDES, sys.executable) | {"theirs": python_with_trl_1_12(args.environment)}
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for round_ in range(args.rounds):
-        for side in SIDES if round_ % 2 == 0 else reversed(SIDES):
-            runs[side].append(run(side, pythons[side], args.steps))
+    rounds = [measure(pythons, args.steps) for _ in range(args.rounds)]
 
-    def median(side: str, name: str) -> float:
-        return statistics.median(found[name] for found in runs[side])
+    def values(side: str, name: str) -> list[float]:
+        """Of every step, or of every run."""
+        if name == "memory":
+            return [runs[side]["memory"] for runs in rounds]
+        return [step[name] for runs in rounds for step in runs[side]["steps"]]
+
+    def ratio(side: str, name: str) -> float:
+        pairs = zip(values(side, name), values("theirs", name), strict=True)
+        return statistics.median(ours / theirs for ours, theirs in pairs)
 
     columns = {
         "seconds": ("s/step", "time_ratio"),
@@ -326,13 +381,8 @@ def main() -> None:
     }
     print(f"{'':>8}" + "".join(f"{head:>12}" for head, _ in columns.values()))
     for side in SIDES:
-        print(f"{side:>8}" + "".join(f"{median(side, name):>12.3f}" for name in columns))
-
-    def ratio(side: str, name: str) -> float:
-        """Median over rounds: what slows the machine down is likely to slow down a whole round."""
-        pairs = zip(runs[side], runs["theirs"], strict=True)
-        return statistics.median(ours[name] / theirs[name] for ours, theirs in pairs)
-
+        medians = [statistics.median(values(side, name)) for name in columns]
+        print(f"{side:>8}" + "".join(f"{median:>12.3f}" for median in medians))
     result = {side: {key: ratio(side, name) for name, (_, key) in columns.items()} for side in SIDES[1:]}
     for side, ratios in result.items():
         print(f"{side} over theirs: " + ", ".join(f"{name} {value:.3f}" for name, value in ratios.items()))

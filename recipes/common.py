@@ -29,17 +29,21 @@ from trl import (
     get_quantization_config,
 )
 
+from trl_ext.evaluation.credit import TokenCredit, credit_by_token
 from trl_ext.evaluation.held_out import HeldOut
 from trl_ext.monitors.progress import ProgressLines
 from trl_ext.monitors.verify import verify
 from trl_ext.reports.card import results_section
-from trl_ext.reports.plots import plot_learning
+from trl_ext.reports.plots import plot_learning, plot_tokens
 from trl_ext.reports.summary import summarize, write_summary
 
 
 # TRL's defaults are made for GPUs.
 WITHOUT_ACCELERATOR = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+# ... for the picture of single completions
+COMPLETIONS_TO_CHOOSE_FROM = 32
 
 RewardFunc = str | Callable[..., Any]
 
@@ -105,7 +109,9 @@ class PolicyArguments(DataArguments):
     )
 
 
-def parse_arguments(script_class: type, config_class: type, argv: list[str] | None = None) -> tuple[Any, ...]:
+def parse_arguments(
+    script_class: type, config_class: type, argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> tuple[Any, ...]:
     """
     Reads the command line and the yaml file named by `--config`; the command line wins.
 
@@ -116,6 +122,8 @@ def parse_arguments(script_class: type, config_class: type, argv: list[str] | No
             The trainer's configuration class.
         argv (`list[str]`, *optional*):
             Arguments without the program's name, by default those of the process.
+        defaults (`Mapping[str, Any]`, *optional*):
+            What a recipe sets otherwise than the classes.
 
     Returns:
         Script arguments, training arguments, [`~trl.ModelConfig`] and [`~trl.DatasetMixtureConfig`].
@@ -127,6 +135,7 @@ def parse_arguments(script_class: type, config_class: type, argv: list[str] | No
     has_accelerator = torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     if not has_accelerator:
         parser.set_defaults(**WITHOUT_ACCELERATOR)
+    parser.set_defaults(**(defaults or {}))
     script_args, training_args, model_args, mixture_args = parser.parse_args_and_config(argv)
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing. Give the Hub id or the folder of the model to train.")
@@ -296,7 +305,15 @@ def save(trainer: Any, dataset_name: str | None) -> None:
         trainer.end()
 
 
-def train_policy(trainer_class: type, config_class: type, argv: list[str] | None = None) -> Any:
+def train_policy(
+    trainer_class: type,
+    config_class: type,
+    argv: list[str] | None = None,
+    *,
+    script_class: type = PolicyArguments,
+    defaults: Mapping[str, Any] | None = None,
+    roles: Callable[[Any, list[RewardFunc]], dict[str, Any]] | None = None,
+) -> Any:
     """
     The whole of a reinforcement learning recipe: read the arguments, train, measure on held-out prompts before and
     after, write `summary.json`, `learning.png` and the model card, save and push.
@@ -308,22 +325,31 @@ def train_policy(trainer_class: type, config_class: type, argv: list[str] | None
             Its configuration class.
         argv (`list[str]`, *optional*):
             Arguments, by default those of the process.
+        script_class (`type`, *optional*):
+            [`PolicyArguments`] or a subclass.
+        defaults (`Mapping[str, Any]`, *optional*):
+            What the recipe sets otherwise than the classes.
+        roles (`Callable`, *optional*):
+            From script arguments and reward functions to further arguments of the trainer; they win.
 
     Returns:
         The trainer, after training.
     """
     started = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
-    script_args, training_args, model_args, mixture_args = parse_arguments(PolicyArguments, config_class, argv)
+    parsed = parse_arguments(script_class, config_class, argv, defaults)
+    script_args, training_args, model_args, mixture_args = parsed
     data = load_data(script_args, mixture_args)
     reward_funcs = load_reward_funcs(script_args, training_args)
     trainer = trainer_class(
-        reward_funcs=reward_funcs, **trainer_arguments(script_args, training_args, model_args, data)
+        **trainer_arguments(script_args, training_args, model_args, data),
+        **{"reward_funcs": reward_funcs, **(roles(script_args, reward_funcs) if roles is not None else {})},
     )
     held_out = _add_held_out(trainer, data, script_args)
     if script_args.verify:
         verify(trainer)
     fit(trainer)
+    credits = _credits(trainer, data, script_args)
 
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
@@ -336,16 +362,34 @@ def train_policy(trainer_class: type, config_class: type, argv: list[str] | None
             model=model_args.model_name_or_path,
             dataset=script_args.dataset_name,
             command=shlex.join([*launch, sys.argv[0], *argv]),
+            reward_model=script_args.reward_model_name_or_path,
         )
         write_summary(summary, folder / "summary.json")
         title = f"{summary['method']} · {model_args.model_name_or_path} · {script_args.dataset_name}"
         figure = plot_learning(trainer.state.log_history, folder / "learning.png", title)
         config = Path(argv[argv.index("--config") + 1]).read_text(encoding="utf-8") if "--config" in argv else None
         example = next(iter(trainer.train_dataset))["prompt"]
-        section = results_section(summary, figure.name, config, example if isinstance(example, str) else None)
+        section = results_section(
+            summary,
+            figure.name,
+            config,
+            example if isinstance(example, str) else None,
+            plot_tokens(credits, folder / "tokens.png", title).name if credits else None,
+        )
         trainer.card_sections.append(lambda: section)
     save(trainer, script_args.dataset_name)
     return trainer
+
+
+def _credits(trainer: Any, data: Mapping[str, Any], script_args: PolicyArguments) -> list[TokenCredit]:
+    """Where there is a critic: the best and the worst scored of the longer half of a few completions."""
+    if getattr(trainer, "critic", None) is None:
+        return []
+    rows = data.get(script_args.dataset_test_split, data[script_args.dataset_train_split])
+    rows = list(rows.shuffle(seed=script_args.held_out_seed).take(COMPLETIONS_TO_CHOOSE_FROM))
+    credits = sorted(credit_by_token(trainer, rows, script_args.held_out_seed), key=lambda credit: len(credit.tokens))
+    by_score = sorted(credits[len(credits) // 2 :], key=lambda credit: credit.score)
+    return [by_score[-1], by_score[0]]
 
 
 def _add_held_out(trainer: Any, data: Mapping[str, Any], script_args: PolicyArguments) -> HeldOut | None:

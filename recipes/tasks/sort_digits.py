@@ -11,8 +11,9 @@ answer followed by the end-of-sequence token. Two sets are worth comparing metho
   all right or all wrong, which is what dynamic sampling is for.
 
 Written to `--output_dir`: `data/`, a [`~datasets.DatasetDict`] with the splits `sft` (`prompt`, `completion`), `train`
-and `test` (`prompt`, `answer`, `answer_ids`), and `init/`, the tokenizer and a model of 109k random parameters. No
-test prompt is in `sft` or `train`.
+and `test` (`prompt`, `answer`, `answer_ids`), `pairs` and `pairs_test` (`prompt`, `chosen`, `rejected`: the answer
+and a wrong one), and `init/`, the tokenizer and a model of 109k random parameters. The prompts of `pairs_test` are
+those of `test`, which no other split has.
 
 ```shell
 python recipes/tasks/sort_digits.py --output_dir runs/sort_digits --task_set N --seed 0
@@ -22,6 +23,7 @@ python recipes/tasks/sort_digits.py --output_dir runs/sort_digits --task_set N -
 import argparse
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +33,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-CHARACTERS = "0123456789+=*srm%,"
+DIGITS = "0123456789"
+CHARACTERS = f"{DIGITS}+=*srm%,"
 VOCABULARY_SIZE = 32  # room for tasks with more symbols, so that their models have the same shape
 
 
@@ -100,7 +103,7 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
 
 def draw_digits(ranges: tuple[range, ...], rng: random.Random) -> str:
     length = rng.choice(rng.choice(ranges))
-    return "".join(rng.choices("0123456789", k=length))
+    return "".join(rng.choices(DIGITS, k=length))
 
 
 def draw_held_out(count: int, ranges: tuple[range, ...], rng: random.Random) -> list[str]:
@@ -128,11 +131,72 @@ def draw_others(count: int, ranges: tuple[range, ...], rng: random.Random, held_
     return drawn
 
 
+def with_random_digits(answer: str, share: float, rng: random.Random) -> str:
+    """Each digit is replaced by a random one with probability `share`."""
+    return "".join(rng.choice(DIGITS) if rng.random() < share else digit for digit in answer)
+
+
+def with_another_digit(answer: str, rng: random.Random) -> str:
+    place = rng.randrange(len(answer))
+    return answer[:place] + rng.choice(DIGITS) + answer[place + 1 :]
+
+
+def with_neighbours_swapped(answer: str, rng: random.Random) -> str:
+    place = rng.randrange(len(answer) - 1)
+    return answer[:place] + answer[place + 1] + answer[place] + answer[place + 2 :]
+
+
+def with_a_digit_missing(answer: str, rng: random.Random) -> str:
+    place = rng.randrange(len(answer))
+    return answer[:place] + answer[place + 1 :]
+
+
+def with_a_digit_twice(answer: str, rng: random.Random) -> str:
+    place = rng.randrange(len(answer))
+    return answer[:place] + answer[place] + answer[place:]
+
+
+def of_the_noisy_teacher(answer: str, rng: random.Random) -> str:
+    return with_random_digits(answer, 0.3, rng)
+
+
+def sorted_but_of_other_digits(answer: str, rng: random.Random) -> str:
+    return "".join(sorted(of_the_noisy_teacher(answer, rng)))
+
+
+# How answers go wrong
+FAULTS: tuple[Callable[[str, random.Random], str], ...] = (
+    with_another_digit,
+    with_neighbours_swapped,
+    with_a_digit_missing,
+    with_a_digit_twice,
+    of_the_noisy_teacher,
+)
+
+
+def spoil(answer: str, rng: random.Random) -> str:
+    """
+    A wrong answer. Half are in order, but of other digits: with few of those among its pairs, a reward model likes
+    whatever is in order, and a policy that maximises it finds that out. A fault that changes nothing is drawn again.
+    """
+    wrong = answer
+    while wrong == answer:
+        fault = sorted_but_of_other_digits if rng.random() < 0.5 else rng.choice(FAULTS)
+        wrong = fault(answer, rng)
+    return wrong
+
+
 def build_data(
-    task_set: str, tokenizer: Qwen2Tokenizer, seed: int, sft_size: int, train_size: int, test_size: int
+    task_set: str,
+    tokenizer: Qwen2Tokenizer,
+    seed: int,
+    sft_size: int,
+    train_size: int,
+    test_size: int,
+    pairs_size: int = 0,
 ) -> DatasetDict:
     """
-    Builds the three splits.
+    Builds the splits.
 
     Args:
         task_set (`str`):
@@ -147,6 +211,8 @@ def build_data(
             Number of training prompts.
         test_size (`int`):
             Number of distinct held-out prompts.
+        pairs_size (`int`, *optional*, defaults to `0`):
+            Number of preference pairs. The other splits don't depend on it.
     """
     task, rng = TASK_SETS[task_set], random.Random(seed)
     test = draw_held_out(test_size, task.prompt_digits, rng)
@@ -154,10 +220,8 @@ def build_data(
     demonstrated = draw_others(sft_size, task.demonstration_digits, rng, set(test))
 
     def demonstrate(digits: str) -> str:
-        answer = sorted(digits)
-        if len(digits) >= task.noisy_from:
-            answer = [rng.choice("0123456789") if rng.random() < task.noise else digit for digit in answer]
-        return "".join(answer)
+        answer = "".join(sorted(digits))
+        return with_random_digits(answer, task.noise, rng) if len(digits) >= task.noisy_from else answer
 
     def with_answers(prompts: list[str]) -> Dataset:
         answers = ["".join(sorted(digits)) for digits in prompts]
@@ -166,8 +230,24 @@ def build_data(
             {"prompt": [f"s{digits}=" for digits in prompts], "answer": answers, "answer_ids": ids}
         )
 
+    def in_pairs(prompts: list[str]) -> Dataset:
+        answers = ["".join(sorted(digits)) for digits in prompts]
+        return Dataset.from_dict(
+            {
+                "prompt": [f"s{digits}=" for digits in prompts],
+                "chosen": answers,
+                "rejected": [spoil(answer, rng) for answer in answers],
+            }
+        )
+
     sft = {"prompt": [f"s{digits}=" for digits in demonstrated], "completion": list(map(demonstrate, demonstrated))}
-    return DatasetDict(sft=Dataset.from_dict(sft), train=with_answers(train), test=with_answers(test))
+    return DatasetDict(
+        sft=Dataset.from_dict(sft),
+        train=with_answers(train),
+        test=with_answers(test),
+        pairs=in_pairs(draw_others(pairs_size, task.prompt_digits, rng, set(test))),
+        pairs_test=in_pairs(test),
+    )
 
 
 def main() -> None:
@@ -180,17 +260,20 @@ def main() -> None:
     parser.add_argument("--sft_size", type=int, default=12_800, help="demonstrations (default: 12800)")
     parser.add_argument("--train_size", type=int, default=8_192, help="training prompts (default: 8192)")
     parser.add_argument("--test_size", type=int, default=512, help="held-out prompts (default: 512)")
+    parser.add_argument("--pairs_size", type=int, default=19_200, help="preference pairs (default: 19200)")
     args = parser.parse_args()
 
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed)
-    data = build_data(args.task_set, tokenizer, args.seed, args.sft_size, args.train_size, args.test_size)
+    sizes = args.sft_size, args.train_size, args.test_size, args.pairs_size
+    data = build_data(args.task_set, tokenizer, args.seed, *sizes)
     data.save_to_disk(args.output_dir / "data")
     model.save_pretrained(args.output_dir / "init")
     tokenizer.save_pretrained(args.output_dir / "init")
     print(
         f"Task set {args.task_set} in {args.output_dir}: {len(data['sft'])} demonstrations, {len(data['train'])} "
-        f"training and {len(data['test'])} held-out prompts, a model of {model.num_parameters():,} parameters."
+        f"training and {len(data['test'])} held-out prompts, {len(data['pairs'])} pairs, a model of "
+        f"{model.num_parameters():,} parameters."
     )
 
 

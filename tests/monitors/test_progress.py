@@ -79,6 +79,17 @@ def test_copies_are_told(printed):
     )
 
 
+def test_what_a_critic_is_worth_is_told(printed):
+    line = printed(1, 1, {"reward": 0.5, "objective/kl": 1.234, "val/explained_variance": 0.317})
+    assert line.startswith("step  1/60 · reward 0.500 · KL 1.23 · explained variance 0.32 · 1.00 s/step")
+
+
+def test_a_line_of_reward_modelling(printed):
+    assert printed(1, 1, {"loss": 0.5, "accuracy": 0.875}).startswith("step  1/60 · loss 0.500 · accuracy 0.875 · ")
+    line = printed(2, 1, {"eval_loss": 0.25, "eval_accuracy": 0.9})
+    assert line.startswith("step  2/60 · eval loss 0.250 · eval accuracy 0.900 · ")
+
+
 def test_a_line_of_supervised_training(printed):
     line = printed(1, 1, {"loss": 2.0314, "mean_token_accuracy": 0.4124, "entropy": 2.5})
     assert line == "step  1/60 · loss 2.031 · mean token accuracy 0.412 · 1.00 s/step · 0:59 left\n"

@@ -1,5 +1,6 @@
 """The tasks: what they ask, what counts as right, and that nothing held out is shown."""
 
+import random
 from decimal import Decimal
 
 import gsm8k
@@ -65,11 +66,43 @@ def test_set_a_asks_for_more_than_it_shows(tokenizer):
     assert all(row["completion"] == "".join(sorted(row["prompt"][1:-1])) for row in data["sft"])
 
 
+def test_pairs_have_the_answer_and_a_wrong_one(tokenizer):
+    data = sort_digits.build_data("N", tokenizer, 0, 10, 10, test_size=300, pairs_size=1000)
+    assert len(data["pairs"]) == 1000
+    assert data["pairs_test"]["prompt"] == data["test"]["prompt"]
+    assert not set(data["pairs"]["prompt"]) & set(data["test"]["prompt"])
+    in_order = same_length = 0
+    for row in [*data["pairs"], *data["pairs_test"]]:
+        assert row["chosen"] == "".join(sorted(digits([row["prompt"]])[0]))
+        assert row["rejected"] != row["chosen"] and row["rejected"].isdigit()
+        in_order += row["rejected"] == "".join(sorted(row["rejected"]))
+        same_length += len(row["rejected"]) == len(row["chosen"])
+    # Half are sorted other digits; of the rest, a fifth each has a digit missing or twice, which stays in order
+    assert in_order / 1300 == pytest.approx(0.5 + 0.5 * 0.4 + 0.03, abs=0.06)
+    assert same_length / 1300 == pytest.approx(1 - 0.5 * 0.4, abs=0.06)
+
+
+@pytest.mark.parametrize("fault", sort_digits.FAULTS, ids=lambda fault: fault.__name__)
+def test_every_fault_is_one(fault):
+    rng = random.Random(0)
+    spoilt = {fault("01235679", rng) for _ in range(200)}
+    assert len(spoilt - {"01235679"}) > 5
+    assert all(set(answer) <= set(sort_digits.DIGITS) for answer in spoilt)
+
+
+def test_pairs_change_nothing_else(tokenizer):
+    without, with_pairs = (sort_digits.build_data("N", tokenizer, 0, 20, 20, 20, size) for size in (0, 50))
+    for split in ("sft", "train", "test"):
+        assert without[split].to_dict() == with_pairs[split].to_dict()
+    assert len(without["pairs"]) == 0
+
+
 def test_the_seed_decides(tokenizer):
     def built(seed):
-        return sort_digits.build_data("N", tokenizer, seed, sft_size=20, train_size=20, test_size=20)
+        return sort_digits.build_data("N", tokenizer, seed, sft_size=20, train_size=20, test_size=20, pairs_size=20)
 
-    assert built(3)["sft"].to_dict() == built(3)["sft"].to_dict()
+    for split in ("sft", "pairs"):
+        assert built(3)[split].to_dict() == built(3)[split].to_dict()
     assert built(3)["train"]["prompt"] != built(4)["train"]["prompt"]
 
 

@@ -10,6 +10,8 @@ SUMMARY = {
     "method": "DAPO",
     "model": "runs/sft",
     "dataset": "runs/data",
+    "reward_model": None,
+    "critic": None,
     "before": {"exact_match": 0.3359, "intervals": {"exact_match": [0.3038, 0.3681]}, "prompts": 512, "samples": 2048},
     "after": {"exact_match": 0.7654, "intervals": {"exact_match": [0.74, 0.79]}, "prompts": 512, "samples": 2048},
     "gain": {"exact_match": 0.4295, "intervals": {"exact_match": [0.4, 0.46]}, "prompts": 512, "samples": 2048},
@@ -44,6 +46,24 @@ def test_results_as_a_table():
     assert card.rstrip().endswith("Made with python 3.11.7, trl 1.16.0.")
 
 
+def test_critic_and_reward_model_have_their_rows():
+    accuracy = {"pair_accuracy": 0.9336, "intervals": {"pair_accuracy": [0.912, 0.955]}, "prompts": 512}
+    learned = {
+        "reward_model": {"model": "runs/reward_model", **accuracy},
+        "critic": {"value_loss": 1.3, "explained_variance": 0.317, "kl": 1.234},
+    }
+    card = results_section(SUMMARY | learned, "learning.png", token_figure="tokens.png")
+    assert "reward, critic, KL and held-out results](learning.png)" in card
+    assert "](tokens.png)" in card
+    assert "| reward model | `runs/reward_model` |" in card
+    assert "| 512 held-out pairs that it ranks right | 0.934 (0.912 to 0.955) |" in card
+    assert "| explained variance of the critic, at the end | 0.32 |" in card
+    assert "| KL to the reference, at the end | 1.23 nats per completion |" in card
+    without = results_section(SUMMARY | {"reward_model": {"model": "org/model"}, "critic": {"value_loss": 1.0}})
+    assert "| reward model | `org/model` |" in without
+    assert "pairs" not in without and "KL" not in without
+
+
 def test_a_run_without_evaluation_says_so():
     missing = {
         "before": None,
@@ -56,6 +76,7 @@ def test_a_run_without_evaluation_says_so():
     card = results_section(SUMMARY | missing)
     assert "without held-out evaluation" in card
     assert "tokens generated" not in card and "not computed" not in card
+    assert "reward model" not in card and "critic" not in card
     assert "Train it again" not in card
 
 

@@ -4,6 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from trl_ext.evaluation.credit import TokenCredit
 from trl_ext.reports import plots
 
 
@@ -27,6 +28,26 @@ def selected(step: int) -> dict:
     }
 
 
+def with_critic(step: int) -> dict:
+    return {
+        "step": step,
+        "rewards/r/mean": 0.1 * step,
+        "objective/scores": 1.0 - step,
+        "loss/value_avg": 2.0 / step,
+        "val/explained_variance": 0.1 * step - 0.2,
+        "objective/kl": 0.5 * step,
+        "selection/generated_tokens": 1000.0 * step,
+        "selection/trained_tokens": 600.0 * step,
+    }
+
+
+def credit(*tokens: str, prompt: str = "s31=", ratios: bool = True) -> TokenCredit:
+    numbers = [float(i + 1) for i in range(len(tokens))]
+    return TokenCredit(
+        prompt, list(tokens), numbers, [1.5 - n for n in numbers], numbers if ratios else None, 2.5, {"r": 2.5}
+    )
+
+
 LOG = [held_out(0, 0.2), *map(selected, (1, 2, 3, 4)), held_out(4, 0.6)]
 
 
@@ -47,6 +68,12 @@ def labels(axis) -> list[str]:
         [{"step": 1, "reward": 0.5, "frac_reward_zero_std": 0.25, "num_tokens": 100.0}],  # TRL's own trainer
         [{"step": 1, "loss": 2.0}],  # nothing of all that
         [],
+        [
+            held_out(0, 0.2),
+            *map(with_critic, (1, 2, 3)),
+            held_out(3, 0.6),
+        ],  # groups of one: there is nothing to select
+        [{"step": 1, "val/explained_variance": -3.0}],  # no reference, no value loss
     ],
 )
 def test_every_log_makes_a_picture(log, tmp_path):
@@ -55,6 +82,12 @@ def test_every_log_makes_a_picture(log, tmp_path):
         assert image.format == "PNG"
         assert image.size == (1430, 936)  # 11 x 7.2 inches at 130 dots
         assert len(image.convert("RGB").getcolors(maxcolors=1_000_000)) > 50
+
+
+def test_a_critic_has_a_row_of_its_own(tmp_path):
+    log = [with_critic(step) | selected(step) for step in (1, 2)]
+    with Image.open(plots.plot_learning(log, tmp_path / "learning.png", "title")) as image:
+        assert image.size == (1430, 1404)  # 11 x 10.8 inches
 
 
 def test_series_takes_steps_that_have_all_keys_and_the_later_of_two():
@@ -109,3 +142,62 @@ def test_before_and_after(axis):
 def test_what_was_not_logged_is_said(axis):
     plots._draw_tokens(axis, [])
     assert axis.texts[0].get_text() == "no token was counted"
+
+
+def test_what_the_critic_is_worth_is_drawn_as_it_was_logged(axis):
+    log = [with_critic(step) for step in (1, 2, 4)]
+    figure = Figure()
+    loss, explained, kl = figure.subplots(1, 3)
+    plots._draw_value_loss(loss, log)
+    plots._draw_explained_variance(explained, log)
+    plots._draw_kl(kl, log)
+    assert list(loss.lines[0].get_ydata()) == [2.0, 1.0, 0.5]
+    assert list(explained.lines[0].get_ydata()) == pytest.approx([-0.1, 0.0, 0.2])
+    assert explained.get_ylim() == (-0.1, 1)
+    assert list(kl.lines[0].get_ydata()) == [0.5, 1.0, 2.0]
+    plots._draw_kl(axis, [{"step": 1, "val/explained_variance": 0.1}])
+    assert axis.texts[0].get_text() == "there was no reference"
+
+
+def test_a_score_that_is_not_shown_has_its_own_axis(axis):
+    log = [with_critic(step) for step in (1, 2, 3)]
+    plots._draw_reward(axis, log, {}, "r")
+    (right,) = [other for other in axis.figure.axes if other is not axis]
+    assert list(right.lines[0].get_ydata()) == pytest.approx([-0.5, -1.0, -1.5])  # smoothed
+    assert labels(axis)[-1] == "score that is maximised (right)"
+    other = Figure().subplots()
+    plots._draw_reward(other, [entry | {"objective/scores": entry["rewards/r/mean"]} for entry in log], {}, "r")
+    assert len(other.figure.axes) == 1
+
+
+@pytest.mark.parametrize(
+    "credits",
+    [
+        [credit("1", "3", "<eos>"), credit("3", "<eos>")],
+        [credit("The", " cost", "\n", " is $4$", prompt="what " * 40)],
+        [credit(*("a" * 200), ratios=False)],
+    ],
+    ids=["two", "words", "long, without a reference"],
+)
+def test_every_completion_makes_a_picture(credits, tmp_path):
+    with Image.open(plots.plot_tokens(credits, tmp_path / "deep" / "tokens.png", "title")) as image:
+        assert image.format == "PNG"
+        assert image.height == 936
+        assert len(image.convert("RGB").getcolors(maxcolors=1_000_000)) > 50
+
+
+def test_tokens_are_drawn_as_they_were_credited():
+    shown = credit("1", "3", "<eos>")
+    values, advantages, ratios = Figure().subplots(3)
+    plots._draw_values(values, shown)
+    plots._draw_advantages(advantages, shown)
+    plots._draw_ratios(ratios, shown)
+    plots._name_tokens(ratios, shown.tokens)
+    score, value = values.lines
+    assert set(score.get_ydata()) == {2.5}
+    assert list(value.get_ydata()) == [1, 2, 3]
+    assert [bar.get_height() for bar in advantages.patches] == [0.5, -0.5, -1.5]
+    assert [bar.get_y() + bar.get_height() for bar in ratios.patches] == [1, 2, 3]
+    assert ratios.get_yscale() == "log"
+    assert [tick.get_text() for tick in ratios.get_xticklabels()] == ["1", "3", "<eos>"]
+    assert values.get_title(loc="left") == "s31=\nr 2.5"

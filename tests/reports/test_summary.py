@@ -9,6 +9,7 @@ import tiny
 
 from trl_ext import DAPOTrainer, GSPOTrainer
 from trl_ext.evaluation.held_out import Estimate, HeldOut
+from trl_ext.evaluation.pairs import read_pair_accuracy
 from trl_ext.reports.summary import redact, summarize, write_summary
 
 
@@ -66,6 +67,32 @@ def test_without_evaluation_there_are_no_results(tmp_path):
     trainer = tiny.trainer(GSPOTrainer, tmp_path)
     summary = summarize(trainer, {}, seconds=0)
     assert (summary["method"], summary["before"], summary["after"], summary["gain"]) == ("GSPO", None, None, None)
+
+
+def test_a_critic_is_judged_by_the_last_tenth_of_the_log(run):
+    # 20 logs: the last two count. The KL was logged once, which then is its last tenth; NaN says nothing
+    trainer, _ = run
+    logged = [{"step": i, "val/explained_variance": i / 100, "loss/value_avg": 1.0} for i in range(20)]
+    logged += [{"step": 20, "objective/kl": 1.5}, {"step": 21, "val/explained_variance": math.nan}]
+    before, trainer.state.log_history = trainer.state.log_history, logged
+    try:
+        assert summarize(trainer, {}, 0)["critic"] == {"value_loss": 1.0, "explained_variance": 0.185, "kl": 1.5}
+    finally:
+        trainer.state.log_history = before
+    assert summarize(trainer, {}, 0)["critic"] is None
+
+
+def test_a_reward_models_own_results_are_taken_over(run, tmp_path):
+    trainer, _ = run
+    assert summarize(trainer, {}, 0)["reward_model"] is None
+    assert summarize(trainer, {}, 0, reward_model="org/model")["reward_model"] == {"model": "org/model"}
+    log = [{"step": step, "eval_accuracy": accuracy} for step, accuracy in ((0, 0.5), (9, 0.875))]
+    measured = read_pair_accuracy(log, pairs=40)
+    write_summary(summarize(trainer, measured, 0), tmp_path / "summary.json")
+    taken = summarize(trainer, {}, 0, reward_model=str(tmp_path))["reward_model"]
+    assert (taken["pair_accuracy"], taken["prompts"], taken["step"]) == (0.875, 40, 9)
+    low, high = taken["intervals"]["pair_accuracy"]
+    assert 0.7 < low < 0.875 < high <= 1
 
 
 def test_it_is_read_back_as_written(run, tmp_path):

@@ -397,11 +397,13 @@ CASES = {
         {"reward_weights": [0.5, 2.0, -1.0], "whiten_advantages": False}, funcs=[milestones, outcome, parity]
     ),
     "some don't apply": Case({"reward_weights": [0.5, 2.0]}, funcs=[sometimes_by_step, sometimes]),
-    "none applies": Case({"reward_clip": 0.6}, funcs=[sometimes]),
+    "none applies": Case({"reward_clip": 0.6, "whiten_advantages": False}, funcs=[sometimes]),
     "steps, scaled and clipped": Case({"reward_scaling": "batch", "reward_clip": 0.5}, funcs=[milestones, outcome]),
     "tools": Case({"whiten_advantages": False}, funcs=[parity, outcome], arguments={"rollout_func": tools}),
-    "tools, whitened": Case(
-        {"whiten_rewards": True, "lam_alpha": 0.4}, funcs=[parity, outcome], arguments={"rollout_func": tools}
+    "tools, with everything": Case(
+        {"whiten_rewards": True, "lam_alpha": 0.4, "positive_nll_coef": 0.3, "old_kl_coef": 0.5},
+        funcs=[parity, outcome],
+        arguments={"rollout_func": tools},
     ),
     "groups": Case({"num_generations": 4}),
     "row means": Case({"loss_type": "grpo"}),

@@ -164,6 +164,9 @@ def test_steps_survive_selection_and_scoring_beside_generation(settings, made_as
         """A group is dead where all completions begin alike."""
         return [(0, float(ids[0] % 2)), (len(ids) - 1, 0.25), (0, -0.25)]
 
+    def odd(ids: list[int]) -> float:
+        return 0.5 * (ids[0] % 2)
+
     reward = asked(first)
     if made_async:
 
@@ -172,10 +175,10 @@ def test_steps_survive_selection_and_scoring_beside_generation(settings, made_as
             return [first(ids) for ids in completion_ids]
 
         reward = judge
-    trainer = build(PPOTrainer, tmp_path, reward, num_generations=2, **OWN, **settings)
+    trainer = build(PPOTrainer, tmp_path, [asked(odd), reward], num_generations=2, **OWN, **settings)
     trainer.train()
     for ids, earned in rewards_by_token(trainer):
-        assert earned == pytest.approx(spread(ids, first(ids)), abs=1e-5)
+        assert earned == pytest.approx(together(spread(ids, odd(ids)), spread(ids, first(ids))), abs=1e-5)
     if "rollout_selection" in settings:
         copied = any(batch.selection.sources != list(range(4)) for batch in trainer.batches)
         refilled = any(len(batch.rounds) > 1 for batch in trainer.batches)

@@ -89,8 +89,13 @@ def _facts(logs: dict[str, Any]) -> list[str]:
     """What a log says, in words. Quantities that a trainer doesn't log are left out."""
     facts = [f"{key.replace('_', ' ')} {float(logs[key]):.3f}" for key in ("reward", "eval_reward") if key in logs]
     if not facts:  # supervised training
-        keys = [key for key in ("loss", "eval_loss", "mean_token_accuracy") if key in logs]
+        shown = ("loss", "eval_loss", "mean_token_accuracy", "accuracy", "eval_accuracy")
+        keys = [key for key in shown if key in logs]
         facts = [f"{key.replace('_', ' ')} {float(logs[key]):.3f}" for key in keys]
+    if "objective/kl" in logs:
+        facts.append(f"KL {float(logs['objective/kl']):.2f}")
+    if "val/explained_variance" in logs:
+        facts.append(f"explained variance {float(logs['val/explained_variance']):.2f}")
     if "selection/groups_generated" in logs:
         kept, generated = logs["selection/groups_kept"], logs["selection/groups_generated"]
         facts.append(f"{kept:.0f} groups kept of {generated:.0f}")

@@ -6,6 +6,7 @@ command and configuration that repeat it.
 import json
 from typing import Any
 
+from ..evaluation.pairs import PAIR_ACCURACY
 from ..monitors.progress import count
 from .summary import redact
 
@@ -15,6 +16,7 @@ def results_section(
     figure: str | None = None,
     config: str | None = None,
     example_prompt: str | None = None,
+    token_figure: str | None = None,
 ) -> str:
     """
     Markdown for a model card.
@@ -30,13 +32,18 @@ def results_section(
         example_prompt (`str`, *optional*):
             A plain-text prompt to show how the model is asked. Models with a chat template need none: TRL's own card
             shows that.
+        token_figure (`str`, *optional*):
+            Path of the figure of single completions, token by token.
 
     Returns:
         `str`: a section that begins with a heading of level 2.
     """
     parts = ["## Results", _headline(summary)]
     if figure is not None:
-        parts.append(f"![{summary['method']}: reward, groups, tokens and held-out results]({figure})")
+        shown = "reward, critic, KL" if summary["critic"] else "reward, groups, tokens"
+        parts.append(f"![{summary['method']}: {shown} and held-out results]({figure})")
+    if token_figure is not None:
+        parts.append(f"![two completions, token by token: value, advantage, probability]({token_figure})")
     parts.append(_costs(summary))
     if example_prompt is not None:
         parts += ["### Ask it", _usage(example_prompt)]
@@ -78,6 +85,7 @@ def _costs(summary: dict[str, Any]) -> str:
         "method": summary["method"],
         "trained from": f"`{summary['model']}`" if summary["model"] else None,
         "data": f"`{summary['dataset']}`" if summary["dataset"] else None,
+        **_reward_model(summary["reward_model"] or {}),
         "parameters": f"{summary['trainable_parameters']:,} trained of {summary['parameters']:,}",
         "optimizer steps": summary["steps"],
         "generation rounds": summary["generation_rounds"],
@@ -86,12 +94,33 @@ def _costs(summary: dict[str, Any]) -> str:
         "padding and dead rows not computed": None
         if summary["compute_saved"] is None
         else f"{summary['compute_saved']:.0%}",
+        **_critic(summary["critic"] or {}),
         "wall-clock seconds": summary["seconds"],
         "machine": f"{summary['machine']['processes']} × {summary['machine']['device']}",
         "seed": summary["seed"],
     }
     shown = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
     return "\n".join(["| | |", "|---|---|", *shown])
+
+
+def _reward_model(reward_model: dict[str, Any]) -> dict[str, str]:
+    rows = {}
+    if reward_model:
+        rows["reward model"] = f"`{reward_model['model']}`"
+    if PAIR_ACCURACY in reward_model:
+        pairs = reward_model["prompts"]
+        rows[f"{pairs} held-out pairs that it ranks right"] = _cell(reward_model, PAIR_ACCURACY)
+    return rows
+
+
+def _critic(critic: dict[str, float]) -> dict[str, str]:
+    """What the last tenth of the run says of critic and policy."""
+    rows = {}
+    if "explained_variance" in critic:
+        rows["explained variance of the critic, at the end"] = f"{critic['explained_variance']:.2f}"
+    if "kl" in critic:
+        rows["KL to the reference, at the end"] = f"{critic['kl']:.2f} nats per completion"
+    return rows
 
 
 def _usage(prompt: str) -> str:

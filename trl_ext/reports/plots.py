@@ -1,5 +1,6 @@
 """
-`learning.png`: one look at a run. Did it learn, on what share of what it generated, and at which price?
+`learning.png`: one look at a run. Did it learn, on what share of what it generated, and at which price? Where there is
+a critic: is it of any use, and how far did the policy go? `tokens.png`: what it thinks of single tokens.
 
 Colours are Okabe and Ito's, which remain apart for colour-blind readers; everything drawn also differs by position,
 line style or label.
@@ -13,21 +14,30 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ..evaluation.credit import TokenCredit
 from ..evaluation.held_out import Estimate, read_estimates
 from ..monitors.progress import count
 
 
 BLUE, ORANGE, GREEN, VERMILION, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#8C8C8C"
 INK = "#333333"
+TOKEN_PANELS = (
+    "V before the token",
+    "advantage\n(before whitening)",
+    "probability under the policy,\nover that under the reference",
+)
+# Completions longer than this are drawn without the text of their tokens
+MOST_NAMED_TOKENS = 64
 
 
 def plot_learning(
     log_history: Sequence[dict[str, Any]], path: str | Path, title: str, metric: str | None = None
 ) -> Path:
     """
-    Draws a run's log as four panels: reward over optimizer steps with the held-out results, what became of the groups,
-    tokens generated and trained on, and held-out before and after. A panel whose quantity wasn't logged says so. It
-    needs no display.
+    Draws a run's log: reward over optimizer steps with the held-out results, held-out before and after, what became of
+    the groups, and tokens generated and trained on. Where a critic was trained: its loss, its explained variance and
+    the KL to the reference; the groups then only if some were selected. A panel whose quantity wasn't logged says so.
+    It needs no display.
 
     Args:
         log_history (`Sequence[dict[str, Any]]`):
@@ -48,15 +58,63 @@ def plot_learning(
         metric = next(iter(next(iter(measured.values()))))
     held_out = {step: estimates[metric] for step, estimates in measured.items() if metric in estimates}
 
-    figure = Figure(figsize=(11, 7.2), dpi=130, layout="constrained")
+    has_critic = any("val/explained_variance" in entry for entry in log_history)
+    has_groups = not has_critic or any("selection/groups_kept" in entry for entry in log_history)
+    rows = 1 + has_critic + has_groups
+    figure = Figure(figsize=(11, 3.6 * rows), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=15, fontweight="bold", color=INK)
-    axes = figure.subplots(2, 2, width_ratios=[1.7, 1])
-    _draw_reward(axes[0, 0], log_history, held_out, metric)
-    _draw_before_after(axes[0, 1], held_out, metric)
-    _draw_groups(axes[1, 0], log_history)
-    _draw_tokens(axes[1, 1], log_history)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
+    stripes = iter(figure.subfigures(rows, 1, squeeze=False).flat)
+    learned, before_after = next(stripes).subplots(1, 2, width_ratios=[1.7, 1])
+    _draw_reward(learned, log_history, held_out, metric)
+    _draw_before_after(before_after, held_out, metric)
+    if has_critic:
+        for axis, draw in zip(
+            next(stripes).subplots(1, 3), (_draw_value_loss, _draw_explained_variance, _draw_kl), strict=True
+        ):
+            draw(axis, log_history)
+    if has_groups:
+        groups, tokens = next(stripes).subplots(1, 2, width_ratios=[1.7, 1])
+        _draw_groups(groups, log_history)
+        _draw_tokens(tokens, log_history)
+    return _save(figure, path)
+
+
+def plot_tokens(credits: Sequence[TokenCredit], path: str | Path, title: str) -> Path:
+    """
+    Draws completions token by token, side by side: the critic's value before each token, the advantage of the token,
+    and the policy's probability of it over the reference's.
+
+    Args:
+        credits (`Sequence[TokenCredit]`):
+            What [`~trl_ext.evaluation.credit.credit_by_token`] returned, or a few of it.
+        path (`str` or `Path`):
+            Where the PNG goes.
+        title (`str`):
+            Heading of the figure.
+
+    Returns:
+        `Path`: `path`.
+    """
+    # Room for every token's text, up to a point
+    widths = [min(max(len(credit.tokens), 8), MOST_NAMED_TOKENS) for credit in credits]
+    figure = Figure(figsize=(min(max(11, 0.42 * sum(widths)), 30), 7.2), dpi=130, layout="constrained")
+    figure.suptitle(title, fontsize=15, fontweight="bold", color=INK)
+    axes = figure.subplots(3, len(credits), sharex="col", sharey="row", width_ratios=widths, squeeze=False)
+    for column, credit in zip(axes.T, credits, strict=True):
+        _draw_values(column[0], credit)
+        _draw_advantages(column[1], credit)
+        _draw_ratios(column[2], credit)
+        _name_tokens(column[2], credit.tokens)
+    axes[0, 0].legend(frameon=False, fontsize=9, loc="best")
+    for axis, label in zip(axes[:, 0], TOKEN_PANELS, strict=True):
+        axis.set_ylabel(label, fontsize=9, color=INK)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    for axis in figure.axes:
+        axis.spines["top"].set_visible(False)
+        axis.spines["right"].set_visible(axis.yaxis.get_ticks_position() == "right")
         axis.tick_params(colors=INK, labelsize=9)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,8 +151,7 @@ def _draw_reward(
     _heading(axis, f"{name} while training", "optimizer step")
     if not steps:
         return _nothing(axis, f"`{key}` was not logged")
-    axis.plot(steps, values, color=SKY, linewidth=1, alpha=0.8, label="sampled in training")
-    axis.plot(steps, smooth(values, max(3, len(values) // 12)), color=BLUE, linewidth=2.4, label="moving average")
+    _draw_course(axis, steps, values, label="sampled in training")
     if held_out:
         means = [e.mean for e in held_out.values()]
         below = [max(0.0, e.mean - e.low) for e in held_out.values()]
@@ -111,8 +168,29 @@ def _draw_reward(
             label="held-out prompts, 95 %",
             zorder=5,
         )
+    handles = axis.get_legend_handles_labels()[0] + _draw_score(axis, log_history, values)
+    axis.legend(handles=handles, frameon=False, fontsize=9, loc="lower right")
+
+
+def _draw_score(axis: Axes, log_history: Sequence[dict[str, Any]], shown: list[float]) -> list[Any]:
+    """What a critic's trainer maximises, where that is not what is shown: its line, on an axis of its own."""
+    steps, (scores,) = series(log_history, "objective/scores")
+    if not steps or scores == shown:
+        return []
+    right = axis.twinx()
+    smoothed = smooth(scores, max(3, len(scores) // 12))
+    right.set_ylabel("score", fontsize=9, color=INK)
+    return right.plot(
+        steps, smoothed, color=ORANGE, linewidth=2, linestyle="--", label="score that is maximised (right)"
+    )
+
+
+def _draw_course(axis: Axes, steps: list[int], values: list[float], label: str | None = None) -> None:
+    """What was logged, and its moving average."""
+    axis.plot(steps, values, color=SKY, linewidth=1, alpha=0.8, label=label)
+    smoothed = smooth(values, max(3, len(values) // 12))
+    axis.plot(steps, smoothed, color=BLUE, linewidth=2.4, label="moving average" if label else None)
     axis.grid(axis="y", alpha=0.25)
-    axis.legend(frameon=False, fontsize=9, loc="lower right")
 
 
 def _draw_before_after(axis: Axes, held_out: dict[int, Estimate], metric: str | None) -> None:
@@ -182,6 +260,86 @@ def _draw_tokens(axis: Axes, log_history: Sequence[dict[str, Any]]) -> None:
     axis.legend(frameon=False, fontsize=10, loc="upper left")
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     axis.grid(axis="y", alpha=0.25)
+
+
+def _draw_value_loss(axis: Axes, log_history: Sequence[dict[str, Any]]) -> None:
+    _heading(axis, "value loss, per token", "optimizer step")
+    steps, (values,) = series(log_history, "loss/value_avg")
+    if not steps:
+        return _nothing(axis, "`loss/value_avg` was not logged")
+    _draw_course(axis, steps, values)
+    axis.set_ylim(bottom=0)
+
+
+def _draw_explained_variance(axis: Axes, log_history: Sequence[dict[str, Any]]) -> None:
+    _heading(axis, "explained variance of returns", "optimizer step")
+    steps, (values,) = series(log_history, "val/explained_variance")
+    _draw_course(axis, steps, values)
+    axis.axhline(0, color=GREY, linestyle=":", linewidth=1.2)
+    axis.set_ylim(max(-1.0, min(-0.1, *values)), 1)
+    axis.annotate(
+        "1: knows the return · 0: as good as its mean", (0.5, 1.0), xycoords="axes fraction", ha="center", va="top",
+        fontsize=8.5, color=GREY,
+    )  # fmt: skip
+
+
+def _draw_kl(axis: Axes, log_history: Sequence[dict[str, Any]]) -> None:
+    _heading(axis, "KL to the reference, nats a completion", "optimizer step")
+    steps, (values,) = series(log_history, "objective/kl")
+    if not steps:
+        return _nothing(axis, "there was no reference")
+    _draw_course(axis, steps, values)
+    axis.set_ylim(bottom=min(0, *values))
+
+
+def _draw_values(axis: Axes, credit: TokenCredit) -> None:
+    rewards = " · ".join(f"{name} {value:.3g}" for name, value in credit.rewards.items())
+    _heading(axis, f"{_plain(shorten(credit.prompt, 60))}\n{_plain(rewards)}")
+    positions = range(len(credit.tokens))
+    axis.axhline(credit.score, color=VERMILION, linestyle="--", linewidth=1.4, label="score of the completion")
+    axis.plot(positions, credit.values, color=BLUE, linewidth=2.0, marker="o", markersize=5, label="value")
+    axis.grid(axis="y", alpha=0.25)
+    axis.margins(y=0.15)
+
+
+def _draw_advantages(axis: Axes, credit: TokenCredit) -> None:
+    colors = [GREEN if advantage >= 0 else VERMILION for advantage in credit.advantages]
+    axis.bar(range(len(credit.tokens)), credit.advantages, color=colors, width=0.7)
+    axis.axhline(0, color=INK, linewidth=0.8)
+    axis.grid(axis="y", alpha=0.25)
+
+
+def _draw_ratios(axis: Axes, credit: TokenCredit) -> None:
+    if credit.ratios is None:
+        return _nothing(axis, "there is no reference")
+    # Bars on a log scale, from 1
+    heights = [ratio - 1 for ratio in credit.ratios]
+    colors = [GREEN if height >= 0 else VERMILION for height in heights]
+    axis.set_yscale("log", base=2)
+    axis.bar(range(len(credit.tokens)), heights, bottom=1, color=colors, width=0.7)
+    axis.axhline(1, color=INK, linewidth=0.8)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"× {ratio:.3g}"))
+    axis.grid(axis="y", alpha=0.25)
+
+
+def _name_tokens(axis: Axes, tokens: Sequence[str]) -> None:
+    axis.set_xlim(-0.7, max(len(tokens), 8) - 0.3)
+    if len(tokens) > MOST_NAMED_TOKENS:
+        axis.set_xlabel("token of the completion", fontsize=9, color=INK)
+        return
+    shown = [_plain(shorten(token.replace("\n", "⏎").replace(" ", "␣") or "∅", 12)) for token in tokens]
+    long = max(map(len, shown)) > 6
+    axis.set_xticks(range(len(tokens)), shown, rotation=60 if long else 0, ha="right" if long else "center")
+
+
+def shorten(text: str, length: int) -> str:
+    """`text`, cut at `length` characters, with an ellipsis if something is missing."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib doesn't read as mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _heading(axis: Axes, title: str, x_label: str | None = None) -> None:

@@ -4,11 +4,13 @@ Everything in it is read from the run.
 """
 
 import json
+import math
 import os
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..evaluation.held_out import Estimate, difference
@@ -19,6 +21,12 @@ _SECRET = re.compile(
     r"((?:hub|hf|auth|access)_token|api_key|password|secret)([ \t]*[:=][ \t]*|[ \t]+)([^\s-]\S*)", re.I
 )
 
+# What a critic's trainer logs
+CRITIC_METRICS = {
+    "value_loss": "loss/value_avg",
+    "explained_variance": "val/explained_variance",
+    "kl": "objective/kl",
+}
 PACKAGES = ("trl_ext", "trl", "transformers", "torch", "accelerate", "peft", "datasets")
 
 
@@ -29,6 +37,7 @@ def summarize(
     model: str | None = None,
     dataset: str | None = None,
     command: str | None = None,
+    reward_model: str | None = None,
 ) -> dict[str, Any]:
     """
     Builds the summary of a finished run.
@@ -47,18 +56,24 @@ def summarize(
             On what.
         command (`str`, *optional*):
             The command line. Access tokens in it are replaced by `***`.
+        reward_model (`str`, *optional*):
+            What the policy was trained to please. If it is a folder with a summary of its own, as `recipes/reward.py`
+            writes it, its held-out results are taken over.
 
     Returns:
         `dict[str, Any]`: `before`, `after` and `gain` map each metric to its mean, and hold under `intervals` the
         metric's `[low, high]` (95 %), under `prompts` and `samples` what it was measured on, and under `step` the
-        optimizer step. `compute_saved` is the share of the token slots of TRL's micro-batches that were not computed,
-        `None` where none could be. Tokens, rounds and steps count the whole run, over all processes.
+        optimizer step. `critic` holds, where there is one, the means of the last tenth of the log: `value_loss`,
+        `explained_variance`, and `kl`, to the reference in nats per completion. `compute_saved` is the share of the
+        token slots of TRL's micro-batches that were not computed, `None` where none could be. Tokens, rounds and steps
+        count the whole run, over all processes.
     """
     counters, saved = getattr(trainer, "counters", None), getattr(trainer, "saved", None)
     summary: dict[str, Any] = {
         "method": type(trainer).__name__.removesuffix("Trainer"),
         "model": model,
         "dataset": dataset,
+        "reward_model": None if reward_model is None else _reward_model(reward_model),
         "before": None,
         "after": None,
         "gain": None,
@@ -70,6 +85,7 @@ def summarize(
         "compute_saved": round(saved.share, 4) if saved is not None and saved.rows else None,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "critic": _critic(trainer.state.log_history),
         "seed": trainer.args.seed,
         "command": None if command is None else redact(command),
         "machine": {
@@ -105,6 +121,21 @@ def _entry(estimates: dict[str, Estimate], step: int) -> dict[str, Any]:
         "samples": max((e.samples for e in estimates.values()), default=0),
         "step": step,
     }
+
+
+def _reward_model(name: str) -> dict[str, Any]:
+    own = Path(name) / "summary.json"
+    results = json.loads(own.read_text(encoding="utf-8"))["after"] if own.is_file() else None
+    return {"model": name} | (results or {})
+
+
+def _critic(log_history: list[dict[str, Any]]) -> dict[str, float] | None:
+    found = {}
+    for name, key in CRITIC_METRICS.items():
+        logged = [entry[key] for entry in log_history if key in entry and math.isfinite(entry[key])]
+        if logged:
+            found[name] = round(fmean(logged[-math.ceil(len(logged) / 10) :]), 4)
+    return found or None
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,20 @@
+"""
+REINFORCE (Williams, 1992): plain policy gradient, where the baseline is a running mean of the rewards so far.
+
+```shell
+accelerate launch recipes/reinforce.py --config recipes/configs/reinforce_qwen2.5_0.5b_gsm8k.yaml
+```
+
+It is `recipes/grpo.py` with another `--advantage_estimator`. Completions of a prompt are not compared: it is better
+served by many prompts with few completions (`--num_generations 2` is the least) than by the reverse. See
+`common.PolicyArguments` for data, rewards and held-out evaluation.
+"""
+
+from common import train_policy
+
+from trl_ext import GRPOConfig, GRPOTrainer
+
+
+if __name__ == "__main__":
+    defaults = {"advantage_estimator": "reinforce", "reinforce_baseline_momentum": 0.9}
+    train_policy(GRPOTrainer, GRPOConfig, defaults=defaults)

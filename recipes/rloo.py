@@ -1,0 +1,20 @@
+"""
+RLOO (https://huggingface.co/papers/2402.14740): plain policy gradient, where the baseline of a completion is the mean
+reward of the other completions of its prompt.
+
+```shell
+accelerate launch recipes/rloo.py --config recipes/configs/rloo_qwen2.5_0.5b_gsm8k.yaml
+```
+
+It is `recipes/grpo.py` with another `--advantage_estimator`; the KL to the reference is TRL's `--beta`. With one
+update a generation, as is the default, no ratio is clipped. See `common.PolicyArguments` for data, rewards and
+held-out evaluation.
+"""
+
+from common import train_policy
+
+from trl_ext import GRPOConfig, GRPOTrainer
+
+
+if __name__ == "__main__":
+    train_policy(GRPOTrainer, GRPOConfig, defaults={"advantage_estimator": "leave_one_out"})

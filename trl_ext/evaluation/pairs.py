@@ -1,0 +1,36 @@
+"""
+How good is a reward model: on which share of held-out pairs does it score the better completion higher?
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .held_out import Estimate
+
+
+PAIR_ACCURACY = "pair_accuracy"
+
+
+def read_pair_accuracy(log_history: Sequence[dict[str, Any]], pairs: int) -> dict[int, dict[str, Estimate]]:
+    """
+    Reads what TRL's `RewardTrainer` logged when it evaluated, and adds 95 % intervals, with the pair as the unit. TRL
+    averages over batches, so that this is exact where all are equally large.
+
+    Args:
+        log_history (`Sequence[dict[str, Any]]`):
+            `trainer.state.log_history`.
+        pairs (`int`):
+            Number of held-out pairs, at least 2.
+
+    Returns:
+        `dict[int, dict[str, Estimate]]`: `pair_accuracy` by optimizer step, as [`HeldOut`] has its metrics.
+    """
+    measured = {}
+    for entry in log_history:
+        if "eval_accuracy" in entry:
+            right = round(entry["eval_accuracy"] * pairs)
+            outcomes = (torch.arange(pairs) < right).double().unsqueeze(1)  # (P, 1)
+            measured[entry["step"]] = {PAIR_ACCURACY: Estimate.of(outcomes)}
+    return measured
