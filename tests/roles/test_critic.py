@@ -397,3 +397,19 @@ def test_a_classifier_that_reads_ahead_is_no_value_model():
     )
     with pytest.raises(ValueError, match="BertForSequenceClassification has no layer `score`"):
         ModelCritic(BertForSequenceClassification(config))
+
+
+@pytest.mark.parametrize("columns", [2, 4])
+def test_only_the_columns_with_labels_are_scored(columns):
+    """As many columns from the end as there are labels: the same numbers, and nothing computed for the others."""
+    critic = taught(HeadCritic(HIDDEN, trunk_grad=1.0))
+    actor, widths = actor_with(critic), []
+    critic.head.register_forward_pre_hook(lambda module, args: widths.append(args[0].size(1)))
+    labels = IDS.masked_fill(~REAL, -100)
+    whole = actor(input_ids=IDS, attention_mask=MASK, labels=labels, fused_lm_head=True)
+    last = actor(input_ids=IDS, attention_mask=MASK, labels=labels[:, -columns:], fused_lm_head=True)
+    assert widths == [IDS.size(1), columns]
+    torch.testing.assert_close(last.log_probs, whole.log_probs[:, 1 - columns :])
+    torch.testing.assert_close(last.state_values, whole.state_values[:, -columns:])
+    assert last.log_probs.abs().sum() > 0 and last.state_values.abs().sum() > 0
+    assert actor(input_ids=IDS, attention_mask=MASK).logits.size(1) == IDS.size(1)  # generation is left alone

@@ -422,6 +422,77 @@ def test_micro_batches_that_fit_train_the_same_weights(settings, tmp_path):
     assert runs[0].saved.regrouped_rows > 0 and runs[0].saved.token_slots <= runs[0].saved.token_slots_trl
 
 
+# The first pass of the loss, in place of the old policy's
+
+
+def milestones(completion_ids: list[list[int]], **columns: Any) -> list[Any]:
+    """Steps for some, one number for the others, nothing for a few."""
+    scores = tiny.hashed(completion_ids)
+    found: list[Any] = []
+    for ids, score in zip(completion_ids, scores, strict=True):
+        found.append([(0, score), (len(ids) - 1, 0.5)] if ids[0] % 3 == 1 else None if ids[0] % 3 else score)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [
+        ({}, {}),
+        ({"critic": "model", "kl_coef": 0.0, "beta": 0.1, "whiten_rewards": True}, {}),
+        ({"critic_trunk_grad": 0.5, "lam_alpha": 0.3, "positive_nll_coef": 0.1}, {"peft_config": lora()}),
+        ({"bootstrap_truncated": True, "missing_eos_penalty": 0.5, "fit_micro_batches": False}, {}),
+    ],
+    ids=["head", "model", "lora", "bootstrap"],
+)
+def test_the_first_pass_of_the_loss_stands_for_the_old_policys(settings, arguments, tmp_path, monkeypatch):
+    settings = {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "num_iterations": 2,
+        "max_steps": 4,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "logging_steps": 1,
+        **settings,
+    }
+    passes: list[int] = []
+    runs = []
+    for late in (True, False):
+        monkeypatch.setattr(PPOTrainer, "may_credit_late", late)
+        trainer = build(tmp_path / str(late), milestones, copy.deepcopy(arguments), **settings)
+        weights, made = Weights(), passes.append
+        passes.clear()
+        trainer.add_callback(weights)
+        base = trainer.model.get_base_model() if arguments else trainer.model
+        base.register_forward_pre_hook(
+            lambda module, args, kwargs, made=made: made(1) if kwargs.get("fused_lm_head") else None, with_kwargs=True
+        )
+        trainer.train()
+        trainer.weights, trainer.passes = weights, len(passes)
+        runs.append(trainer)
+    late, early = runs
+    assert early.passes - late.passes == 2  # one for each generation batch
+    start = late.weights.at[0]
+    for critic in (True, False):
+        names = [name for name in start if ("critic." in name) == critic]
+        moved = [torch.cat([(run.weights.at[-1][n] - start[n]).flatten() for n in names]) for run in runs]
+        assert moved[1].norm() > 0 and (moved[0] - moved[1]).norm() <= 1e-5 * moved[1].norm()
+    assert "val/explained_variance" in early.state.log_history[0]
+    for ours, theirs in zip(late.state.log_history[:-1], early.state.log_history[:-1], strict=True):
+        logged = {key for key in theirs if key.startswith(("objective/", "val/", "loss/", "policy/", "reward"))}
+        assert logged <= ours.keys()
+        for key in logged:
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-5, nan_ok=True), key
+
+
+def test_advantages_are_there_before_the_loss_where_completions_are_shown(tmp_path):
+    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    assert build(tmp_path, **settings).may_credit_late
+    assert not build(tmp_path, log_completions=True, **settings).may_credit_late
+    assert not build(tmp_path, replay_ratio=0.5, **settings).may_credit_late
+    assert not build(tmp_path).may_credit_late
+
+
 # Prompts that come as ids
 
 

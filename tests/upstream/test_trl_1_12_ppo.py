@@ -41,9 +41,13 @@ class Watched(PPOTrainer):
         self.of_epochs: list[dict[str, torch.Tensor]] = []
         super().__init__(*args, **kwargs)
 
-    def credit_tokens(self, output: dict[str, Any], rewards: torch.Tensor, training: bool) -> None:
-        self.of_batch |= {"logprobs": output["old_per_token_logps"], "ref_logprobs": output["ref_per_token_logps"]}
-        super().credit_tokens(output, rewards, training)
+    def _estimate(self, output: dict[str, Any], states: torch.Tensor, training: bool) -> torch.Tensor:
+        self.of_batch |= {
+            "logprobs": output["old_per_token_logps"],
+            "ref_logprobs": output["ref_per_token_logps"],
+            "scores": output["token_rewards"].sum(dim=1),  # with the penalty that 1.12 counts among them
+        }
+        result = super()._estimate(output, states, training)
         self.of_batch |= {
             "queries": output["prompt_ids"],
             "responses": output["completion_ids"],
@@ -51,11 +55,7 @@ class Watched(PPOTrainer):
             "returns": output["returns"],
             "advantages": output["advantages"],
         }
-
-    def _token_rewards(self, output: Any, rewards: Any, scores: torch.Tensor, *args: Any) -> torch.Tensor:
-        earned = super()._token_rewards(output, rewards, scores, *args)
-        self.of_batch["scores"] = earned.sum(dim=1)  # with the penalty that 1.12 counts among them
-        return earned
+        return result
 
     def _kl_to_reference(self, *args: Any) -> torch.Tensor:
         self.of_batch["kl"] = super()._kl_to_reference(*args)

@@ -43,6 +43,31 @@ class ActorCriticOutput(FusedCausalLMOutput):
     state_values: torch.Tensor | None = None
 
 
+class LastColumns:
+    """
+    Makes a causal language model that has TRL's fused head score only the columns that it is given labels for, counted
+    from the last. TRL scores all columns where there is no Triton, and leaves out what has no label afterwards.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model (the base model, under PEFT). Its forward is as it was where labels have all columns.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.columns: int | None = None  # during a fused forward
+        model.register_forward_pre_hook(self._before, with_kwargs=True)
+        model.base_model.register_forward_hook(self._cut)
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.columns = kwargs["labels"].size(1) if kwargs.get("fused_lm_head") else None
+
+    def _cut(self, backbone: nn.Module, args: Any, output: Any) -> Any:
+        if self.columns is not None:
+            output.last_hidden_state = output.last_hidden_state[:, -self.columns :]
+            self.columns = None
+        return output
+
+
 class ValueHead(nn.Module):
     """
     From hidden states to values, in float32 whatever the trunk's type. Starts at V = 0 everywhere: it moves neither
@@ -105,6 +130,7 @@ class Critic(nn.Module):
         fused forwards return [`ActorCriticOutput`] from now on. Generation is left alone.
         """
         actor.add_module(CRITIC, self)
+        LastColumns(actor)
         actor.register_forward_pre_hook(self._before, with_kwargs=True)
         actor.base_model.register_forward_hook(self._keep)
         actor.register_forward_hook(self._after)

@@ -745,22 +745,57 @@ class PPOTrainer(ActorCriticSeams):
         reduced: torch.Tensor = self.accelerator.reduce(sums, reduction="sum")
         return reduced
 
+    @property
+    def may_credit_late(self) -> bool:  # type: ignore[override]
+        """
+        Where a generation batch is one micro-batch, its first update computes what a pass of the old policy would, and
+        whitening sees all of its rows. What needs advantages before, or rows in their order, keeps the pass.
+        """
+        args = self.args
+        return (
+            args.steps_per_generation == 1
+            and args.replay_ratio == 0
+            and not args.log_completions
+            and not (args.use_vllm and args.vllm_importance_sampling_correction)
+        )
+
     def credit_tokens(self, output: dict[str, Any], rewards: torch.Tensor, training: bool) -> None:
-        args, states = self.args, self._extras[0]  # (B, T + 1): before each token, and after the last
+        scores = aggregate_rewards(rewards, self.reward_weights, "sum_then_normalize", 1)  # (B,)
+        output["scores"] = scores
+        output["token_rewards"] = self._token_rewards(output, rewards, scores, training)
+        if self.args.positive_nll_coef:
+            outcomes = self.group_outcomes(rewards, 1).squeeze(1)
+            output["is_right"] = (outcomes.nan_to_num(nan=-math.inf) >= self.args.success_threshold).float()
+        if not self._credits_late:
+            row_means = self._estimate(output, self._extras[0], training)
+            self._relog("advantages", self.accelerator.gather(row_means).tolist())
+
+    def credit_late(
+        self, inputs: dict[str, Any], per_token_logps: torch.Tensor, extras: tuple[torch.Tensor, ...]
+    ) -> None:
+        if "token_rewards" in inputs:
+            inputs["old_per_token_logps"] = per_token_logps
+            self._estimate(inputs, extras[0].detach(), training=True)
+
+    @torch.no_grad()
+    def _estimate(self, output: dict[str, Any], states: torch.Tensor, training: bool) -> torch.Tensor:
+        """
+        Advantages and returns, from the rewards of tokens and the values of `states` `(B, T + 1)`, before each token
+        and after the last. Returns the mean advantage of each row.
+        """
+        args, scores, token_rewards = self.args, output.pop("scores"), output.pop("token_rewards")
         completion_mask = output["completion_mask"]
         mask = completion_mask * output.get("tool_mask", 1)  # (B, T)
-        lengths = completion_mask.sum(dim=1)
-        scores = aggregate_rewards(rewards, self.reward_weights, "sum_then_normalize", 1)  # (B,)
-        scored = ~scores.isnan()
-        ended = self._ended(output, lengths)
-        token_rewards = self._token_rewards(output, rewards, scores, lengths, ended, training)
+        lengths, scored = completion_mask.sum(dim=1), ~scores.isnan()
         per_token_kl = self._kl_to_reference(output, mask)
         penalty = self.kl_coef * per_token_kl
         token_rewards = (token_rewards - penalty) * completion_mask
         if args.whiten_rewards:
             token_rewards = whiten(carried_back(token_rewards, mask), mask, shift_mean=False, reduce=self._sum)
         values = states[:, :-1] * mask
-        last = states.gather(1, lengths.unsqueeze(1)).squeeze(1) * ~ended if args.bootstrap_truncated else None
+        last = None
+        if args.bootstrap_truncated:
+            last = states.gather(1, lengths.unsqueeze(1)).squeeze(1) * ~self._ended(output, lengths)
         lam = args.lam if args.lam_alpha is None else length_adaptive_lam(mask.sum(dim=1), args.lam_alpha)
         advantages, returns = gae(token_rewards, values, mask, args.gamma, lam, last)
         critic_lam = args.lam if args.critic_lam is None else args.critic_lam
@@ -774,12 +809,10 @@ class PPOTrainer(ActorCriticSeams):
             advantages = whiten(advantages, credited, reduce=self._sum)
         output["advantages"] = advantages * credited
         output["old_values"], output["returns"] = values, returns
-        if args.positive_nll_coef:
-            outcomes = self.group_outcomes(rewards, 1).squeeze(1)
-            output["is_right"] = (outcomes.nan_to_num(nan=-math.inf) >= args.success_threshold).float()
-        row_means = output["advantages"].sum(dim=1) / credited.sum(dim=1).clamp(min=1)
-        self._relog("advantages", self.accelerator.gather(row_means).tolist())
-        self._log_credit(scores, per_token_kl, penalty, values, returns, credited, explained, training)
+        real = lengths > 0  # not what fills up a micro-batch
+        self._log_credit(scores[real], per_token_kl, penalty, values, returns, credited, explained, training)
+        row_means: torch.Tensor = output["advantages"].sum(dim=1) / credited.sum(dim=1).clamp(min=1)
+        return row_means
 
     def _ended(self, output: dict[str, Any], lengths: torch.Tensor) -> torch.Tensor:
         """Whether each completion `(B,)` came to its end by itself."""
@@ -791,11 +824,10 @@ class PPOTrainer(ActorCriticSeams):
         output: dict[str, Any],
         rewards: torch.Tensor,
         scores: torch.Tensor,
-        lengths: torch.Tensor,
-        ended: torch.Tensor,
         training: bool,
     ) -> torch.Tensor:
         """Rewards by token `(B, T)`, without KL: steps where they were earned, the rest at the last token."""
+        lengths = output["completion_mask"].sum(dim=1)
         earned = torch.zeros_like(output["completion_ids"], dtype=torch.float32)
         final = (rewards * self.reward_weights.to(rewards)).nan_to_num(nan=0.0)  # (B, F)
         for row, by_column in enumerate(self._step_rewards):
@@ -809,7 +841,7 @@ class PPOTrainer(ActorCriticSeams):
         if self.args.reward_clip is not None:
             earned = earned.clamp(-self.args.reward_clip, self.args.reward_clip)
         if self.args.missing_eos_penalty is not None:
-            missing = ~ended * self.args.missing_eos_penalty
+            missing = ~self._ended(output, lengths) * self.args.missing_eos_penalty
             earned = earned.scatter_add(1, last, -missing.unsqueeze(1).float())
         return earned
 

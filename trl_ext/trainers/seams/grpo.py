@@ -135,6 +135,7 @@ class GRPOSeams(trl.GRPOTrainer):
     - `pass_without_loss`: how a generation batch goes through old policy and reference.
     - `with_extras`: what is read from the model's output beside log-probabilities.
     - `credit_tokens`: advantages by token, and whatever else rows carry to the loss.
+    - `credit_late`: the same, out of the first pass of the loss, where `may_credit_late`.
     - `restate_loss`: what a micro-batch that isn't TRL's makes of TRL's loss.
     - `added_loss`: what is added to it.
     - `run_state`, `load_run_state`: what a checkpoint must hold.
@@ -147,6 +148,8 @@ class GRPOSeams(trl.GRPOTrainer):
     needs_old_pass = False
     # Whether a critic learns from every row
     has_value_loss = False
+    # Whether the first pass of the loss over a generation batch can stand for the old policy's
+    may_credit_late = False
 
     # Narrower than upstream's annotations: never None once a trainer exists
     args: Any
@@ -164,6 +167,9 @@ class GRPOSeams(trl.GRPOTrainer):
         self._base_rewards: torch.Tensor | None = None  # (N, F): rewards of the batch TRL logs
         self._logged_prompts: list[Any] | None = None  # where TRL was handed others to render
         self._loss_inputs: dict[str, Any] | None = None
+        self._dealt_inputs: dict[str, Any] = {}  # those of the loss, as the buffer has them
+        self._credits_late = False  # the generation batch that is being made
+        self._deals_apart = False
         self._window: tuple[int | None, int] = (None, 0)  # global step and micro-step at which it began
         self._before_window: dict[str, Any] = {}  # state of the run at that moment
         self._saved_step = 0
@@ -194,7 +200,8 @@ class GRPOSeams(trl.GRPOTrainer):
         if self.needs_reference:
             holder.beta = holder.beta or 1.0  # not zero; the loss is computed elsewhere
         if self.needs_old_pass and holder is self:
-            holder.num_iterations = self.args.gradient_accumulation_steps + 1  # never aligned
+            # TRL leaves out the old policy's pass where it generates for every optimizer step
+            holder.num_iterations = 1 if self._credits_late else self.args.gradient_accumulation_steps + 1
         try:
             yield
         finally:
@@ -225,6 +232,11 @@ class GRPOSeams(trl.GRPOTrainer):
         Change TRL's tensors of a generation batch. `rewards` `(n, F)` are those of this rank's rows; steps that a
         function rewarded are in `self._step_rewards`.
         """
+
+    def credit_late(
+        self, inputs: dict[str, Any], per_token_logps: torch.Tensor, extras: tuple[torch.Tensor, ...]
+    ) -> None:
+        """Change a micro-batch that `credit_tokens` has left for its first pass."""
 
     def on_rollouts(self, output: dict[str, Any], selection: GroupSelection | None, rounds: list[ScoredRound]) -> None:
         """Called with TRL's tensors of each generation batch in training."""
@@ -419,6 +431,7 @@ class GRPOSeams(trl.GRPOTrainer):
         training = self.model.training  # before generation, which may leave the model in another mode
         try:
             self._rows = inputs = self.rows_to_generate(inputs) if training else inputs
+            self._credits_late = training and self.may_credit_late and not self._deals_apart
             with self._asking_for_passes(self):
                 output: dict[str, Any] = super()._generate_and_score_completions(inputs)
             self._credit(output, training)
@@ -436,7 +449,7 @@ class GRPOSeams(trl.GRPOTrainer):
             raise
         finally:
             self._rows, self._rounds, self._selection, self._base_rewards = None, [], None, None
-            self._extras, self._step_rewards = (), []
+            self._extras, self._step_rewards, self._credits_late = (), [], False
             self._logged_prompts = None
             if self._ahead is not None:  # nothing is left of a batch that failed
                 self._ahead.discard()
@@ -530,6 +543,8 @@ class GRPOSeams(trl.GRPOTrainer):
         result = forward(*args, **kwargs)
         inputs, logps = self._loss_inputs, result[0]
         self._loss_pass = result
+        self.credit_late(self._dealt_inputs, logps.detach(), result[3:])
+        inputs.update(self._dealt_inputs)
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
@@ -547,12 +562,12 @@ class GRPOSeams(trl.GRPOTrainer):
         return loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        self._loss_inputs = dict(inputs)
+        self._loss_inputs, self._dealt_inputs = dict(inputs), inputs
         try:
             loss: torch.Tensor = super()._compute_loss(model, self._loss_inputs)
             outputs, self._loss_pass = self._loss_pass, ()
         finally:
-            self._loss_inputs = None
+            self._loss_inputs, self._dealt_inputs = None, {}
         return self.added_loss(self.restate_loss(loss, inputs), model, inputs, outputs)
 
     # Data and metrics
@@ -664,12 +679,13 @@ class GRPOSeams(trl.GRPOTrainer):
         before |= {name: getattr(self, name) for name in kept_as_is}
         states, run, tokens = random_states(), copy.deepcopy(self.run_state()), self.state.num_input_tokens_seen
         dealt: list[dict[str, Any]] = []
-        self._step, self._buffered_inputs = 0, None
+        self._step, self._buffered_inputs, self._deals_apart = 0, None, True
         self.on_new_buffer = dealt.extend  # type: ignore[assignment, method-assign]
         try:
             self._prepare_inputs(next(iter(self.get_train_dataloader())))
         finally:
             del self.on_new_buffer
+            self._deals_apart = False
             before.pop("on_new_buffer")
             for name, value in before.items():
                 setattr(self, name, value)

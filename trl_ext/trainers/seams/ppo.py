@@ -3,6 +3,7 @@ What an actor with a critic needs of TRL's and transformers' private methods: va
 two models, parameter groups, a reference that the user brings.
 """
 
+import inspect
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -18,7 +19,7 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from ...roles.critic import CRITIC, Critic, split_state_dict, without_critic
+from ...roles.critic import CRITIC, Critic, LastColumns, split_state_dict, without_critic
 from ..grpo import GRPOTrainer
 
 
@@ -28,13 +29,15 @@ REFERENCE_FILE = "trl_ext_reference.pt"
 
 
 class _Recording:
-    """Stands for a model in a call of TRL's, and keeps the values that it returns."""
+    """Stands for a model in a call of TRL's: has it score completions only, and keeps the values that it returns."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, completion_columns: int) -> None:
         self.model = model
+        self.states = completion_columns + 1  # before each token, and after the last
         self.state_values: list[torch.Tensor] = []
 
     def __call__(self, **inputs: Any) -> Any:
+        inputs["labels"] = inputs["labels"][:, -self.states :]
         output = self.model(**inputs)
         values = getattr(output, "state_values", None)
         if values is not None:
@@ -91,6 +94,8 @@ class ActorCriticSeams(GRPOTrainer):
             disable_dropout_in_model(critic)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         critic.attach(base)
+        if self.ref_model is not None:  # which TRL loaded
+            LastColumns(self.accelerator.unwrap_model(self.ref_model))
         if self.use_vllm:
             synchronise = self.vllm_generation.sync_weights
 
@@ -106,6 +111,7 @@ class ActorCriticSeams(GRPOTrainer):
         if self.args.disable_dropout:
             disable_dropout_in_model(model)
         add_fused_lm_head(model, self.temperature, self.args.cast_lm_head_to_fp32)  # type: ignore[arg-type]
+        LastColumns(model)  # type: ignore[arg-type]
         self.ref_model = self.prepared(model)
 
     def prepared(self, model: nn.Module) -> Any:
@@ -133,7 +139,8 @@ class ActorCriticSeams(GRPOTrainer):
     def with_extras(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def with_values(model: Any, *args: Any, **kwargs: Any) -> Any:
-            recording = _Recording(model)
+            columns = inspect.signature(forward).bind(model, *args, **kwargs).arguments["logits_to_keep"]
+            recording = _Recording(model, columns)
             result = forward(recording, *args, **kwargs)
             if not recording.state_values:
                 return result
@@ -143,7 +150,8 @@ class ActorCriticSeams(GRPOTrainer):
         return with_values
 
     def pass_without_loss(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.critic.active = not self._extras  # once a generation batch: not in the pass of the reference
+        # Once a generation batch: not in the pass of the reference
+        self.critic.active = not self._extras and not self._credits_late
         try:
             return super().pass_without_loss(forward, *args, **kwargs)
         finally:
