@@ -7,26 +7,50 @@ accelerate launch recipes/reward.py --config recipes/configs/quickstart_reward.y
 ```
 
 Data: `prompt`, `chosen` and `rejected`, or `chosen` and `rejected` with the prompt in them, as [`~trl.RewardTrainer`]
-takes them. With `--eval_strategy`, `--dataset_test_split` names the held-out pairs, and `summary.json` says how often
-the better one scores higher. All arguments of [`~trl.RewardConfig`] and [`~trl.ModelConfig`] work on the command line
-and in the yaml file.
+takes them, in conversations or plain text.
+
+With `--eval_strategy`, `--dataset_test_split` names the held-out pairs, and `summary.json` says how often the better
+one scores higher. All arguments of [`~trl.RewardConfig`] and [`~trl.ModelConfig`] work on the command line and in the
+yaml file.
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from common import DataArguments, fit, load_data, parse_arguments, save, trainer_arguments
 from datasets import Dataset
+from transformers import AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
-from trl_ext.evaluation.pairs import read_pair_accuracy
+from trl_ext.evaluation.pairs import PAIR_ACCURACY, read_pair_accuracy
 from trl_ext.reports.summary import summarize, write_summary
+
+
+def as_policies_are_scored(data: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """
+    Plain text as token ids. TRL's reward trainer would end it with the end-of-sequence token, which GRPO and PPO leave
+    out of the text that they have scored: the score would be read at a token that never was trained. Conversations
+    are the same on both sides, and stay as they are.
+    """
+
+    def with_ids(row: dict[str, Any]) -> dict[str, Any]:
+        if "chosen_ids" in row or not isinstance(row["chosen"], str):
+            return {}
+        texts = {name: row.get("prompt", "") + row[name] for name in ("chosen", "rejected")}
+        return {f"{name}_ids": tokenizer(text=text)["input_ids"] for name, text in texts.items()}
+
+    return {
+        split: rows.map(with_ids) if "chosen" in (rows.column_names or ()) else rows for split, rows in data.items()
+    }
 
 
 def main() -> None:
     started = time.monotonic()
     script_args, training_args, model_args, mixture_args = parse_arguments(DataArguments, RewardConfig)
-    data = load_data(script_args, mixture_args)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    data = as_policies_are_scored(load_data(script_args, mixture_args), tokenizer)
     trainer = RewardTrainer(**trainer_arguments(script_args, training_args, model_args, data))
     fit(trainer)
     if trainer.is_world_process_zero() and isinstance(trainer.eval_dataset, Dataset):
@@ -34,6 +58,11 @@ def main() -> None:
         seconds = time.monotonic() - started
         summary = summarize(trainer, measured, seconds, model_args.model_name_or_path, script_args.dataset_name)
         write_summary(summary, Path(trainer.args.output_dir) / "summary.json")
+        for step, estimates in measured.items():
+            right = estimates[PAIR_ACCURACY]
+            print(
+                f"step {step}: {right.mean:.3f} of {right.prompts} pairs right ({right.low:.3f} to {right.high:.3f})"
+            )
     save(trainer, script_args.dataset_name)
 
 

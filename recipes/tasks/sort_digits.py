@@ -212,7 +212,10 @@ def build_data(
         test_size (`int`):
             Number of distinct held-out prompts.
         pairs_size (`int`, *optional*, defaults to `0`):
-            Number of preference pairs. The other splits don't depend on it.
+            Number of preference pairs. 0: no such splits. The others don't depend on it.
+
+    Returns:
+        [`~datasets.DatasetDict`]: `sft`, `train`, `test`, and with pairs `pairs` and `pairs_test`.
     """
     task, rng = TASK_SETS[task_set], random.Random(seed)
     test = draw_held_out(test_size, task.prompt_digits, rng)
@@ -231,23 +234,18 @@ def build_data(
         )
 
     def in_pairs(prompts: list[str]) -> Dataset:
-        answers = ["".join(sorted(digits)) for digits in prompts]
+        chosen = ["".join(sorted(digits)) for digits in prompts]
+        rejected = [spoil(answer, rng) for answer in chosen]
         return Dataset.from_dict(
-            {
-                "prompt": [f"s{digits}=" for digits in prompts],
-                "chosen": answers,
-                "rejected": [spoil(answer, rng) for answer in answers],
-            }
+            {"prompt": [f"s{digits}=" for digits in prompts], "chosen": chosen, "rejected": rejected}
         )
 
     sft = {"prompt": [f"s{digits}=" for digits in demonstrated], "completion": list(map(demonstrate, demonstrated))}
-    return DatasetDict(
-        sft=Dataset.from_dict(sft),
-        train=with_answers(train),
-        test=with_answers(test),
-        pairs=in_pairs(draw_others(pairs_size, task.prompt_digits, rng, set(test))),
-        pairs_test=in_pairs(test),
-    )
+    data = DatasetDict(sft=Dataset.from_dict(sft), train=with_answers(train), test=with_answers(test))
+    if pairs_size > 0:  # an empty split could be written, but not read again
+        data["pairs"] = in_pairs(draw_others(pairs_size, task.prompt_digits, rng, set(test)))
+        data["pairs_test"] = in_pairs(test)
+    return data
 
 
 def main() -> None:
@@ -260,7 +258,7 @@ def main() -> None:
     parser.add_argument("--sft_size", type=int, default=12_800, help="demonstrations (default: 12800)")
     parser.add_argument("--train_size", type=int, default=8_192, help="training prompts (default: 8192)")
     parser.add_argument("--test_size", type=int, default=512, help="held-out prompts (default: 512)")
-    parser.add_argument("--pairs_size", type=int, default=19_200, help="preference pairs (default: 19200)")
+    parser.add_argument("--pairs_size", type=int, default=64_000, help="preference pairs; 0: none (default: 64000)")
     args = parser.parse_args()
 
     tokenizer = build_tokenizer()
@@ -272,7 +270,7 @@ def main() -> None:
     tokenizer.save_pretrained(args.output_dir / "init")
     print(
         f"Task set {args.task_set} in {args.output_dir}: {len(data['sft'])} demonstrations, {len(data['train'])} "
-        f"training and {len(data['test'])} held-out prompts, {len(data['pairs'])} pairs, a model of "
+        f"training and {len(data['test'])} held-out prompts, {args.pairs_size} pairs, a model of "
         f"{model.num_parameters():,} parameters."
     )
 

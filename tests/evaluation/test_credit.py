@@ -107,6 +107,17 @@ def test_without_a_reference_there_are_no_ratios(tmp_path):
         assert not any(credit.values)
 
 
+def test_scores_are_in_the_units_of_values(tmp_path):
+    trainer = tiny.trainer(PPOTrainer, tmp_path, tiny.hashed, kl_coef=0.0, reward_scaling="running")
+    trainer._reward_scale.update([0.0, 3.0, 9.0])
+    deviation = 21**0.5  # ((0-4)² + (3-4)² + (9-4)²) / 2
+    for credit in credit_by_token(trainer, ROWS):
+        (raw,) = credit.rewards.values()
+        assert credit.score == pytest.approx(raw / deviation)
+        assert credit.advantages[-1] == pytest.approx(raw / deviation, abs=1e-6)
+    assert trainer._reward_scale.count == 3
+
+
 def test_of_a_conversation_the_last_message_is_shown(tmp_path):
     data = tiny.prompts(4, conversational=True)
     trainer = tiny.trainer(PPOTrainer, tmp_path, tiny.hashed, {"train_dataset": data})

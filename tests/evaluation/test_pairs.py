@@ -1,9 +1,11 @@
 """Pair accuracy: TRL's number, with an interval."""
 
+import math
+
 import pytest
 from scipy import stats
 
-from trl_ext.evaluation.held_out import LOG_PREFIX
+from trl_ext.evaluation.held_out import LOG_PREFIX, difference
 from trl_ext.evaluation.pairs import PAIR_ACCURACY, read_pair_accuracy
 
 
@@ -21,6 +23,15 @@ def test_it_is_trls_number_with_an_interval():
 def test_all_right_is_not_certainty():
     estimate = read_pair_accuracy([{"step": 1, "eval_accuracy": 1.0}], pairs=20)[1][PAIR_ACCURACY]
     assert estimate.mean == estimate.high == 1 and estimate.low < 0.9
+
+
+def test_a_gain_does_not_pretend_to_know_which_pairs_changed():
+    log = [{"step": 0, "eval_accuracy": 0.5}, {"step": 9, "eval_accuracy": 0.75}]
+    before, after = (metrics[PAIR_ACCURACY] for metrics in read_pair_accuracy(log, pairs=100).values())
+    gain = difference(before, after)
+    assert gain.mean == 0.25
+    reach = math.hypot(before.high - before.mean, after.mean - after.low)  # as of two independent samples
+    assert gain.low == pytest.approx(0.25 - reach)
 
 
 def test_what_was_not_evaluated_is_not_there():

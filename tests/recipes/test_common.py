@@ -8,14 +8,17 @@ import pytest
 import tiny
 import trl.rewards
 from datasets import DatasetDict
-from trl import DatasetMixtureConfig, SFTConfig
+from trl import DatasetMixtureConfig, RewardConfig, SFTConfig
 
 import trl_ext
 
 
 RECIPES = Path(common.__file__).parent
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
-CONFIG_CLASSES = {name.lower(): getattr(trl_ext, f"{name}Config") for name in ("GRPO", "DAPO", "DUPO", "GSPO")}
+CONFIG_CLASSES = {name.lower(): getattr(trl_ext, f"{name}Config") for name in ("GRPO", "DAPO", "DUPO", "GSPO", "PPO")}
+CONFIG_CLASSES |= {"rloo": trl_ext.GRPOConfig, "reinforce": trl_ext.GRPOConfig}
+# TRL's own trainers: no rewards to load
+SUPERVISED = {"sft": SFTConfig, "reward": RewardConfig}
 
 
 def script(**arguments) -> common.PolicyArguments:
@@ -32,23 +35,46 @@ def rewards(tmp_path, *names: str, **arguments):
 
 
 def test_recipes_are_short():
-    for name in ("sft", "grpo", "dapo", "dupo", "gspo", "filter_prompts"):
-        lines = (RECIPES / f"{name}.py").read_text().splitlines()
-        assert len(lines) <= 70, name
+    for path in RECIPES.glob("*.py"):
+        if path.stem != "common":
+            assert len(path.read_text().splitlines()) <= 70, path.name
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_is_understood(path, monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
     method = path.stem.removeprefix("quickstart_").split("_")[0]
-    if method == "sft":
-        parsed = common.parse_arguments(common.DataArguments, SFTConfig, ["--config", str(path)])
+    if method in SUPERVISED:
+        parsed = common.parse_arguments(common.DataArguments, SUPERVISED[method], ["--config", str(path)])
     else:
         parsed = parse("--config", str(path), config_class=CONFIG_CLASSES[method])
-        assert len(common.load_reward_funcs(parsed[0], parsed[1])) == 1
+        watched = parsed[1].reward_weights or [1.0]
+        assert len(common.load_reward_funcs(parsed[0], parsed[1])) == len(watched)
         if parsed[0].prepare_row is not None:
             assert callable(common.load_function(parsed[0].prepare_row, "prepare_row"))
     assert parsed[2].model_name_or_path and parsed[0].dataset_name
+
+
+def test_the_tutorials_numbers_are_in_one_file(monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    _, args, _, _ = parse("--config", "recipes/configs/ppo_tutorial.yaml", config_class=trl_ext.PPOConfig)
+    assert (args.epsilon, args.gamma, args.lam, args.vf_coef, args.entropy_coef) == (0.2, 0.99, 0.95, 0.5, 0.01)
+    usual = trl_ext.PPOConfig(output_dir="out", use_cpu=True, bf16=False)
+    assert (usual.epsilon, usual.gamma, usual.lam, usual.vf_coef, usual.entropy_coef) == (0.2, 1.0, 0.95, 0.1, 0.0)
+
+
+def test_what_a_recipe_sets_gives_way_to_the_user(tmp_path):
+    defaults = {"advantage_estimator": "reinforce", "reinforce_baseline_momentum": 0.9}
+
+    def momentum(*argv: str) -> float | None:
+        argv = ("--model_name_or_path", "m", "--output_dir", str(tmp_path), *argv)
+        parsed = common.parse_arguments(common.PolicyArguments, trl_ext.GRPOConfig, list(argv), defaults)
+        return parsed[1].reinforce_baseline_momentum
+
+    (tmp_path / "a.yaml").write_text("reinforce_baseline_momentum: 0.7\n")
+    assert momentum() == 0.9
+    assert momentum("--config", str(tmp_path / "a.yaml")) == 0.7
+    assert momentum("--reinforce_baseline_momentum", "0.5") == 0.5
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):

@@ -1,17 +1,20 @@
 """The recipes, run as a user runs them, on the quickstart's task made small."""
 
 import json
+import math
+import runpy
 import shutil
 from pathlib import Path
 
 import common
 import filter_prompts
 import pytest
+import reward
 import sft
 import sort_digits
 import torch
-from datasets import load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset, load_from_disk
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import trl_ext
 
@@ -26,7 +29,7 @@ def task(tmp_path_factory) -> Path:
     """`data/` and, after a few supervised steps with the quickstart's configuration, `sft/`."""
     folder = tmp_path_factory.mktemp("task")
     with pytest.MonkeyPatch.context() as patch:
-        sizes = ["--sft_size", "256", "--train_size", "256", "--test_size", "40"]
+        sizes = ["--sft_size", "256", "--train_size", "256", "--test_size", "40", "--pairs_size", "256"]
         patch.setattr("sys.argv", ["sort_digits.py", "--output_dir", str(folder), *sizes])
         sort_digits.main()
         patch.setattr("sys.argv", ["sft.py", *quickstart("sft", folder, "init", "sft"), "--max_steps", "4"])
@@ -112,6 +115,95 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(dapo, task):
     whole, rest = (json.loads((task / run / "summary.json").read_text()) for run in ("dapo", "resumed"))
     for key in ("before", "after", "generated_tokens", "trained_tokens", "generation_rounds", "steps"):
         assert whole[key] == rest[key], key
+
+
+def start(recipe: str, argv: list[str]) -> None:
+    """Runs the recipe's own file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [f"recipes/{recipe}.py", *argv])
+        runpy.run_path(str(ROOT / f"recipes/{recipe}.py"), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def reward_model(task):
+    argv = [*quickstart("reward", task, "sft", "reward_model"), "--max_steps", "30", "--eval_steps", "30"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["reward.py", *argv, "--per_device_eval_batch_size", "40"])
+        reward.main()
+    return task / "reward_model"
+
+
+def test_a_reward_model_reads_what_policies_have_scored(task):
+    tokenizer = AutoTokenizer.from_pretrained(task / "sft")
+    message = [{"role": "user", "content": "s31="}]
+    texts = Dataset.from_dict({"prompt": ["s31="], "chosen": ["13"], "rejected": ["3"]})
+    whole = Dataset.from_dict({"chosen": ["s31=13"], "rejected": ["s31=3"]})
+    messages = Dataset.from_dict({"prompt": [message], "chosen": [message], "rejected": [message]})
+    given = {"texts": texts, "whole": whole, "messages": messages, "sft": Dataset.from_dict({"prompt": ["s31="]})}
+    data = reward.as_policies_are_scored(given, tokenizer)
+    for split in ("texts", "whole"):
+        assert [tokenizer.decode(data[split][0][f"{name}_ids"]) for name in ("chosen", "rejected")] == [
+            "s31=13",
+            "s31=3",
+        ]
+    assert data["messages"].column_names == messages.column_names and data["sft"] is given["sft"]
+
+
+def test_a_reward_model_says_how_many_pairs_it_ranks_right(reward_model):
+    summary = json.loads((reward_model / "summary.json").read_text())
+    assert (summary["before"]["step"], summary["after"]["step"]) == (0, 30)
+    for measured in (summary["before"], summary["after"]):
+        low, high = measured["intervals"]["pair_accuracy"]
+        assert 0 <= low < measured["pair_accuracy"] <= high <= 1
+        assert measured["prompts"] == 40
+    assert set(summary["gain"]["intervals"]) == {"pair_accuracy"}
+    assert (reward_model / "README.md").is_file()
+    assert AutoModelForSequenceClassification.from_pretrained(reward_model).num_labels == 1
+
+
+def test_ppo_from_pairs_to_pictures(task, reward_model):
+    argv = [*quickstart("ppo", task, "sft", "ppo"), "--reward_model_name_or_path", str(reward_model)]
+    argv += ["--reward_funcs", REWARDS[0], "--held_out_prompts", "16", "--held_out_samples", "2"]
+    argv += ["--max_steps", "4", "--per_device_train_batch_size", "16", "--held_out_every", "0"]
+    start("ppo", argv)
+    folder = task / "ppo"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["method"], summary["steps"]) == ("PPO", 4)
+    assert set(summary["before"]["intervals"]) == {"exact_match", "reward_model"}
+    assert set(summary["critic"]) == {"value_loss", "explained_variance", "kl"}
+    assert all(math.isfinite(number) for number in summary["critic"].values())
+    learned = json.loads((reward_model / "summary.json").read_text())
+    assert summary["reward_model"]["pair_accuracy"] == learned["after"]["pair_accuracy"]
+    for picture in ("learning.png", "tokens.png"):
+        assert (folder / picture).stat().st_size > 10_000
+    card = (folder / "README.md").read_text()
+    assert "](learning.png)" in card and "](tokens.png)" in card
+    assert "| of 40 held-out pairs, it ranks right |" in card
+    # The policy's adapter and its critic are apart
+    assert (folder / "adapter_model.safetensors").is_file()
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(trl_ext.load_critic(folder / "critic", policy), torch.nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "estimator"), [("rloo", "leave_one_out"), ("reinforce", "reinforce")], ids=["rloo", "reinforce"]
+)
+def test_recipes_that_are_grpo_with_another_baseline(recipe, estimator, task, monkeypatch):
+    made = []
+    init = trl_ext.GRPOTrainer.__init__
+
+    def remembered(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(trl_ext.GRPOTrainer, "__init__", remembered)
+    argv = quickstart("sft", task, "sft", recipe)[2:]  # GRPO has other arguments than the quickstart's DAPO
+    argv += ["--reward_funcs", *REWARDS, "--max_completion_length", "14", "--held_out_prompts", "0"]
+    start(recipe, [*argv, "--max_steps", "2", "--per_device_train_batch_size", "16", "--learning_rate", "1e-3"])
+    (trainer,) = made
+    assert trainer.args.advantage_estimator == estimator
+    assert trainer.state.global_step == 2
+    assert (task / recipe / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["GRPO", "DUPO", "GSPO"])

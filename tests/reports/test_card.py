@@ -48,15 +48,17 @@ def test_results_as_a_table():
 
 def test_critic_and_reward_model_have_their_rows():
     accuracy = {"pair_accuracy": 0.9336, "intervals": {"pair_accuracy": [0.912, 0.955]}, "prompts": 512}
+    before = {"pair_accuracy": 0.5, "intervals": {"pair_accuracy": [0.457, 0.543]}, "prompts": 512}
     learned = {
-        "reward_model": {"model": "runs/reward_model", **accuracy},
+        "reward_model": {"model": "runs/reward_model", **accuracy, "before": before},
         "critic": {"value_loss": 1.3, "explained_variance": 0.317, "kl": 1.234},
     }
     card = results_section(SUMMARY | learned, "learning.png", token_figure="tokens.png")
     assert "reward, critic, KL and held-out results](learning.png)" in card
     assert "](tokens.png)" in card
     assert "| reward model | `runs/reward_model` |" in card
-    assert "| 512 held-out pairs that it ranks right | 0.934 (0.912 to 0.955) |" in card
+    assert "| of 512 held-out pairs, it ranks right | 0.934 (0.912 to 0.955) |" in card
+    assert "| … and did before its training | 0.500 (0.457 to 0.543) |" in card
     assert "| explained variance of the critic, at the end | 0.32 |" in card
     assert "| KL to the reference, at the end | 1.23 nats per completion |" in card
     without = results_section(SUMMARY | {"reward_model": {"model": "org/model"}, "critic": {"value_loss": 1.0}})

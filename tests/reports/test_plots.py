@@ -164,7 +164,7 @@ def test_a_score_that_is_not_shown_has_its_own_axis(axis):
     plots._draw_reward(axis, log, {}, "r")
     (right,) = [other for other in axis.figure.axes if other is not axis]
     assert list(right.lines[0].get_ydata()) == pytest.approx([-0.5, -1.0, -1.5])  # smoothed
-    assert labels(axis)[-1] == "score that is maximised (right)"
+    assert labels(axis)[-1] == "score maximised (right)"
     other = Figure().subplots()
     plots._draw_reward(other, [entry | {"objective/scores": entry["rewards/r/mean"]} for entry in log], {}, "r")
     assert len(other.figure.axes) == 1

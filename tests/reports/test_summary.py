@@ -91,6 +91,7 @@ def test_a_reward_models_own_results_are_taken_over(run, tmp_path):
     write_summary(summarize(trainer, measured, 0), tmp_path / "summary.json")
     taken = summarize(trainer, {}, 0, reward_model=str(tmp_path))["reward_model"]
     assert (taken["pair_accuracy"], taken["prompts"], taken["step"]) == (0.875, 40, 9)
+    assert (taken["before"]["pair_accuracy"], taken["before"]["step"]) == (0.5, 0)
     low, high = taken["intervals"]["pair_accuracy"]
     assert 0.7 < low < 0.875 < high <= 1
 

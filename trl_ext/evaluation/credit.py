@@ -34,7 +34,7 @@ class TokenCredit:
         ratios (`list[float]`, *optional*):
             π_θ/π_ref of each token. `None` where there is no reference.
         score (`float`):
-            Weighted sum of the rewards.
+            Weighted sum of the rewards, in the units of values and advantages: divided by what `reward_scaling` says.
         rewards (`dict[str, float]`):
             Reward by function.
     """
@@ -53,7 +53,7 @@ def credit_by_token(trainer: Any, rows: list[dict[str, Any]], seed: int = 0) -> 
     """
     Samples a completion for each prompt and credits its tokens as PPO does: scores at the last token, or at the steps
     for which they were given, less the KL penalty, through generalised advantage estimation with the trainer's γ and
-    λ. Scaling, clipping and whitening are left out. Leaves no trace in the run.
+    λ. Scores are scaled as in training; clipping and whitening are left out. Leaves no trace in the run.
 
     Args:
         trainer ([`PPOTrainer`]):
@@ -68,10 +68,13 @@ def credit_by_token(trainer: Any, rows: list[dict[str, Any]], seed: int = 0) -> 
     """
     scored = trainer.roll_out(rows, 1, seed=seed)
     first = trainer.accelerator.process_index * len(scored.rollouts)
-    rewards = scored.rewards[first : first + len(scored.rollouts), 0].cpu()  # (B, F)
+    everywhere = scored.rewards[:, 0]  # (P, F), of all processes
+    scores = aggregate_rewards(everywhere, trainer.reward_weights.to(everywhere), "sum_then_normalize", 1)
+    deviation = trainer._reward_deviation(scores.to(trainer.accelerator.device), training=False)
+    share = slice(first, first + len(scored.rollouts))
+    rewards, scores = everywhere[share].cpu(), scores[share].cpu().nan_to_num(nan=0.0) / deviation  # (B, F), (B,)
     rollouts = scored.rollouts[: len(rewards)]  # without those that only filled up the batch
-    scores = aggregate_rewards(rewards, trainer.reward_weights.cpu(), "sum_then_normalize", 1).nan_to_num(nan=0.0)
-    weights = trainer.reward_weights.tolist()
+    weights = [weight / deviation for weight in trainer.reward_weights.tolist()]
 
     # Every process makes the same passes, over all that it rolled out
     logps, reference, values, mask = _passes(trainer, scored.rollouts)

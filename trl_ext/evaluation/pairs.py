@@ -3,6 +3,7 @@ How good is a reward model: on which share of held-out pairs does it score the b
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,12 +26,17 @@ def read_pair_accuracy(log_history: Sequence[dict[str, Any]], pairs: int) -> dic
             Number of held-out pairs, at least 2.
 
     Returns:
-        `dict[int, dict[str, Estimate]]`: `pair_accuracy` by optimizer step, as [`HeldOut`] has its metrics.
+        `dict[int, dict[str, Estimate]]`: `pair_accuracy` by optimizer step, as [`HeldOut`] has its metrics; empty if
+        nothing was evaluated.
+
+    Raises:
+        `ValueError`: with fewer than 2 pairs, which give no interval.
     """
     measured = {}
     for entry in log_history:
         if "eval_accuracy" in entry:
             right = round(entry["eval_accuracy"] * pairs)
             outcomes = (torch.arange(pairs) < right).double().unsqueeze(1)  # (P, 1)
-            measured[entry["step"]] = {PAIR_ACCURACY: Estimate.of(outcomes)}
+            # How many were right is known, not which: two measurements can't be compared pair by pair
+            measured[entry["step"]] = {PAIR_ACCURACY: replace(Estimate.of(outcomes), per_prompt=())}
     return measured

@@ -109,7 +109,10 @@ def _reward_model(reward_model: dict[str, Any]) -> dict[str, str]:
         rows["reward model"] = f"`{reward_model['model']}`"
     if PAIR_ACCURACY in reward_model:
         pairs = reward_model["prompts"]
-        rows[f"{pairs} held-out pairs that it ranks right"] = _cell(reward_model, PAIR_ACCURACY)
+        rows[f"of {pairs} held-out pairs, it ranks right"] = _cell(reward_model, PAIR_ACCURACY)
+    before = reward_model.get("before") or {}
+    if PAIR_ACCURACY in before:
+        rows["… and did before its training"] = _cell(before, PAIR_ACCURACY)
     return rows
 
 

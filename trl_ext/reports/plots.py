@@ -105,6 +105,7 @@ def plot_tokens(credits: Sequence[TokenCredit], path: str | Path, title: str) ->
         _draw_advantages(column[1], credit)
         _draw_ratios(column[2], credit)
         _name_tokens(column[2], credit.tokens)
+        column[2].set_xlabel("token of the completion", fontsize=9, color=INK)
     axes[0, 0].legend(frameon=False, fontsize=9, loc="best")
     for axis, label in zip(axes[:, 0], TOKEN_PANELS, strict=True):
         axis.set_ylabel(label, fontsize=9, color=INK)
@@ -113,6 +114,7 @@ def plot_tokens(credits: Sequence[TokenCredit], path: str | Path, title: str) ->
 
 def _save(figure: Figure, path: str | Path) -> Path:
     for axis in figure.axes:
+        axis.set_axisbelow(True)  # the grid
         axis.spines["top"].set_visible(False)
         axis.spines["right"].set_visible(axis.yaxis.get_ticks_position() == "right")
         axis.tick_params(colors=INK, labelsize=9)
@@ -169,7 +171,8 @@ def _draw_reward(
             zorder=5,
         )
     handles = axis.get_legend_handles_labels()[0] + _draw_score(axis, log_history, values)
-    axis.legend(handles=handles, frameon=False, fontsize=9, loc="lower right")
+    # Below, where no course can cross it
+    axis.legend(handles=handles, frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def _draw_score(axis: Axes, log_history: Sequence[dict[str, Any]], shown: list[float]) -> list[Any]:
@@ -180,9 +183,7 @@ def _draw_score(axis: Axes, log_history: Sequence[dict[str, Any]], shown: list[f
     right = axis.twinx()
     smoothed = smooth(scores, max(3, len(scores) // 12))
     right.set_ylabel("score", fontsize=9, color=INK)
-    return right.plot(
-        steps, smoothed, color=ORANGE, linewidth=2, linestyle="--", label="score that is maximised (right)"
-    )
+    return right.plot(steps, smoothed, color=ORANGE, linewidth=2, linestyle="--", label="score maximised (right)")
 
 
 def _draw_course(axis: Axes, steps: list[int], values: list[float], label: str | None = None) -> None:
@@ -296,7 +297,7 @@ def _draw_values(axis: Axes, credit: TokenCredit) -> None:
     rewards = " · ".join(f"{name} {value:.3g}" for name, value in credit.rewards.items())
     _heading(axis, f"{_plain(shorten(credit.prompt, 60))}\n{_plain(rewards)}")
     positions = range(len(credit.tokens))
-    axis.axhline(credit.score, color=VERMILION, linestyle="--", linewidth=1.4, label="score of the completion")
+    axis.axhline(credit.score, color=VERMILION, linestyle="--", linewidth=1.4, label="score, scaled as in training")
     axis.plot(positions, credit.values, color=BLUE, linewidth=2.0, marker="o", markersize=5, label="value")
     axis.grid(axis="y", alpha=0.25)
     axis.margins(y=0.15)
@@ -325,7 +326,6 @@ def _draw_ratios(axis: Axes, credit: TokenCredit) -> None:
 def _name_tokens(axis: Axes, tokens: Sequence[str]) -> None:
     axis.set_xlim(-0.7, max(len(tokens), 8) - 0.3)
     if len(tokens) > MOST_NAMED_TOKENS:
-        axis.set_xlabel("token of the completion", fontsize=9, color=INK)
         return
     shown = [_plain(shorten(token.replace("\n", "⏎").replace(" ", "␣") or "∅", 12)) for token in tokens]
     long = max(map(len, shown)) > 6

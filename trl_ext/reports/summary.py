@@ -58,7 +58,7 @@ def summarize(
             The command line. Access tokens in it are replaced by `***`.
         reward_model (`str`, *optional*):
             What the policy was trained to please. If it is a folder with a summary of its own, as `recipes/reward.py`
-            writes it, its held-out results are taken over.
+            writes it, its held-out results are taken over; those before its training under `before`.
 
     Returns:
         `dict[str, Any]`: `before`, `after` and `gain` map each metric to its mean, and hold under `intervals` the
@@ -125,8 +125,10 @@ def _entry(estimates: dict[str, Estimate], step: int) -> dict[str, Any]:
 
 def _reward_model(name: str) -> dict[str, Any]:
     own = Path(name) / "summary.json"
-    results = json.loads(own.read_text(encoding="utf-8"))["after"] if own.is_file() else None
-    return {"model": name} | (results or {})
+    results = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+    if not results.get("after"):
+        return {"model": name}
+    return {"model": name, **results["after"], "before": results["before"]}
 
 
 def _critic(log_history: list[dict[str, Any]]) -> dict[str, float] | None:
