@@ -126,7 +126,16 @@ class Budget:
 
 
 class Curve(TrainerCallback):
-    """Samples pass@1 at even distances, outside the clocks and the random state of training; ends the run."""
+    """
+    Samples pass@1 (or another score of completions) at even distances, outside the clocks and the random state of
+    training; ends the run.
+    """
+
+    metric = "pass@1"
+
+    def score(self, ids: list[int], answer: list[int]) -> float:
+        """Of a completion and the padding after it."""
+        return float(ids[: len(answer)] == answer)  # an answer ends with eos
 
     def __init__(self, task: TrainingTask, counter: TokenCounter, budget: Budget, samples: int) -> None:
         self.task, self.counter, self.budget, self.samples = task, counter, budget, samples
@@ -155,7 +164,7 @@ class Curve(TrainerCallback):
                 completions = out[:, inputs["input_ids"].size(1) :].tolist()
                 answers = [ids for ids in rows["answer_ids"] for _ in range(self.samples)]
                 for ids, answer in zip(completions, answers, strict=True):
-                    right += ids[: len(answer)] == answer  # an answer ends with eos: what follows is padding
+                    right += self.score(ids, answer)
         model.train(training)
         return right / (len(test) * self.samples)
 
@@ -174,30 +183,34 @@ class Curve(TrainerCallback):
         before = time.process_time()
         accuracy = self.measure(model)
         self.evaluating += time.process_time() - before
-        self.points.append({"steps": step, "tokens": self.counter.tokens, "cpu": cpu, "pass@1": accuracy})
+        self.points.append({"steps": step, "tokens": self.counter.tokens, "cpu": cpu, self.metric: accuracy})
+
+
+def run_recipe(*command: Any) -> None:
+    """A recipe or the script of a task, in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, check=True, capture_output=True)
+
+
+def supervised(init: Path, data: Path, target: Path, seed: int, *more: Any) -> Path:
+    """A start by the recipe for supervised training; made once."""
+    if not (target / "config.json").exists():
+        run_recipe(
+            "recipes/sft.py",
+            *("--config", "recipes/configs/quickstart_sft.yaml", "--model_name_or_path", init),
+            *("--dataset_name", data, "--output_dir", target, "--seed", seed, *more),
+        )
+    return target
 
 
 def warm_up(directory: Path, seed: int) -> Path:
-    """The supervised start of a seed, by the recipe; made once."""
-    target = directory / f"sft_{seed}"
-    if (target / "config.json").exists():
-        return target
-    base = directory / f"task_{seed}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for command in (
-        ["recipes/tasks/sort_digits.py", "--output_dir", base, "--task_set", "A", "--seed", seed],
-        [
-            "recipes/sft.py",
-            *("--config", "recipes/configs/quickstart_sft.yaml", "--model_name_or_path", base / "init"),
-            *("--dataset_name", base / "data", "--output_dir", target, "--seed", seed),
-            # From a start whose learning rate decayed to zero, no method improves within this budget
-            *("--lr_scheduler_type", "constant"),
-        ],
-    ):
-        subprocess.run(
-            [sys.executable, *map(str, command)], cwd=ROOT, env=environment, check=True, capture_output=True
-        )
-    return target
+    """The supervised start of a seed on set A; made once."""
+    base, target = directory / f"task_{seed}", directory / f"sft_{seed}"
+    if not (target / "config.json").exists():
+        task = ("--output_dir", base, "--task_set", "A", "--seed", seed, "--pairs_size", 0)
+        run_recipe("recipes/tasks/sort_digits.py", *task)
+    # From a start whose learning rate decayed to zero, no method improves within this budget
+    return supervised(base / "init", base / "data", target, seed, "--lr_scheduler_type", "constant")
 
 
 def train(method: str, start: Path, seed: int, budget: Budget, samples: int, prompts: int) -> list[dict[str, float]]:

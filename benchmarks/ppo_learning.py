@@ -1,0 +1,353 @@
+"""
+How well does PPO learn next to TRL's GRPO, from the same start, on the same number of generated completions, with the
+same number of optimizer steps? Two studies:
+
+- `outcome`: set N of the sorting task, and a reward of 1 for a right answer, at its end. PPO with a value head, and
+  GRPO, each train LoRA adapters, and each all weights. Measured: pass@1.
+- `steps`: the prompt `m4096=` asks for each digit's successor, `5107`, and demonstrations have half of their digits
+  wrong. Every right digit is a reward. PPO gets them where they were earned; GRPO, which takes one number, their sum,
+  and so does PPO for comparison. Measured: the share of digits that are right.
+
+A generation batch is 256 completions (GRPO: 32 prompts × 8; PPO: 256 prompts), used in 2 epochs of 2 mini-batches. The
+learning rate is the same for both methods: 3e-4 for all weights, 1e-3 for adapters. Completions are sampled at
+temperature 1, measured on 512 held-out prompts.
+
+```shell
+python benchmarks/ppo_learning.py --study outcome --seeds 5 --report
+python benchmarks/ppo_learning.py --study steps --seeds 5 --report
+```
+"""
+
+import argparse
+import json
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import torch
+import trl
+from datasets import Dataset, DatasetDict
+from learning import Budget, Curve, TokenCounter, code_version, run_recipe, supervised
+from peft import LoraConfig
+from task import ROOT, TrainingTask
+from transformers import PrinterCallback
+
+import trl_ext
+from recipes.tasks.sort_digits import DIGITS, build_model, build_tokenizer, with_random_digits
+
+
+mpl.use("Agg")
+
+GRPO, PPO = (trl.GRPOTrainer, trl.GRPOConfig), (trl_ext.PPOTrainer, trl_ext.PPOConfig)
+COMPLETIONS, EPOCHS, MINI_BATCHES = 256, 2, 2
+# A critic that shapes the features of so small a model, and is free to follow rewards of any size
+CRITIC = {
+    "num_generations": 1,
+    "kl_coef": 0.0,
+    "critic_head": "mlp",
+    "critic_trunk_grad": 1.0,
+    "critic_learning_rate": 3e-3,
+    "vf_coef": 1.0,
+    "cliprange_value": None,
+}
+ALL_WEIGHTS, ADAPTER = {"learning_rate": 3e-4}, {"learning_rate": 1e-3}
+LENGTHS = range(10, 15)
+TEST_PROMPTS, SAMPLES = 512, 2
+
+
+class Method(NamedTuple):
+    classes: tuple[Any, Any]
+    settings: dict[str, Any]
+    lora: bool = False
+    by_step: bool = False  # the reward
+
+
+class DigitCounter(TokenCounter):
+    """
+    The reward of the study `steps`, counting tokens.
+
+    Args:
+        by_step (`bool`):
+            Whether a completion gets a list, one reward a token, or their sum.
+    """
+
+    __name__ = "right_digits"
+
+    def __init__(self, by_step: bool) -> None:
+        super().__init__()
+        self.by_step = by_step
+
+    def __call__(self, completion_ids: list[list[int]], answer_ids: list[list[int]], **kwargs: Any) -> list[Any]:
+        self.tokens += sum(map(len, completion_ids))
+        steps = [right_tokens(ids, answer) for ids, answer in zip(completion_ids, answer_ids, strict=True)]
+        return steps if self.by_step else [sum(rewards) for rewards in steps]
+
+
+class DigitCurve(Curve):
+    """Samples the share of tokens that are right."""
+
+    metric = "right digits"
+
+    def score(self, ids: list[int], answer: list[int]) -> float:
+        return sum(right_tokens(ids, answer))
+
+
+def right_tokens(ids: list[int], answer: list[int]) -> list[float]:
+    """For each token, its share in the answer if it is the right one for its place; they add up to 1 at most."""
+    return [float(i < len(answer) and answer[i] == token) / len(answer) for i, token in enumerate(ids)]
+
+
+def successors(digits: str) -> str:
+    return "".join(DIGITS[(DIGITS.index(digit) + 1) % 10] for digit in digits)
+
+
+class SuccessorTask(TrainingTask):
+    """What [`TrainingTask`] is, for digits and their successors."""
+
+    noise = 0.5  # share of the demonstrations' digits that are random
+
+    def __post_init__(self) -> None:
+        self.tokenizer = build_tokenizer()
+        rng = random.Random(self.seed)
+        test = self.rows(TEST_PROMPTS, rng)
+        known = set(test["prompt"])
+        train = self.rows(self.train_size, rng).filter(lambda row: row["prompt"] not in known)
+        shown = self.rows(40_000, rng).filter(lambda row: row["prompt"] not in known)
+        completions = [with_random_digits(answer, self.noise, rng) for answer in shown["answer"]]
+        sft = Dataset.from_dict({"prompt": shown["prompt"], "completion": completions})
+        self.data = DatasetDict(sft=sft, train=train, test=test)
+
+    def rows(self, count: int, rng: random.Random) -> Dataset:
+        drawn = ["".join(rng.choices(DIGITS, k=rng.choice(LENGTHS))) for _ in range(count)]
+        answers = list(map(successors, drawn))
+        ids = self.tokenizer([answer + self.tokenizer.eos_token for answer in answers])["input_ids"]
+        return Dataset.from_dict({"prompt": [f"m{d}=" for d in drawn], "answer": answers, "answer_ids": ids})
+
+
+def start_of_outcome(directory: Path, seed: int) -> Path:
+    base = directory / f"task_N_{seed}"
+    if not (base / "init").exists():
+        run_recipe(
+            "recipes/tasks/sort_digits.py", "--output_dir", base, "--task_set", "N", "--seed", seed, "--pairs_size", 0
+        )
+    return supervised(base / "init", base / "data", directory / f"sft_N_{seed}", seed)
+
+
+def start_of_steps(directory: Path, seed: int) -> Path:
+    base = directory / f"task_successors_{seed}"
+    if not (base / "init").exists():
+        task = SuccessorTask(seed=seed, train_size=1)
+        task.data.save_to_disk(base / "data")
+        build_model(task.tokenizer, seed).save_pretrained(base / "init")
+        task.tokenizer.save_pretrained(base / "init")
+    more = ("--max_steps", 1500, "--learning_rate", 3e-3)
+    return supervised(base / "init", base / "data", directory / f"sft_successors_{seed}", seed, *more)
+
+
+class Study(NamedTuple):
+    start: Callable[[Path, int], Path]
+    task: Callable[..., TrainingTask]
+    curve: type[Curve]
+    generations: int
+    methods: dict[str, Method]
+
+
+STUDIES = {
+    "outcome": Study(
+        start_of_outcome,
+        TrainingTask,
+        Curve,
+        60,
+        {
+            "GRPO, LoRA": Method(GRPO, ADAPTER, lora=True),
+            "PPO, LoRA": Method(PPO, {**ADAPTER, **CRITIC, "critic_lam": 0.5}, lora=True),
+            "GRPO": Method(GRPO, ALL_WEIGHTS),
+            "PPO": Method(PPO, {**ALL_WEIGHTS, **CRITIC, "critic_lam": 0.5}),
+        },
+    ),
+    "steps": Study(
+        start_of_steps,
+        SuccessorTask,
+        DigitCurve,
+        20,
+        {
+            "GRPO, sum": Method(GRPO, ALL_WEIGHTS),
+            "PPO, sum": Method(PPO, {**ALL_WEIGHTS, **CRITIC}),
+            "PPO, steps": Method(PPO, {**ALL_WEIGHTS, **CRITIC, "gamma": 0.5, "lam": 0.5}, by_step=True),
+        },
+    ),
+}
+# Okabe and Ito's
+COLOURS = {
+    "GRPO": "#000000",
+    "GRPO, LoRA": "#999999",
+    "GRPO, sum": "#000000",
+    "PPO": "#0072B2",
+    "PPO, LoRA": "#56B4E9",
+    "PPO, sum": "#56B4E9",
+    "PPO, steps": "#D55E00",
+}
+
+
+def train(study: Study, method: Method, start: Path, seed: int, points: int) -> dict[str, Any]:
+    """The curve of a run, and explained variance by optimizer step where there is a critic."""
+    trainer_class, config_class = method.classes
+    counter = DigitCounter(method.by_step) if study.curve is DigitCurve else TokenCounter()
+    task = study.task(seed=seed, model_path=str(start), reward_func=counter, train_size=8192)
+    curve = study.curve(task, counter, Budget(study.generations, float("inf"), points), SAMPLES)
+    updates = EPOCHS * MINI_BATCHES
+    with tempfile.TemporaryDirectory() as directory:
+        settings = task.settings(
+            directory,
+            per_device_train_batch_size=COMPLETIONS // MINI_BATCHES,
+            gradient_accumulation_steps=1,
+            steps_per_generation=MINI_BATCHES,
+            max_steps=updates * study.generations,
+            logging_strategy="steps",
+            logging_steps=updates,
+            **{"num_iterations": EPOCHS, **method.settings},
+        )
+        adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0)
+        more = {"peft_config": adapter} if method.lora else {}
+        trainer = trainer_class(args=config_class(**settings), callbacks=[curve], **task.arguments(), **more)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "val/explained_variance" in entry]
+    return {
+        "points": curve.points,
+        "explained_variance": {entry["step"]: entry["val/explained_variance"] for entry in logged},
+    }
+
+
+def explained_at_the_end(run: dict[str, Any]) -> float | None:
+    """Mean over the last sixth of the run."""
+    values = list(run["explained_variance"].values())
+    return float(np.mean(values[-max(1, len(values) // 6) :])) if values else None
+
+
+def table(runs: dict[str, dict[int, dict[str, Any]]], metric: str) -> list[dict[str, Any]]:
+    """A row a method: mean and sd over seeds of the last measurement, and of its difference to the first method's."""
+    rows: list[dict[str, Any]] = []
+    finals = {method: {s: run["points"][-1][metric] for s, run in seeds.items()} for method, seeds in runs.items()}
+    first = next(iter(finals.values()))
+    for method, seeds in runs.items():
+        last, spread = list(finals[method].values()), len(seeds) > 1
+        differences = [finals[method][s] - first[s] for s in seeds]
+        explained = [e for e in map(explained_at_the_end, seeds.values()) if e is not None]
+        rows.append(
+            {
+                "method": method,
+                "seeds": len(seeds),
+                "start": float(np.mean([run["points"][0][metric] for run in seeds.values()])),
+                "final": float(np.mean(last)),
+                "sd": float(np.std(last, ddof=1)) if spread else float("nan"),
+                "by_seed": last,
+                "difference": float(np.mean(differences)),
+                "difference_sd": float(np.std(differences, ddof=1)) if spread else float("nan"),
+                "explained_variance": explained,
+                "tokens": float(np.mean([run["points"][-1]["tokens"] for run in seeds.values()])),
+                "cpu": float(np.mean([run["points"][-1]["cpu"] for run in seeds.values()])),
+            }
+        )
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]], metric: str) -> str:
+    lines = [
+        f"| method | {metric}: start | end (mean ± sd) | by seed | against {rows[0]['method']}, paired (mean ± sd) "
+        "| explained variance at the end (mean, least) | tokens (k) | CPU-s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        explained = row["explained_variance"]
+        cells = [
+            row["method"],
+            f"{row['start']:.3f}",
+            f"{row['final']:.3f} ± {row['sd']:.3f}",
+            ", ".join(f"{value:.3f}" for value in row["by_seed"]),
+            "" if row is rows[0] else f"{row['difference']:+.3f} ± {row['difference_sd']:.3f}",
+            f"{np.mean(explained):.2f}, {min(explained):.2f}" if explained else "",
+            f"{row['tokens'] / 1000:.0f}",
+            f"{row['cpu']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(runs: dict[str, dict[int, dict[str, Any]]], metric: str, title: str, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, (learned, explained) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for method, seeds in runs.items():
+        tokens = np.mean([[p["tokens"] for p in run["points"]] for run in seeds.values()], axis=0)
+        values = np.array([[p[metric] for p in run["points"]] for run in seeds.values()])
+        mean, sd = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else 0
+        learned.plot(tokens, mean, color=COLOURS[method], label=method)
+        learned.fill_between(tokens, mean - sd, mean + sd, color=COLOURS[method], alpha=0.15, linewidth=0)
+        logged = [run["explained_variance"] for run in seeds.values() if run["explained_variance"]]
+        if logged:
+            steps = list(map(int, logged[0]))
+            explained.plot(steps, np.mean([list(e.values()) for e in logged], axis=0), color=COLOURS[method])
+    learned.set(xlabel="generated tokens", ylabel=f"{metric}, held-out prompts")
+    learned.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
+    learned.legend(frameon=False)
+    explained.set(xlabel="optimizer steps", ylabel="explained variance of returns")
+    for panel in (learned, explained):
+        panel.grid(alpha=0.3)
+    figure.suptitle(f"{title}: mean of {len(next(iter(runs.values())))} seeds, bands ± 1 sd")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=STUDIES, default="outcome")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--points", type=int, default=6, help="measurements of a run (default: 6)")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "benchmarks" / "ppo_learning")
+    parser.add_argument("--report", action="store_true", help="write the table into benchmarks/RESULTS.md")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON in the last line")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    study = STUDIES[args.study]
+    metric = study.curve.metric
+
+    runs: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in study.methods}
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        start = study.start(args.output_dir, seed)
+        for name, method in study.methods.items():
+            # Each finished run is kept: an interrupted benchmark goes on where it was
+            done = args.output_dir / f"{args.study}_{name}_{seed}_{args.points}_{code_version()}.json"
+            if not done.exists():
+                done.write_text(json.dumps(train(study, method, start, seed, args.points)))
+            runs[name][seed] = run = json.loads(done.read_text())
+            first, last, explained = run["points"][0], run["points"][-1], explained_at_the_end(run)
+            print(
+                f"seed {seed} {name}: {first[metric]:.3f} → {last[metric]:.3f}, {last['tokens']:.0f} tokens, "
+                f"{last['cpu']:.0f} CPU-s" + ("" if explained is None else f", explained variance {explained:.2f}"),
+                flush=True,
+            )
+
+    rows = table(runs, metric)
+    text = markdown(rows, metric)
+    print(text)
+    picture = f"ppo_{args.study}.png"
+    title = {"outcome": "Sorting digits, set N", "steps": "Digits and their successors"}[args.study]
+    plot(runs, metric, title, args.output_dir / picture)
+    if args.report:
+        plot(runs, metric, title, ROOT / "benchmarks" / picture)
+        results = ROOT / "benchmarks" / "RESULTS.md"
+        begin, end = (f"<!-- {slash}ppo_learning.py --study {args.study} -->" for slash in ("", "/"))
+        before, _, rest = results.read_text(encoding="utf-8").partition(begin)
+        results.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    if args.json:
+        print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
