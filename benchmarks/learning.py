@@ -336,6 +336,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write_report(script: str, study: str, text: str) -> None:
+    """Put the table of a study into its place in `RESULTS.md`."""
+    results = ROOT / "benchmarks" / "RESULTS.md"
+    begin, end = (f"<!-- {slash}{script} --study {study} -->" for slash in ("", "/"))
+    before, _, rest = results.read_text(encoding="utf-8").partition(begin)
+    results.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=STUDIES, default="methods")
@@ -385,10 +393,7 @@ def main() -> None:
     plot(curves, args.output_dir / picture)
     if args.report:
         plot(curves, ROOT / "benchmarks" / picture)
-        results = ROOT / "benchmarks" / "RESULTS.md"
-        begin, end = (f"<!-- {slash}learning.py --study {args.study} -->" for slash in ("", "/"))
-        before, _, rest = results.read_text(encoding="utf-8").partition(begin)
-        results.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+        write_report("learning.py", args.study, text)
     if args.json:
         print(json.dumps(rows))
 

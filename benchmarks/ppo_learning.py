@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import trl
 from datasets import Dataset, DatasetDict
-from learning import Budget, Curve, TokenCounter, code_version, run_recipe, supervised
+from learning import Budget, Curve, TokenCounter, code_version, run_recipe, supervised, write_report
 from peft import LoraConfig
 from task import ROOT, TrainingTask
 from transformers import PrinterCallback
@@ -341,10 +341,7 @@ def main() -> None:
     plot(runs, metric, title, args.output_dir / picture)
     if args.report:
         plot(runs, metric, title, ROOT / "benchmarks" / picture)
-        results = ROOT / "benchmarks" / "RESULTS.md"
-        begin, end = (f"<!-- {slash}ppo_learning.py --study {args.study} -->" for slash in ("", "/"))
-        before, _, rest = results.read_text(encoding="utf-8").partition(begin)
-        results.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+        write_report("ppo_learning.py", args.study, text)
     if args.json:
         print(json.dumps(rows))
 
