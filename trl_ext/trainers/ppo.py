@@ -473,7 +473,8 @@ class PPOTrainer(ActorCriticSeams):
             Arguments of [`~trl.GRPOTrainer`].
         reward_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
             A sequence classification model with one output, as one more reward function. It reads the policy's token
-            ids where the data set holds `input_ids`, else text, with the policy's tokenizer.
+            ids where the data set holds `input_ids`, else text, with the policy's tokenizer: plain text without the
+            end-of-sequence token, which TRL's reward trainer appends (`recipes/reward.py` doesn't).
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
             The reference. Default: the policy as it is now; with PEFT, without the adapter that is trained.
         value_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
