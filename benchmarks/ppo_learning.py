@@ -4,9 +4,9 @@ same number of optimizer steps? Two studies:
 
 - `outcome`: set N of the sorting task, and a reward of 1 for a right answer, at its end. PPO with a value head, and
   GRPO, each train LoRA adapters, and each all weights. Measured: pass@1.
-- `steps`: the prompt `m4096=` asks for each digit's successor, `5107`. The start knows how, but was then shown answers
-  with half of their digits drawn at random. Every right digit is a reward. PPO gets them where they were earned; GRPO,
-  which takes one number, their sum, and so does PPO for comparison. Measured: the share of digits that are right.
+- `steps`: the prompt `m4096=` asks for each digit's successor, `5107`, and demonstrations have half of their digits
+  wrong. Every right digit is a reward. PPO gets them where they were earned; GRPO, which takes one number, their sum,
+  and so does PPO for comparison. Measured: the share of digits that are right.
 
 A generation batch is 256 completions (GRPO: 32 prompts × 8; PPO: 256 prompts), used in 2 epochs of 2 mini-batches. The
 learning rate is the same for both methods: 3e-4 for all weights, 1e-3 for adapters. Completions are sampled at
@@ -108,7 +108,7 @@ def successors(digits: str) -> str:
 class SuccessorTask(TrainingTask):
     """What [`TrainingTask`] is, for digits and their successors."""
 
-    noise = 0.5  # share of the digits that are drawn at random in the second lot of demonstrations
+    noise = 0.5  # share of the demonstrations' digits that are random
 
     def __post_init__(self) -> None:
         self.tokenizer = build_tokenizer()
@@ -117,10 +117,9 @@ class SuccessorTask(TrainingTask):
         known = set(test["prompt"])
         train = self.rows(self.train_size, rng).filter(lambda row: row["prompt"] not in known)
         shown = self.rows(40_000, rng).filter(lambda row: row["prompt"] not in known)
-        spoilt = [with_random_digits(answer, self.noise, rng) for answer in shown["answer"]]
-        sft = Dataset.from_dict({"prompt": shown["prompt"], "completion": shown["answer"]})
-        noisy = Dataset.from_dict({"prompt": shown["prompt"], "completion": spoilt})
-        self.data = DatasetDict(sft=sft, noisy=noisy, train=train, test=test)
+        completions = [with_random_digits(answer, self.noise, rng) for answer in shown["answer"]]
+        sft = Dataset.from_dict({"prompt": shown["prompt"], "completion": completions})
+        self.data = DatasetDict(sft=sft, train=train, test=test)
 
     def rows(self, count: int, rng: random.Random) -> Dataset:
         drawn = ["".join(rng.choices(DIGITS, k=rng.choice(LENGTHS))) for _ in range(count)]
@@ -145,9 +144,8 @@ def start_of_steps(directory: Path, seed: int) -> Path:
         task.data.save_to_disk(base / "data")
         build_model(task.tokenizer, seed).save_pretrained(base / "init")
         task.tokenizer.save_pretrained(base / "init")
-    clean = supervised(base / "init", base / "data", directory / f"clean_successors_{seed}", seed, "--max_steps", 800)
-    noisy = ("--dataset_train_split", "noisy", "--max_steps", 200, "--learning_rate", 1e-3)
-    return supervised(clean, base / "data", directory / f"sft_successors_{seed}", seed, *noisy)
+    more = ("--max_steps", 1500, "--learning_rate", 3e-3)
+    return supervised(base / "init", base / "data", directory / f"sft_successors_{seed}", seed, *more)
 
 
 class Study(NamedTuple):
