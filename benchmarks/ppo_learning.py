@@ -14,7 +14,7 @@ temperature 1, measured on 512 held-out prompts.
 
 ```shell
 python benchmarks/ppo_learning.py --study outcome --seeds 5 --report
-python benchmarks/ppo_learning.py --study steps --seeds 5 --report
+python benchmarks/ppo_learning.py --study steps --seeds 5 --start_seed 0 --report
 ```
 """
 
@@ -307,6 +307,7 @@ def main() -> None:
     parser.add_argument("--study", choices=STUDIES, default="outcome")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--start_seed", type=int, help="one start for all seeds (default: each has its own)")
     parser.add_argument("--points", type=int, default=6, help="measurements of a run (default: 6)")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "benchmarks" / "ppo_learning")
     parser.add_argument("--report", action="store_true", help="write the table into benchmarks/RESULTS.md")
@@ -319,10 +320,10 @@ def main() -> None:
 
     runs: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in study.methods}
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        start = study.start(args.output_dir, seed)
+        start = study.start(args.output_dir, seed if args.start_seed is None else args.start_seed)
         for name, method in study.methods.items():
             # Each finished run is kept: an interrupted benchmark goes on where it was
-            done = args.output_dir / f"{args.study}_{name}_{seed}_{args.points}_{code_version()}.json"
+            done = args.output_dir / f"{args.study}_{name}_{seed}_{start.name}_{args.points}_{code_version()}.json"
             if not done.exists():
                 done.write_text(json.dumps(train(study, method, start, seed, args.points)))
             runs[name][seed] = run = json.loads(done.read_text())
