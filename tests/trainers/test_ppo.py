@@ -13,10 +13,12 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import Qwen2ForSequenceClassification, TrainerCallback
+from trl.kernels import chunked_logprob
 
-from trl_ext import NonFiniteLossError, PPOConfig, PPOTrainer
+from trl_ext import NonFiniteLossError, PPOConfig, PPOTrainer, RewardFunctionError
 from trl_ext.roles.critic import HeadCritic, ModelCritic
 from trl_ext.trainers.ppo import language_modelling_batch
+from trl_ext.trainers.seams.ppo import CPU_TILE
 
 
 class Weights(TrainerCallback):
@@ -758,6 +760,22 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path):
 
 
 # Adapters
+
+
+def test_tiles_of_the_head_are_small_in_training_alone(tmp_path):
+    before, sizes = chunked_logprob.TOKEN_CHUNK_SIZE, []
+
+    def fails_at_last(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        sizes.append(chunked_logprob.TOKEN_CHUNK_SIZE)
+        if len(sizes) > 2:
+            raise ValueError("no more")
+        return [1.0] * len(completion_ids)
+
+    trainer = build(tmp_path, fails_at_last, max_steps=4)
+    trainer.evaluate(trainer.train_dataset.take(4))
+    with pytest.raises(RewardFunctionError):
+        trainer.train()
+    assert sizes[0] == before and set(sizes[1:]) == {CPU_TILE} and before == chunked_logprob.TOKEN_CHUNK_SIZE
 
 
 def test_checkpoints_of_activations_change_nothing(tmp_path):
