@@ -70,7 +70,7 @@ def credit_by_token(trainer: Any, rows: list[dict[str, Any]], seed: int = 0) -> 
     first = trainer.accelerator.process_index * len(scored.rollouts)
     everywhere = scored.rewards[:, 0]  # (P, F), of all processes
     scores = aggregate_rewards(everywhere, trainer.reward_weights.to(everywhere), "sum_then_normalize", 1)
-    deviation = trainer._reward_deviation(scores.to(trainer.accelerator.device), training=False)
+    deviation = trainer.reward_deviation(scores.to(trainer.accelerator.device), training=False)
     share = slice(first, first + len(scored.rollouts))
     rewards, scores = everywhere[share].cpu(), scores[share].cpu().nan_to_num(nan=0.0) / deviation  # (B, F), (B,)
     rollouts = scored.rollouts[: len(rewards)]  # without those that only filled up the batch

@@ -487,8 +487,7 @@ class PPOTrainer(ActorCriticSeams):
     Raises:
         ValueError: before a model is loaded where possible, for what can't work together.
         NonFiniteLossError: in training, if the loss is not finite for three steps in a row. What was trained until
-        then
-            is saved first.
+            then is saved first.
     """
 
     config_class: ClassVar[type[GRPOConfig]] = PPOConfig
@@ -838,7 +837,7 @@ class PPOTrainer(ActorCriticSeams):
                     earned[row, position] += float(self.reward_weights[column]) * value
         last = (lengths - 1).clamp(min=0).unsqueeze(1)
         earned = earned.scatter_add(1, last, final.sum(dim=1, keepdim=True))
-        earned = earned / self._reward_deviation(scores, training)
+        earned = earned / self.reward_deviation(scores, training)
         if self.args.reward_clip is not None:
             earned = earned.clamp(-self.args.reward_clip, self.args.reward_clip)
         if self.args.missing_eos_penalty is not None:
@@ -846,7 +845,8 @@ class PPOTrainer(ActorCriticSeams):
             earned = earned.scatter_add(1, last, -missing.unsqueeze(1).float())
         return earned
 
-    def _reward_deviation(self, scores: torch.Tensor, training: bool) -> float:
+    def reward_deviation(self, scores: torch.Tensor, training: bool) -> float:
+        """What `scores` `(B,)` are divided by, under `reward_scaling`; training moves the running one."""
         if self.args.reward_scaling == "none":
             return 1.0
         gathered = self.accelerator.gather(scores)

@@ -28,8 +28,8 @@ from ..grpo import GRPOTrainer
 logger = get_logger(__name__)
 
 REFERENCE_FILE = "trl_ext_reference.pt"
-# Tokens that TRL's fused head takes at a time on a CPU. Its own 4,096 make temporaries that leave every cache: with
-# 256, forward and backward of the head took three quarters of the time.
+# Tokens that TRL's fused head takes at a time on a CPU: its own 4,096 make temporaries that leave every cache. What a
+# step costs with either is in benchmarks/RESULTS.md.
 CPU_TILE = 256
 
 
