@@ -1,6 +1,7 @@
 """Pass rates and the prompts they drop, on a real trainer with rewards that are known beforehand."""
 
 import json
+import threading
 from dataclasses import dataclass, field
 
 import pytest
@@ -74,6 +75,19 @@ def test_every_batch_draws_samples_of_its_own(tmp_path):
     assert first.completion_ids != second.completion_ids
 
 
+def read_anew(rows: Dataset) -> Dataset:
+    """The same rows, by a function that can't be pickled, so that their fingerprint is random."""
+    lock, targets = threading.Lock(), rows["target"]
+
+    def target(row, index):
+        with lock:
+            return {"target": targets[index]}
+
+    again = Dataset.from_list([{"prompt": prompt} for prompt in rows["prompt"]]).map(target, with_indices=True)
+    assert again.to_list() == rows.to_list() and again._fingerprint != rows._fingerprint
+    return again
+
+
 class Stopped(Exception):
     """What a killed process looks like from inside."""
 
@@ -103,6 +117,7 @@ def test_a_stopped_roll_out_goes_on_where_it_was(tmp_path):
     rest, asked = roll_out(partial, rows)
     assert asked == rows["prompt"][4:]
     assert rest["pass_rate"] == whole["pass_rate"]
+    rows = read_anew(rows)
     again, asked = roll_out(partial, rows)
     assert asked == []
     assert again["pass_rate"] == whole["pass_rate"]
@@ -112,8 +127,14 @@ def test_partial_results_of_something_else_are_refused(tmp_path):
     trainer, partial = tiny.trainer(GRPOTrainer, tmp_path, Solves()), tmp_path / "partial.jsonl"
     pass_rates(trainer, data(1, 2), partial_results=partial)
     assert json.loads(partial.read_text().splitlines()[1]) == [0.25, 0.5]
-    with pytest.raises(ValueError, match=r"partial_results` is .*partial.jsonl, which holds another roll-out"):
+    another = r"partial_results` is .*partial.jsonl, which holds another roll-out"
+    with pytest.raises(ValueError, match=another):
         pass_rates(trainer, data(1, 3), partial_results=partial)
+    with pytest.raises(ValueError, match=another):
+        pass_rates(trainer, data(2, 1).select([1, 0]), partial_results=partial)  # other prompts
+    trainer.reward_weights *= 0.4  # by which a pass rate is decided
+    with pytest.raises(ValueError, match=another):
+        pass_rates(trainer, data(1, 2), partial_results=partial)
 
 
 def test_bad_input_is_named(tmp_path):

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
 import trl_ext
+from trl_ext.curriculum.schedule import DifficultyCurriculum
 
 
 INFORMED: dict[str, Any] = {
@@ -48,6 +49,13 @@ CASES: dict[str, dict[str, Any]] = {
     # More than half of the groups stay dead: copies travel, and the rounds are used up
     "refill_capped": {"rows": 16, "rollout_selection": "refill", "max_refill_rounds": 1, "rare": True},
     "duplicate_rare": {"rows": 16, "rollout_selection": "duplicate", "rare": True},
+    # Prompts that were dealt make room for others on all processes alike
+    "curriculum": {"rows": 8, "curriculum": {"schedule": "easy_to_hard", "column": "-target"}},
+    "curriculum_refill_spanning": {
+        "rows": 6,
+        "rollout_selection": "refill",
+        "curriculum": {"schedule": "mixed", "column": "target"},
+    },
     "leave_one_out": {"rows": 8, "rollout_selection": "refill", "advantage_estimator": "leave_one_out"},
     "batch_scaled_copies": {
         "rows": 16,
@@ -109,7 +117,7 @@ PPO_CASES: dict[str, dict[str, Any]] = {
 }
 
 
-LOGGED = ("selection/", "reward", "completions/", "num_tokens", "frac_reward_zero_std")
+LOGGED = ("selection/", "curriculum/", "reward", "completions/", "num_tokens", "frac_reward_zero_std")
 
 
 def digest(text: str) -> int:
@@ -209,7 +217,7 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
 
 def train(case: dict[str, Any], output_dir: Path, processes: int) -> dict[str, Any]:
     settings = dict(case)
-    rows, rare = settings.pop("rows"), settings.pop("rare", False)
+    rows, rare, curriculum = settings.pop("rows"), settings.pop("rare", False), settings.pop("curriculum", None)
     config = trl_ext.GRPOConfig(
         **tiny.cpu_settings(
             output_dir,
@@ -230,6 +238,7 @@ def train(case: dict[str, Any], output_dir: Path, processes: int) -> dict[str, A
         train_dataset=tiny.prompts(64),
         processing_class=tiny.tokenizer(),
         rollout_func=fixed_rollouts,
+        curriculum=curriculum and DifficultyCurriculum(**curriculum),
     )
     assert trainer.accelerator.num_processes == processes
     trainer.train()

@@ -4,18 +4,15 @@ How hard each prompt is for a policy, and the offline half of DUPO (https://hugg
 and so nothing to teach.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from trl.trainer.utils import hash_module
 
 from ..trainers.grpo import GRPOTrainer
+from .partial import roll_out_all
 
 
 PASS_RATE = "pass_rate"
@@ -65,32 +62,21 @@ def pass_rates(
         )
     if PASS_RATE in dataset.column_names:
         raise ValueError(f"The data set already has a column `{PASS_RATE}`. Remove it before rolling out again.")
-    samples = num_generations or trainer.num_generations
-    identity = {
-        "model": hash_module(trainer.accelerator.unwrap_model(trainer.model)),
-        "sampling": [trainer.temperature, trainer.top_p, trainer.top_k, trainer.max_completion_length],
-        "rows": len(dataset),
-        "fingerprint": dataset._fingerprint,
-        "reward_funcs": trainer.reward_func_names,
-        "success_threshold": trainer.args.success_threshold,
-        "temperature": trainer.args.temperature,
-        "max_completion_length": trainer.args.max_completion_length,
-        "num_generations": samples,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    writes = trainer.is_world_process_zero()
-    rates = _continued(partial_results, identity, writes)
-    for start in range(len(rates), len(dataset), batch_size):
-        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        scored = trainer.roll_out(rows, samples, seed=seed + start)
-        batch = _solved_fraction(trainer, scored.rewards)
-        rates += batch
-        if partial_results is not None and writes:
-            with open(partial_results, "a") as file:
-                file.write(json.dumps(batch) + "\n")
-        if on_progress is not None:
-            on_progress(len(rates), len(dataset))
+    rates = roll_out_all(
+        trainer,
+        dataset,
+        num_generations or trainer.num_generations,
+        batch_size,
+        seed,
+        read=lambda scored: _solved_fraction(trainer, scored.rewards),
+        depends_on={
+            "success_threshold": trainer.args.success_threshold,
+            "reward_weights": trainer.reward_weights.tolist(),
+            "outcome_reward_funcs": trainer.is_outcome.tolist(),
+        },
+        partial_results=partial_results,
+        on_progress=on_progress,
+    )
     return dataset.add_column(PASS_RATE, rates)
 
 
@@ -121,36 +107,3 @@ def _solved_fraction(trainer: GRPOTrainer, rewards: torch.Tensor) -> list[float 
     solved = (outcome >= trainer.args.success_threshold).to(torch.float64)
     rates = solved.masked_fill(outcome.isnan(), torch.nan).nanmean(dim=1).tolist()
     return [None if math.isnan(rate) else rate for rate in rates]
-
-
-def _continued(path: str | Path | None, identity: dict[str, Any], writes: bool) -> list[float | None]:
-    """Pass rates of finished batches, the same on every process: the main one reads the file and tells the others."""
-    if path is None:
-        return []
-    outcome: list[Any] = [None]
-    if writes:
-        try:
-            outcome = [_open_partial(Path(path), identity)]
-        except ValueError as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], ValueError):
-        raise outcome[0]
-    return list(outcome[0])
-
-
-def _open_partial(path: Path, identity: dict[str, Any]) -> list[float | None]:
-    """Reads the file, or creates it. Its first line says what it belongs to, each further one holds a batch."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(identity) + "\n")
-        return []
-    # A line without its end was being written when the process stopped: that batch is done again.
-    header, *batches = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] or ["null"]
-    if json.loads(header) != identity:
-        raise ValueError(
-            f"`partial_results` is {path}, which holds another roll-out ({header.strip()}; this one is "
-            f"{json.dumps(identity)}). Remove it or name another file."
-        )
-    path.write_text(header + "".join(batches))
-    return [rate for batch in batches for rate in json.loads(batch)]

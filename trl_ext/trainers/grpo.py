@@ -518,6 +518,10 @@ class GRPOTrainer(GRPOSeams):
     [`~trl.GRPOTrainer`] with the axes of [`GRPOConfig`]. Takes the same arguments; `args` may be a
     [`~trl.GRPOConfig`], which [`GRPOConfig.adopt`] takes over.
 
+    Args:
+        curriculum ([`~trl_ext.curriculum.schedule.DifficultyCurriculum`], *optional*):
+            Which prompts are trained on when. `None`: TRL's order.
+
     Raises:
         ValueError: before a model is loaded, for a data set without prompts, with fewer prompts than one generation
             batch, or that `rollout_selection="refill"` can't draw from; for unknown names in `outcome_reward_funcs`.
@@ -528,7 +532,7 @@ class GRPOTrainer(GRPOSeams):
     args: GRPOConfig
     _tag_names = ["trl", "trl_ext", "grpo"]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, curriculum: Any = None, **kwargs: Any) -> None:
         given = inspect.signature(trl.GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
         given.pop("self")
         if given.get("args") is None:
@@ -536,6 +540,8 @@ class GRPOTrainer(GRPOSeams):
         config = given["args"] = self.config_class.adopt(given["args"])
         self._check_data(config, given.get("train_dataset"), given.get("environment_factory"))
         self._check_images(config, given.get("train_dataset"), given.get("rollout_func"))
+        self._check_curriculum(config, curriculum, given)
+        self.curriculum = curriculum
         _require(
             config.generation_chunks == 1 or not (given.get("tools") or given.get("environment_factory")),
             f"generation_chunks={config.generation_chunks} with tools or environments: TRL binds them to the rows of "
@@ -567,7 +573,7 @@ class GRPOTrainer(GRPOSeams):
     def _set_up_selection(self, config: GRPOConfig) -> None:
         outcome = config.outcome_reward_funcs or [n for n in self.reward_func_names if n != SHAPING_REWARD]
         self.is_outcome = torch.tensor([name in outcome for name in self.reward_func_names])
-        if config.rollout_selection == "refill":
+        if config.rollout_selection == "refill" or self.curriculum is not None:
             self._refill_stream = PromptStream(self.rows_seen_in_training(), seed=config.seed)
         self._groups: Rows = []  # rows of all ranks that are generated for, one a group; known to informed draws
         self._replaced = 0
@@ -632,6 +638,36 @@ class GRPOTrainer(GRPOSeams):
             )
 
     @staticmethod
+    def _check_curriculum(config: GRPOConfig, curriculum: Any, given: dict[str, Any]) -> None:
+        if curriculum is None:
+            return
+        dataset: Any = given.get("train_dataset")
+        column = curriculum.column
+        _require(
+            isinstance(dataset, Dataset) and given.get("environment_factory") is None,
+            "curriculum chooses among the rows of train_dataset, which must be a datasets.Dataset: not streamed, not "
+            "an environment's. Load it without streaming, or leave curriculum out.",
+        )
+        _require(
+            config.refill_draws != "informed",
+            "curriculum and refill_draws='informed' both choose the prompts. Leave one of them out.",
+        )
+        if column is not None:
+            _require(
+                column in dataset.column_names,
+                f"The curriculum's column {column!r} is missing: train_dataset has only {dataset.column_names}.",
+            )
+            _require(
+                not config.remove_unused_columns,
+                f"The curriculum's column {column!r} is dropped by remove_unused_columns=True. Set it to False.",
+            )
+            curriculum.fit(dataset[column])
+        _require(
+            curriculum.start_completion_length is None or not given.get("tools"),
+            "start_completion_length with tools: TRL counts a tool's tokens by max_completion_length. Leave it out.",
+        )
+
+    @staticmethod
     def _check_images(config: GRPOConfig, dataset: Any, rollout_func: Any) -> None:
         columns = getattr(dataset, "column_names", None) or []
         _require(
@@ -679,14 +715,33 @@ class GRPOTrainer(GRPOSeams):
         gathered: Rows = gather_object(rows[-start % self.num_generations :: self.num_generations])
         return gathered
 
+    @property
+    def _progress(self) -> float:
+        """Share of the run that is over."""
+        return self.state.global_step / max(self.state.max_steps, 1)
+
+    def completion_length(self) -> int | None:
+        if self.curriculum is None or self.curriculum.start_completion_length is None:
+            return None
+        length: int = self.curriculum.completion_length(self.max_completion_length, self._progress)
+        self.train_metrics["curriculum/completion_length"].append(length)
+        return length
+
     def rows_to_generate(self, rows: Rows) -> Rows:
-        """Informed draws: dealt prompts whose groups will hardly be live make room for others, by slot."""
-        if self._outlook is None:
+        """
+        Informed draws: dealt prompts whose groups will hardly be live make room for others, by slot. A curriculum:
+        those that it doesn't choose.
+        """
+        if self._outlook is None and self.curriculum is None:
             return rows
-        self._outlook.tick()
         dealt = self._first_of_groups(rows)
-        others = self._refill_stream.draw((LOOKAHEAD - 1) * len(dealt), exclude=set(map(prompt_key, dealt)))
-        chosen = self._outlook.choose(dealt + others, len(dealt), reserved=len(dealt))
+        lookahead = LOOKAHEAD if self._outlook is not None else self.curriculum.lookahead
+        others = self._refill_stream.draw((lookahead - 1) * len(dealt), exclude=set(map(prompt_key, dealt)))
+        if self._outlook is not None:
+            self._outlook.tick()
+            chosen = self._outlook.choose(dealt + others, len(dealt), reserved=len(dealt))
+        else:
+            chosen = self.curriculum.choose(dealt + others, len(dealt), self._progress)
         stays, comes = set(chosen), iter([others[i - len(dealt)] for i in chosen if i >= len(dealt)])
         groups = [row if i in stays else next(comes) for i, row in enumerate(dealt)]
         self._groups = groups
@@ -698,6 +753,12 @@ class GRPOTrainer(GRPOSeams):
         self._acceptance.observe(sum(live), len(live))
         if self._outlook is not None:
             self._outlook.observe(rows, outcomes.cpu(), live)
+        self._learn_difficulty(rows, outcomes)
+
+    def _learn_difficulty(self, rows: Rows, outcomes: torch.Tensor) -> None:
+        if self.curriculum is not None:
+            solved = (outcomes >= self.args.success_threshold).float().masked_fill(outcomes.isnan(), torch.nan)
+            self.curriculum.observe(rows, solved.cpu())
 
     # Selection
 
@@ -741,6 +802,8 @@ class GRPOTrainer(GRPOSeams):
                 drawn = set(gather_object([prompt_key(rollout.row) for rollout in first.rollouts]))
             count = self._acceptance.draws_for(missing, at_most=len(selection.slots), multiple_of=together)
             choose = None if self._outlook is None else partial(self._outlook.choose, count=count)
+            if self.curriculum is not None:
+                choose = partial(self.curriculum.choose, count=count, progress=self._progress)
             rows = self._refill_stream.draw(count, drawn, choose, LOOKAHEAD)
             rows = rows[: len(rows) // together * together]
             if not rows:
@@ -863,6 +926,13 @@ class GRPOTrainer(GRPOSeams):
 
     def on_rollouts(self, output: dict[str, Any], selection: GroupSelection | None, rounds: list[ScoredRound]) -> None:
         metrics, counters = self.train_metrics, self.counters
+        if self.curriculum is not None:
+            difficulties = [self.curriculum.difficulty(row) for row in self._groups]
+            metrics["curriculum/difficulty"].append(sum(difficulties) / len(difficulties))
+            metrics["curriculum/prompts_replaced"].append(self._replaced)
+            if selection is None:
+                assert self._base_rewards is not None
+                self._learn_difficulty(self._groups, self.group_outcomes(self._base_rewards, self.num_generations))
         per_batch = len(output["advantages"]) * self.accelerator.num_processes
         completions = sum(len(scored.rewards) for scored in rounds) or per_batch
         counters.generated_tokens += round(metrics["completions/mean_length"][-1] * completions)
@@ -894,8 +964,10 @@ class GRPOTrainer(GRPOSeams):
             "baseline": self._baseline,
             "duplicates": self._duplicates.get_state(),
         }
-        if self.args.rollout_selection == "refill":
+        if self.args.rollout_selection == "refill" or self.curriculum is not None:
             state["refill_stream"] = self._refill_stream.state_dict()
+        if self.curriculum is not None:
+            state["curriculum"] = self.curriculum.state_dict()
         if self._outlook is not None:
             state["outlook"] = self._outlook.state_dict()
         return state
@@ -906,8 +978,10 @@ class GRPOTrainer(GRPOSeams):
         self._acceptance = AcceptanceRate(**state["acceptance"])
         self._baseline = state["baseline"]
         self._duplicates.set_state(state["duplicates"].cpu())
-        if self.args.rollout_selection == "refill" and "refill_stream" in state:
+        if (self.args.rollout_selection == "refill" or self.curriculum is not None) and "refill_stream" in state:
             self._refill_stream.load_state_dict(state["refill_stream"])
+        if self.curriculum is not None and "curriculum" in state:
+            self.curriculum.load_state_dict(state["curriculum"])
         if self._outlook is not None and "outlook" in state:
             self._outlook.load_state_dict(state["outlook"])
 

@@ -483,6 +483,8 @@ class PPOTrainer(ActorCriticSeams):
             Text for the language-modelling term: a column `text`, `input_ids`, or `prompt` and `completion`.
         data_collator (*optional*):
             Has no effect: prompts are not padded before generation.
+        curriculum ([`~trl_ext.curriculum.schedule.DifficultyCurriculum`], *optional*):
+            As in [`GRPOTrainer`].
 
     Raises:
         ValueError: before a model is loaded where possible, for what can't work together.
@@ -517,6 +519,7 @@ class PPOTrainer(ActorCriticSeams):
         value_model: PreTrainedModel | str | None = None,
         ptx_dataset: Dataset | None = None,
         data_collator: Any = None,
+        curriculum: Any = None,
         **kwargs: Any,
     ) -> None:
         given = inspect.signature(trl.GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
@@ -543,7 +546,7 @@ class PPOTrainer(ActorCriticSeams):
         self.needs_reference = config.kl_coef > 0 or config.beta > 0
         self._own_reference = self._reference_of(given, ref_model) if self.needs_reference else None
         self._own_critic = self._critic_model(config, policy, value_model, reward_model)
-        super().__init__(**given)
+        super().__init__(**given, curriculum=curriculum)
         self.add_callback(_StepControl(self))
 
     def _set_up_run(self, config: PPOConfig, ptx_dataset: Dataset | None) -> None:

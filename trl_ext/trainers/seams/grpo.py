@@ -128,6 +128,7 @@ class GRPOSeams(trl.GRPOTrainer):
 
     - `selects`: whether rollouts are selected in training.
     - `rows_to_generate`: which rows are generated for, of those the loader dealt or instead of them.
+    - `completion_length`: how long completions may be in training, if not `max_completion_length`.
     - `select_groups`: which groups of a generation batch are trained on.
     - `estimate_advantages`: advantages instead of TRL's.
     - `old_logps_for_loss`: old log-probabilities instead of TRL's.
@@ -207,11 +208,30 @@ class GRPOSeams(trl.GRPOTrainer):
         finally:
             holder.beta, holder.num_iterations = before
 
+    @contextmanager
+    def _limiting_completions(self, length: int | None) -> Iterator[None]:
+        """Generate completions of at most `length` tokens. What TRL's losses and rewards divide by stays."""
+        limited: list[tuple[Any, str]] = [(self.generation_config, "max_new_tokens")]
+        if self.use_vllm:
+            limited = [(self.vllm_generation, "max_completion_length")]
+        before = [getattr(holder, name) for holder, name in limited]
+        try:
+            for holder, name in limited if length is not None else []:
+                setattr(holder, name, length)
+            yield
+        finally:
+            for (holder, name), value in zip(limited, before, strict=True):
+                setattr(holder, name, value)
+
     # Hooks
 
     def rows_to_generate(self, rows: Rows) -> Rows:
         """The rows of this rank's generation batch in training, given those that the loader dealt."""
         return rows
+
+    def completion_length(self) -> int | None:
+        """Tokens that a completion of this generation batch may have in training. `None`: `max_completion_length`."""
+        return None
 
     def select_groups(self, first: ScoredRound) -> GroupSelection:
         """Decide on `self._rounds`, which starts with `first`. [`score_round`] generates more of them."""
@@ -432,7 +452,8 @@ class GRPOSeams(trl.GRPOTrainer):
         try:
             self._rows = inputs = self.rows_to_generate(inputs) if training else inputs
             self._credits_late = training and self.may_credit_late and not self._deals_apart
-            with self._asking_for_passes(self):
+            length = self.completion_length() if training else None
+            with self._asking_for_passes(self), self._limiting_completions(length):
                 output: dict[str, Any] = super()._generate_and_score_completions(inputs)
             self._credit(output, training)
             if self._logged_prompts is not None:
