@@ -92,6 +92,8 @@ def _facts(logs: dict[str, Any]) -> list[str]:
         shown = ("loss", "eval_loss", "mean_token_accuracy", "accuracy", "eval_accuracy")
         keys = [key for key in shown if key in logs]
         facts = [f"{key.replace('_', ' ')} {float(logs[key]):.3f}" for key in keys]
+    if "rewards/accuracies" in logs:
+        facts.append(f"preference accuracy {float(logs['rewards/accuracies']):.3f}")
     if "objective/kl" in logs:
         facts.append(f"KL {float(logs['objective/kl']):.2f}")
     if "val/explained_variance" in logs:

@@ -1,0 +1,538 @@
+"""Health checks: fed logs by hand, and on real runs of trainers of ours and of TRL's."""
+
+import itertools
+import logging
+import math
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import trl
+from datasets import Dataset
+from transformers import TrainerControl, TrainerState
+
+from trl_ext import GRPOTrainer, PPOTrainer
+from trl_ext.evaluation.held_out import HeldOut
+from trl_ext.monitors.health import (
+    EntropyCheck,
+    ExplainedVarianceCheck,
+    HealthCheck,
+    HealthChecks,
+    KLCheck,
+    LengthCheck,
+    PreferenceAccuracyCheck,
+    RewardHackingCheck,
+    theil_sen_slope,
+    trend_p_value,
+)
+
+
+class Run:
+    """A run whose logs are written by hand."""
+
+    def __init__(self, callback: Any, max_steps: int = 100, history: Any = (), main: bool = True) -> None:
+        self.callback = callback
+        self.state = TrainerState(
+            max_steps=max_steps, log_history=list(history), is_world_process_zero=main, global_step=len(history)
+        )
+        self.control = TrainerControl()
+        callback.on_train_begin(None, self.state, self.control)
+
+    def log(self, *logs: dict[str, Any], control: TrainerControl | None = None) -> "Run":
+        """One log a step."""
+        for log in logs:
+            self.state.global_step += 1
+            self.state.log_history.append({**log, "step": self.state.global_step})
+            self.callback.on_log(None, self.state, control or self.control, logs=dict(log))
+        return self
+
+    def series(self, key: str, *values: Any) -> "Run":
+        return self.log(*({key: value} for value in values))
+
+    @property
+    def flags(self) -> tuple[bool, bool]:
+        return self.control.should_save, self.control.should_training_stop
+
+    def logged(self, key: str) -> list[Any]:
+        return [entry.get(key) for entry in self.state.log_history]
+
+
+# Episodes, with explained variance, which is read as it is
+
+
+def variance(**settings: Any) -> ExplainedVarianceCheck:
+    return ExplainedVarianceCheck(**{"patience": 3, "grace": 0.0, **settings})
+
+
+EV = "val/explained_variance"
+
+
+def test_an_episode_is_told_once_and_begins_anew_after_it_is_over(caplog):
+    run = Run(variance())
+    run.series(EV, -1, -1, 0.5, -1, -1)  # never three in a row
+    assert not caplog.records
+    run.series(EV, -1, -1, -1, -1)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    run.series(EV, 0.5, -1, -1, -1)  # one good log is no recovery
+    assert len(run.callback.alarms) == 1
+    run.series(EV, 0.5, 0.5, 0.5, -1, -1, -1)
+    assert [alarm.step for alarm in run.callback.alarms] == [6, 19]
+    assert run.logged("health/explained_variance_alarm") == [0] * 5 + [1] * 10 + [0] * 3 + [1]
+    assert run.logged("health/explained_variance")[:4] == [-1, -1, 0.5, -1]
+
+
+def test_it_says_what_is_wrong_since_when_and_what_to_try(caplog):
+    Run(variance()).series(EV, -1, -1, -0.25)
+    assert caplog.messages[0].startswith(
+        "Health check `explained_variance` at step 3: the critic's explained variance is -0.250, not above 0, 3 logs "
+        "in a row. Try a higher `critic_learning_rate`"
+    )
+
+
+def test_only_the_main_process_speaks_but_all_decide(caplog):
+    run = Run(variance(stop=True), main=False).series(EV, -1, -1, -1)
+    assert not caplog.records
+    assert run.flags == (True, True)
+
+
+def test_without_stop_the_run_goes_on():
+    assert Run(variance()).series(EV, *[-1] * 10).flags == (False, False)
+
+
+def test_stop_saves_and_ends(caplog):
+    run = Run(variance(stop=True)).series(EV, -1, -1)
+    assert run.flags == (False, False)
+    run.series(EV, -1)
+    assert run.flags == (True, True)
+    assert caplog.messages[0].endswith("The run stops here, with a checkpoint.")
+
+
+def test_a_stop_found_in_a_log_that_has_no_control_is_handed_over_later():
+    run = Run(variance(stop=True, patience=1))
+    run.log({EV: -1.0}, control=TrainerControl())  # as held-out measurements do
+    assert run.flags == (False, False)
+    run.callback.on_step_end(None, run.state, run.control)
+    assert run.flags == (True, True)
+
+
+def test_grace_is_a_share_of_the_run():
+    run = Run(variance(grace=0.25, patience=1), max_steps=20).series(EV, *[-1] * 4)  # steps 1 to 4
+    assert not run.callback.alarms
+    assert run.series(EV, -1).callback.alarms[0].step == 5
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, "0.1"])
+def test_what_is_no_number_is_neither_good_nor_bad(value):
+    run = Run(variance(patience=2)).series(EV, -1, value, -1)
+    assert [alarm.step for alarm in run.callback.alarms] == [3]
+    assert run.logged("health/explained_variance") == [-1, None, -1]
+
+
+def test_logs_of_other_things_change_nothing():
+    run = Run(variance(patience=2)).series(EV, -1).log({"loss": 1.0}, {"train_runtime": 2.0}).series(EV, -1)
+    assert [alarm.step for alarm in run.callback.alarms] == [4]
+    run.callback.on_log(None, run.state, run.control, logs=None)
+
+
+def test_a_resumed_run_is_where_it_was(caplog):
+    values = [-1, -1, 0.5, -1, -1, -1, -1, 0.5, 0.5, 0.5, -1, -1, -1, 0.5]
+    whole = Run(variance()).series(EV, *values)
+    for cut in range(1, len(values)):
+        caplog.clear()
+        start = Run(variance()).series(EV, *values[:cut])
+        caplog.clear()
+        resumed = Run(variance(), history=start.state.log_history)
+        assert not caplog.records  # what was told isn't told again
+        resumed.series(EV, *values[cut:])
+        assert resumed.state.log_history == whole.state.log_history
+        assert resumed.callback.alarms == whole.callback.alarms
+        assert len(caplog.records) == sum(alarm.step > cut for alarm in whole.callback.alarms)
+
+
+def test_a_run_that_goes_on_after_a_stop_is_not_stopped_at_once():
+    stopped = Run(variance(stop=True)).series(EV, -1, -1, -1)
+    resumed = Run(variance(stop=True), history=stopped.state.log_history).series(EV, -1, -1, -1, -1)
+    assert resumed.flags == (False, False)
+    assert resumed.series(EV, 1, 1, 1, -1, -1, -1).flags == (True, True)
+
+
+# Each check
+
+
+@pytest.mark.parametrize(
+    ("logs", "per_sequence", "per_token"),
+    [
+        ({"objective/kl": 1.5, "completions/mean_length": 30.0}, 1.5, 0.05),
+        ({"kl": 0.05, "completions/mean_length": 30.0}, 1.5, 0.05),
+        ({"objective/kl": 1.5, "kl": 9.0, "completions/mean_length": 30.0}, 1.5, 0.05),  # PPO with `beta`, too
+        ({"objective/kl": 1.5}, 1.5, None),
+        ({"kl": 0.05}, None, 0.05),
+        ({"kl": None, "completions/mean_length": 30.0}, None, None),
+        ({"eval_kl": 0.05}, None, None),
+    ],
+)
+def test_kl_is_read_per_sequence_or_per_token(logs, per_sequence, per_token):
+    assert KLCheck().read(logs) == pytest.approx(per_sequence)
+    assert KLCheck(per="token").read(logs) == pytest.approx(per_token)
+
+
+def test_kl_has_a_band_whose_lower_end_comes_later():
+    def alarms(value: float, step: int) -> int:
+        check = KLCheck(patience=1)
+        Run(check, history=[{}] * (step - 1)).series("objective/kl", value)
+        return len(check.alarms)
+
+    # grace: a quarter of 100 steps
+    assert [alarms(value, 10) for value in (0.0, 0.49, 1.0, 2.0, 2.01)] == [0, 0, 0, 0, 1]
+    assert [alarms(value, 30) for value in (0.0, 0.49, 0.5, 2.0, 2.01)] == [1, 1, 0, 0, 1]
+
+
+def test_kl_says_which_side_and_unit():
+    run = Run(KLCheck(patience=1)).series("objective/kl", 5.3)
+    assert (
+        "KL to the reference is 5.3 nats per completion, above its band of 0.5 to 2." in run.callback.alarms[0].message
+    )
+    run = Run(KLCheck((0.01, 0.1), "token", patience=1, grace=0.0)).series("kl", 0.001)
+    assert "0.001 nats per token, below its band of 0.01 to 0.1." in run.callback.alarms[0].message
+
+
+@pytest.mark.parametrize("key", ["rewards/accuracies", "accuracy", "eval_rewards/accuracies", "eval_accuracy"])
+def test_preference_accuracy_must_lie_above(key):
+    run = Run(PreferenceAccuracyCheck(patience=1, grace=0)).series(key, 0.76, 0.75)
+    assert [alarm.step for alarm in run.callback.alarms] == [2]
+    assert f"preference accuracy ({key}) is 0.750, not above 0.75" in run.callback.alarms[0].message
+
+
+def test_preferences_are_judged_by_evaluation_once_there_is_one():
+    check = PreferenceAccuracyCheck(patience=2, grace=0)
+    train, held_out = "rewards/accuracies", "eval_rewards/accuracies"
+    run = Run(check).log({train: 0.5}, {held_out: 0.9}, {train: 0.5}, {train: 0.5}, {train: 0.5}, {held_out: 0.9})
+    assert not check.alarms
+    assert check.healthy_logs == 2
+    assert run.log({held_out: 0.6}, {train: 0.9}, {held_out: 0.6}).callback.alarms
+
+
+def test_a_key_of_ones_own():
+    run = Run(PreferenceAccuracyCheck(metric="eval_math_accuracy", patience=1, grace=0))
+    run.series("accuracy", 0.1)
+    assert not run.callback.alarms
+    assert run.series("eval_math_accuracy", 0.1).callback.alarms
+
+
+def test_entropy_is_measured_by_its_start():
+    # Mean of the first three: 2. A fifth of it: 0.4
+    run = Run(EntropyCheck(patience=2)).series("entropy", 1, 2, 3, 0.41, 0.4, 0.41, 0.4)
+    assert not run.callback.alarms
+    run.series("entropy", 0.39)
+    assert "entropy is 0.39 nats per token, 20% of the 2 that it started with" in run.callback.alarms[0].message
+    assert run.logged("health/entropy")[-1] == 0.39
+
+
+def test_the_start_survives_a_resume():
+    first = Run(EntropyCheck(patience=1)).series("entropy", 1, 2, 3, 2)
+    resumed = Run(EntropyCheck(patience=1), history=first.state.log_history).series("entropy", 0.41, 0.4)
+    assert [alarm.step for alarm in resumed.callback.alarms] == [6]
+
+
+@pytest.mark.parametrize(
+    ("length", "told"),
+    [(20, False), (10, False), (9, "9 tokens, less than 0.5 times"), (40, False), (41, "more than 2")],
+)
+def test_length_drifts_both_ways(length, told):
+    run = Run(LengthCheck(patience=1)).series("completions/mean_length", 19, 20, 21, length)
+    assert bool(run.callback.alarms) == bool(told)
+    assert not told or told in run.callback.alarms[0].message
+
+
+# Reward hacking
+
+
+def test_trends_by_hand():
+    # Of the 3! orders of three values, one rises throughout
+    assert trend_p_value([1, 2, 3], rising=True) == pytest.approx(1 / 6)
+    assert trend_p_value([1, 2, 3], rising=False) == pytest.approx(1)
+    # Of the 4! = 24 orders of four, one rises throughout, and three have one neighbouring pair exchanged
+    assert trend_p_value([1, 2, 4, 3], rising=True) == pytest.approx(4 / 24)
+    assert trend_p_value([5, 5, 5, 5], rising=True) == 1
+
+
+def test_every_order_has_its_share():
+    orders = [trend_p_value(order, rising=False) for order in itertools.permutations(range(5))]
+    for level in {round(value, 9) for value in orders}:
+        assert sum(value <= level + 1e-9 for value in orders) / 120 == pytest.approx(level)
+
+
+def test_the_slope_of_theil_and_sen():
+    # Slopes of 0, 1, 2, 30: 1, 1, 28, 1, 14.5, 10: median (1 + 10) / 2
+    assert theil_sen_slope([0, 1, 2, 30]) == pytest.approx(5.5)
+    assert theil_sen_slope([4, 3, 2, 1]) == -1
+
+
+def feed(run: Run, metrics: list[float], rewards: list[float], key: str = "held_out/exact_match") -> Run:
+    """Two logs of training before each measurement."""
+    for metric, reward in zip(metrics, rewards, strict=True):
+        run.log({"reward": reward - 0.01}, {"reward": reward + 0.01})
+        run.log({key: metric, f"{key}/low": metric - 0.1, f"{key}/high": metric + 0.1})
+    return run
+
+
+UP, DOWN = [0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.55, 0.6], [0.8, 0.78, 0.75, 0.7, 0.69, 0.6, 0.58, 0.5]
+
+
+def test_reward_up_and_truth_down_is_told():
+    check = RewardHackingCheck()
+    run = feed(Run(check), DOWN, UP)
+    # The sixth measurement fills the window, the seventh is the second in a row: log 21
+    assert [alarm.step for alarm in check.alarms] == [21]
+    assert "reward went from 0.2 to 0.55 (p = 0.0014) while held_out/exact_match went from 0.78 to 0.58" in (
+        check.alarms[0].message
+    )
+    # Of the first six: slopes between all pairs, their median times five
+    assert run.logged("health/reward_hacking")[17] == pytest.approx(-5 * theil_sen_slope(DOWN[:6]))
+    assert run.logged("health/reward_hacking")[17] > 0
+
+
+@pytest.mark.parametrize(
+    ("metrics", "rewards"),
+    [(UP, UP), (DOWN, DOWN), (UP, DOWN), ([0.5] * 8, UP), (DOWN, [0.5] * 8), ([d / 100 for d in DOWN], UP)],
+    ids=["both up", "both down", "reverse", "flat truth", "flat reward", "a fall too small to matter"],
+)
+def test_anything_else_is_not(metrics, rewards):
+    check = RewardHackingCheck()
+    feed(Run(check), metrics, rewards)
+    assert not check.alarms
+
+
+def test_noise_is_no_trend():
+    rng, told = random.Random(1), 0
+    for _ in range(60):
+        check = RewardHackingCheck()
+        feed(Run(check), [rng.gauss(0.6, 0.1) for _ in range(30)], [float(i) for i in range(30)])
+        told += bool(check.alarms)
+    assert told <= 6
+
+
+def test_a_slow_fall_under_noise_is_found():
+    rng, told = random.Random(2), 0
+    for _ in range(20):
+        check = RewardHackingCheck(window=12)
+        falling = [0.8 - 0.01 * i + rng.gauss(0, 0.03) for i in range(30)]
+        feed(Run(check), falling, [i + rng.gauss(0, 2) for i in range(30)])
+        told += bool(check.alarms)
+    assert told >= 18
+
+
+def test_a_measurement_before_training_has_no_reward():
+    check = RewardHackingCheck(patience=1)
+    run = Run(check).log({"held_out/x": 0.9, "held_out/x/low": 0.8})
+    feed(run, DOWN[:5], UP[:5], "held_out/x")
+    assert not check.alarms  # five measurements
+    feed(run, DOWN[5:6], UP[5:6], "held_out/x")
+    assert len(check.alarms) == 1
+
+
+def test_a_named_metric():
+    check = RewardHackingCheck(metric="eval_accuracy", reward="rewards/style/mean", patience=1)
+    run = Run(check)
+    for metric, reward in zip(DOWN, UP, strict=True):
+        run.log({"rewards/style/mean": reward, "reward": 0.0}, {"held_out/other": 1.0, "held_out/other/low": 0.9})
+        run.log({"eval_accuracy": metric})
+    assert len(check.alarms) == 1
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: KLCheck(patience=0), "patience=0 must be a whole number, 1 or more"),
+        (lambda: KLCheck(patience=1.5), "patience=1.5 must be"),
+        (lambda: KLCheck(grace=1.0), "grace=1.0 is a share of the run"),
+        (lambda: KLCheck(band=(2.0, 0.5)), r"band=\(2.0, 0.5\) must be two numbers, the lower one first"),
+        (lambda: KLCheck(per="word"), "per='word' is unknown. Choose 'sequence' or 'token'"),
+        (lambda: PreferenceAccuracyCheck(75), "threshold=75 is a share of pairs"),
+        (lambda: EntropyCheck(floor=0.0), "floor=0.0 is a share of the first entropy"),
+        (lambda: EntropyCheck(start_logs=0), "start_logs=0 must be"),
+        (lambda: LengthCheck(band=(-1.0, 2.0)), "none negative"),
+        (lambda: ExplainedVarianceCheck(1.0), "threshold=1.0 must be less than 1"),
+        (lambda: RewardHackingCheck(window=2), "window=2 must be a whole number, 3 or more"),
+        (
+            lambda: RewardHackingCheck(window=4),
+            "window=4 measurements has a p-value of 0.042 at least.*Widen the window",
+        ),
+        (lambda: RewardHackingCheck(p_value=1.0), "p_value=1.0 must be in"),
+        (lambda: RewardHackingCheck(min_fall=-0.1), "min_fall=-0.1 must not be negative"),
+        (lambda: HealthChecks(without=["lenght"]), "there is no check 'lenght', only kl, preference_accuracy"),
+    ],
+)
+def test_bad_settings_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_what_is_no_check_is_refused():
+    with pytest.raises(TypeError, match=r"is no HealthCheck. Pass checks such as KLCheck"):
+        HealthChecks("kl")  # type: ignore[arg-type]
+
+
+def test_all_of_them():
+    checks = HealthChecks(KLCheck(band=(0.0, 9.0)), stop=True, without="length")
+    assert list(checks.checks) == ["kl", "preference_accuracy", "entropy", "reward_hacking", "explained_variance"]
+    assert checks.checks["kl"].band == (0.0, 9.0)
+    assert [check.stop for check in checks.checks.values()] == [False, True, True, True, True]
+
+
+# Real runs
+
+
+class Always(HealthCheck):
+    """Unwell whenever there is a loss."""
+
+    name = "always"
+    advice = "Try nothing."
+
+    def read(self, logs):
+        return logs.get("loss")
+
+    def complaint(self, value, early):
+        return "there is a loss"
+
+
+def saved(directory: Any) -> str:
+    """A tiny model in a directory, from which trainers load their reference again."""
+    tiny.stopping().save_pretrained(directory / "model")
+    return str(directory / "model")
+
+
+class Tracker(HealthCheck):
+    """Sees logs as a tracker does: in the order of callbacks."""
+
+    name = "tracker"
+    advice = ""
+
+    def read(self, logs):
+        self.seen = [*getattr(self, "seen", []), dict(logs)]
+        return None
+
+    def complaint(self, value, early):
+        return None
+
+
+def test_a_stopped_run_leaves_a_checkpoint_from_which_it_goes_on(tmp_path):
+    def build(*callbacks: Any, **settings: Any) -> Any:
+        trainer = tiny.trainer(GRPOTrainer, tmp_path, max_steps=5, **settings)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        return trainer
+
+    whole = tiny.trainer(GRPOTrainer, tmp_path / "whole", max_steps=5)
+    whole.train()
+    stopped = build(Always(patience=3, stop=True))  # save_strategy="no"
+    stopped.train()
+    assert stopped.state.global_step == 3
+    assert (tmp_path / "checkpoint-3").is_dir()
+    resumed = build(Always(patience=3, stop=True))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 5
+    for name, weight in tiny.weights(whole.model).items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_checks_change_nothing_and_trackers_see_them(tmp_path):
+    def build(name: str) -> Any:
+        arguments = {"model": saved(tmp_path)}
+        settings = {"max_steps": 3, "num_generations": 1, "num_iterations": 1}
+        return tiny.trainer(PPOTrainer, tmp_path / name, arguments=arguments, **settings)
+
+    plain = build("plain")
+    plain.train()
+    watched = build("watched")
+    tracker = Tracker()
+    watched.add_callback(tracker)
+    checks = HealthChecks().add_to(watched)
+    watched.add_callback(HeldOut(watched, list(tiny.prompts(4)), num_samples=2, batch_size=4, every=1))
+    watched.train()
+    ours = [{k: v for k, v in entry.items() if not k.startswith("health/")} for entry in tiny.history(watched)]
+    assert ours == tiny.history(plain)
+    found = tiny.history(watched)[-1]
+    assert found["health/kl"] == found["objective/kl"]
+    assert found["health/entropy"] == found["entropy"]
+    assert found["health/length"] == found["completions/mean_length"]
+    assert found["health/explained_variance"] == found["val/explained_variance"]
+    assert any("health/kl" in logs for logs in tracker.seen)
+    hacking = checks.checks["reward_hacking"]
+    assert hacking.key == "held_out/first_token_even"
+    assert len(hacking._points) == 2  # after steps 2 and 3; before step 1 is logged there is no reward
+
+
+def test_trls_grpo_logs_kl_by_token(tmp_path):
+    config = trl.GRPOConfig(**tiny.cpu_settings(tmp_path, beta=0.1, max_steps=2))
+    trainer = trl.GRPOTrainer(
+        model=saved(tmp_path),
+        reward_funcs=tiny.hashed,
+        args=config,
+        train_dataset=tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+    )
+    HealthChecks().add_to(trainer)
+    trainer.train()
+    log = tiny.history(trainer)[-1]
+    assert log["health/kl"] == pytest.approx(log["kl"] * log["completions/mean_length"])
+    assert log["kl"] > 0
+
+
+def test_trls_dpo_and_reward_trainers_log_preference_accuracy(tmp_path):
+    rows = {
+        "prompt": ["w1 w2"] * 8,
+        "chosen": [f"w{i} w4" for i in range(8)],
+        "rejected": [f"w{i} w5" for i in range(8)],
+    }
+    data, common = Dataset.from_dict(rows), {"processing_class": tiny.tokenizer()}
+    settings = {
+        key: value
+        for key, value in tiny.cpu_settings(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1).items()
+        if key not in ("num_generations", "max_completion_length")
+    }
+    dpo = trl.DPOTrainer(
+        model=saved(tmp_path), args=trl.DPOConfig(**settings), train_dataset=data, eval_dataset=data, **common
+    )
+    checks = HealthChecks().add_to(dpo)
+    dpo.train()
+    assert checks.checks["preference_accuracy"].key == "eval_rewards/accuracies"
+    evaluations = [entry for entry in dpo.state.log_history if "eval_loss" in entry]
+    assert [e["health/preference_accuracy"] for e in evaluations] == [
+        e["eval_rewards/accuracies"] for e in evaluations
+    ]
+    assert len(evaluations) == 2
+
+
+def test_a_run_that_hacks_its_reward_is_stopped_by_its_held_out_metric(tmp_path):
+    """The measurement is logged with a control of its own: the stop must reach the trainer's."""
+    trainer = tiny.trainer(GRPOTrainer, tmp_path, max_steps=12)
+    rewards, truths = iter(range(1, 100)), iter(range(100, 0, -1))
+
+    class Falling(HeldOut):
+        def measure(self, state):
+            truth = next(truths) / 100
+            logs = {"held_out/truth": truth, "held_out/truth/low": truth}
+            state.log_history.append({**logs, "step": state.global_step})
+            self.trainer.callback_handler.on_log(self.trainer.args, state, TrainerControl(), dict(logs))
+
+    trainer.reward_funcs[0].func = lambda completion_ids, **_: [next(rewards) / 1.0] * len(completion_ids)
+    HealthChecks(RewardHackingCheck(stop=True)).add_to(trainer)
+    trainer.add_callback(Falling(trainer, [], every=1))
+    trainer.train()
+    # Measurements from step 2 on have a reward; the seventh is at step 8
+    assert trainer.state.global_step == 8
+    assert (tmp_path / "checkpoint-8").is_dir()
+
+
+def test_a_state_without_history_is_no_trouble():
+    check, control = variance(), TrainerControl()
+    state = SimpleNamespace(global_step=1, max_steps=2, log_history=[], is_world_process_zero=True)
+    check.on_log(None, state, control, logs={EV: 0.5})
+    assert check.value == 0.5
