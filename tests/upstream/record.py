@@ -73,6 +73,16 @@ LEANED_ON = {
     "trl.trainer.grpo_trainer.GRPOTrainer.training_step": (
         "counts `_step` up once a micro-batch, after the loss: what a checkpoint stores of it depends on that"
     ),
+    "trl.trainer.dpo_trainer.DPOTrainer._compute_loss": (
+        "logs `rewards/accuracies`, in training and in evaluation, with ties counted as wrong; its loss and reference "
+        "are what the implicit reward is measured against"
+    ),
+    "trl.trainer.dpo_trainer.DPOTrainer._prepare_dataset": (
+        "drops rows whose prompt is too long, and keeps the column of difficulties with the others"
+    ),
+    "trl.trainer.dpo_trainer.DPOTrainer.compute_ref_log_probs": (
+        "says which adapter is the reference: `ref` if there is one, none otherwise"
+    ),
     "trl.trainer.utils.RepeatSampler": (
         "`EpochSampler` reseeds its `generator` and draws one permutation of `num_samples` for each epoch gone by"
     ),

@@ -12,7 +12,6 @@ from functools import cache
 
 import pytest
 import transformers
-import trl
 from upstream import record
 from upstream.record import path_of
 
@@ -22,8 +21,8 @@ import trl_ext
 SEAMS = "trl_ext.trainers.seams."
 LONGEST_OVERRIDE = 40
 
-TRAINERS = [cls for cls in record.our_classes() if issubclass(cls, trl.GRPOTrainer)]
-CONFIGS = [cls for cls in record.our_classes() if issubclass(cls, trl.GRPOConfig)]
+TRAINERS = [cls for cls in record.our_classes() if issubclass(cls, transformers.Trainer)]
+CONFIGS = [cls for cls in record.our_classes() if issubclass(cls, transformers.TrainingArguments)]
 
 # Attributes of TRL's that are ours to replace
 REPLACED = {
@@ -70,10 +69,10 @@ def attributes_of_self(tree):
 
 
 @cache
-def upstream_names():
-    """What TRL's trainer and its bases define or assign on `self`."""
+def upstream_names(trainer):
+    """What the trainer of TRL's behind one of ours, and its bases, define or assign on `self`."""
     names = set()
-    for cls in record.upstream_classes(trl.GRPOTrainer):
+    for cls in record.upstream_classes(trainer):
         names |= set(vars(cls))
         if issubclass(cls, transformers.Trainer):
             names |= attributes_of_self(tree_of(cls))[1]
@@ -92,6 +91,7 @@ def test_every_trainer_of_the_package_is_looked_at():
     exported = {value for value in exported if inspect.isclass(value) and issubclass(value, kinds)}
     assert exported <= set(record.our_classes())
     assert len(TRAINERS) > 4 and len(CONFIGS) >= 4  # the seams too
+    assert all(cls.__module__.split(".")[0] == "trl" for cls in {record.upstream_classes(ours)[0] for ours in CONFIGS})
 
 
 @parametrized(record.overrides(of_upstream=False))
@@ -131,7 +131,7 @@ def test_private_methods_of_upstream_are_overridden_in_the_seams_only(cls, name,
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_argument_of_trls_config_is_one_of_ours(config):
     ours = {field.name: field for field in dataclasses.fields(config)}
-    for field in dataclasses.fields(trl.GRPOConfig):
+    for field in dataclasses.fields(record.upstream_classes(config)[0]):
         assert field.name in ours, field.name
         assert ours[field.name].init == field.init, field.name
 
@@ -142,7 +142,7 @@ def test_private_state_of_trls_that_we_touch_is_there(trainer):
     classes = [cls for cls in trainer.__mro__ if record.is_ours(cls)]
     ours = set().union(*(own_state(cls) | vars(cls).keys() for cls in classes))
     touched = set().union(*(attributes_of_self(tree_of(cls))[0] for cls in classes))
-    assert {name for name in touched if name.startswith("_")} - ours <= upstream_names()
+    assert {name for name in touched if name.startswith("_")} - ours <= upstream_names(trainer)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -152,5 +152,5 @@ def test_our_state_and_our_methods_dont_hide_upstreams(trainer):
     for cls in trainer.__mro__:
         if record.is_ours(cls):
             names = own_state(cls) | {name for name in vars(cls) if not name.startswith("__")}
-            hidden = (names & upstream_names()) - overridden - settled - REPLACED.keys()
+            hidden = (names & upstream_names(trainer)) - overridden - settled - REPLACED.keys()
             assert not hidden, f"{cls.__name__} uses names of upstream's for something else: {sorted(hidden)}"

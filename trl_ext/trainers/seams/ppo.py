@@ -15,6 +15,7 @@ import torch
 from accelerate.logging import get_logger
 from torch import nn
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.kernels import chunked_logprob
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
@@ -107,6 +108,10 @@ class ActorCriticSeams(GRPOTrainer):
     def attach_critic(self, critic: Critic) -> None:
         """Make `critic` part of the policy. After TRL has wrapped it: PEFT freezes and casts what it finds."""
         self.critic = critic.to(self.accelerator.device)
+        if is_deepspeed_zero3_enabled():
+            # It keeps what is trained in one buffer, of one type, and steps on a copy in float32
+            trained = {parameter.dtype for parameter in self.model.parameters() if parameter.requires_grad}
+            critic.to(next(iter(trained), torch.float32))
         if self.args.disable_dropout:
             disable_dropout_in_model(critic)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
