@@ -3,9 +3,11 @@ Selection with DeepSpeed ZeRO, under which the rounds of a refill generate with 
 machine compiles DeepSpeed's operators, which takes a minute.
 """
 
+import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 import trl
 import yaml
+from peft import load_peft_weights
 from safetensors.torch import load_file
 
 
@@ -21,13 +24,13 @@ pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 
 
-def launch(tmp_path: Path, stage: int, selection: str, checkpoint: Path | None = None) -> dict[str, Any]:
-    """Trains and returns what the worker saved. TRL's own configuration, on two processes without a GPU."""
+def start(tmp_path: Path, stage: int, *command: str | Path) -> None:
+    """Runs a worker with TRL's own configuration, on two processes without a GPU."""
     config = yaml.safe_load((Path(trl.__file__).parent / "accelerate_configs" / f"zero{stage}.yaml").read_text())
     config |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
     file = tmp_path / f"zero{stage}.yaml"
     file.write_text(yaml.safe_dump(config))
-    command = ["-m", "accelerate.commands.launch", "--config_file", file, WORKER, tmp_path, selection]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", file, *command]
     # DeepSpeed looks for ninja and its own programs beside the interpreter
     environment = {
         **os.environ,
@@ -36,13 +39,14 @@ def launch(tmp_path: Path, stage: int, selection: str, checkpoint: Path | None =
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     run = subprocess.run(
-        [sys.executable, *map(str, command), *([str(checkpoint)] if checkpoint else [])],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
+        [sys.executable, *map(str, launch)], env=environment, capture_output=True, text=True, timeout=400
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+
+
+def launch(tmp_path: Path, stage: int, selection: str, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Trains and returns what the worker saved."""
+    start(tmp_path, stage, WORKER, tmp_path, selection, *([checkpoint] if checkpoint else []))
     target = tmp_path / ("resumed" if checkpoint else "whole")
     result: dict[str, Any] = torch.load(target / "result.pt")
     assert result["stage"] == stage
@@ -63,3 +67,18 @@ def test_zero_3_refills_and_resumes(tmp_path: Path) -> None:
 def test_zero_2_duplicates(tmp_path: Path) -> None:
     result = launch(tmp_path, 2, "duplicate")
     assert result["counters"]["generation_rounds"] == 3
+
+
+def test_zero_3_hands_an_adapter_from_stage_to_stage(tmp_path: Path) -> None:
+    """Two rounds of pairs, DPO and PPO in one launch, each stage with an engine of its own around the same weights."""
+    start(tmp_path, 3, WORKER.with_name("schedule_worker.py"), tmp_path)
+    folders = ["start", "round_1/dpo", "round_1/ppo", "round_2/dpo", "round_2/ppo"]
+    adapters = [load_peft_weights(str(tmp_path / folder), device="cpu") for folder in folders]
+    for before, after in pairwise(adapters):
+        assert all(before[name].shape == weight.shape for name, weight in after.items())
+        assert 0 < max((before[name] - weight).abs().max().item() for name, weight in after.items()) < 0.5
+    # The reference of a stage is what the one before left: at the first step there is no KL to it
+    for round_ in (1, 2):
+        log = json.loads((tmp_path / f"round_{round_}/ppo/trainer_state.json").read_text())["log_history"]
+        kl = [entry["objective/kl"] for entry in log if "objective/kl" in entry]
+        assert abs(kl[0]) < 1e-5 < abs(kl[-1])

@@ -68,6 +68,14 @@ class LastColumns:
         return output
 
 
+class Float32Linear(nn.Linear):
+    """Computes in float32, whatever the type of its weights."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self.bias is not None
+        return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
+
+
 class ValueHead(nn.Module):
     """
     From hidden states to values, in float32 whatever the trunk's type. Starts at V = 0 everywhere: it moves neither
@@ -85,18 +93,18 @@ class ValueHead(nn.Module):
         if kind not in HEAD_KINDS:
             raise ValueError(f"kind={kind!r} is unknown. Choose one of {', '.join(map(repr, HEAD_KINDS))}.")
         self.hidden_size, self.kind = hidden_size, kind
-        self.dense = nn.Linear(hidden_size, hidden_size, dtype=torch.float32) if kind == "mlp" else None
-        self.out = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        self.dense = Float32Linear(hidden_size, hidden_size, dtype=torch.float32) if kind == "mlp" else None
+        self.out = Float32Linear(hidden_size, 1, dtype=torch.float32)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(B, S, H)` to `(B, S)`."""
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden = hidden.to(self.out.weight.dtype)
             if self.dense is not None:
                 hidden = nn.functional.gelu(self.dense(hidden))
-            return self.out(hidden).squeeze(-1).float()
+            values: torch.Tensor = self.out(hidden).squeeze(-1)
+            return values
 
 
 class Critic(nn.Module):
