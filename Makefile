@@ -19,7 +19,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 SFT := runs/sort_digits/sft/model.safetensors
 REWARD_MODEL := runs/sort_digits/reward_model/model.safetensors
 
-.PHONY: help setup test lint quickstart ppo clean
+.PHONY: help setup test lint quickstart ppo hybrid clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,7 +50,10 @@ quickstart: setup $(SFT) ## train a tiny model to sort digits, on a CPU too: SFT
 ppo: setup $(SFT) $(REWARD_MODEL) ## the same task with a learned reward: SFT, a reward model from pairs, then PPO
 	$(LAUNCH) recipes/ppo.py --config recipes/configs/quickstart_ppo.yaml $(ARGS)
 
-# Where both start; made once, and again when what makes it changes
+hybrid: setup $(SFT) ## the same task by the whole schedule: SFT, pairs made and cleaned, DPO, then PPO
+	$(LAUNCH) recipes/dpo_then_ppo.py --config recipes/configs/quickstart_hybrid.yaml $(ARGS)
+
+# Where all start; made once, and again when what makes it changes
 $(SFT): recipes/tasks/sort_digits.py recipes/configs/quickstart_sft.yaml | setup
 	$(PY) recipes/tasks/sort_digits.py --output_dir runs/sort_digits
 	$(LAUNCH) recipes/sft.py --config recipes/configs/quickstart_sft.yaml

@@ -4,8 +4,10 @@ What the recipes share: arguments, data, reward functions, held-out evaluation, 
 A recipe names a method; everything else is here once.
 """
 
+import argparse
 import importlib
 import importlib.util
+import json
 import os
 import shlex
 import sys
@@ -17,8 +19,11 @@ from typing import Any
 
 import torch
 import trl.rewards
+import yaml
+from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from huggingface_hub import create_repo, upload_folder
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -29,17 +34,27 @@ from trl import (
     get_quantization_config,
 )
 
+from trl_ext import DifficultyCurriculum, DPOThenPPO, GRPOTrainer, HealthChecks
 from trl_ext.evaluation.credit import TokenCredit, credit_by_token
 from trl_ext.evaluation.held_out import HeldOut
 from trl_ext.monitors.progress import ProgressLines
 from trl_ext.monitors.verify import verify
-from trl_ext.reports.card import results_section
-from trl_ext.reports.plots import plot_learning, plot_tokens
-from trl_ext.reports.summary import summarize, write_summary
+from trl_ext.reports.card import results_section, stages_section, write_stages_card
+from trl_ext.reports.plots import plot_learning, plot_stages, plot_tokens
+from trl_ext.reports.summary import summarize, summarize_stages, write_summary
 
 
 # TRL's defaults are made for GPUs.
 WITHOUT_ACCELERATOR = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+SHARED_BY_STAGES = (
+    *("output_dir", "use_cpu", "bf16", "fp16", "gradient_checkpointing", "gradient_checkpointing_kwargs", "seed"),
+    *("report_to", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm"),
+)
+SCHEDULE_SETTINGS = (
+    *("clean", "reference", "rounds", "accuracy_threshold", "accuracy_logs"),
+    *("held_out_samples", "held_out_every", "held_out_seed"),
+)
+METHODS = ("PPO", "GRPO", "DAPO", "DUPO", "GSPO")  # that a schedule can end with
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 # ... for the picture of single completions
@@ -89,6 +104,11 @@ class PolicyArguments(DataArguments):
             Also measure every so many optimizer steps. 0: only before and after.
         held_out_seed (`int`, *optional*, defaults to `0`):
             Chooses the prompts and the samples, the same ones at every measurement.
+        curriculum, curriculum_column (`str`, *optional*):
+            Schedule and column of a [`~trl_ext.DifficultyCurriculum`].
+        health_checks (`bool`, *optional*, defaults to `False`):
+            Watch KL, preference accuracy, entropy, reward hacking, length and the critic, and warn
+            ([`~trl_ext.HealthChecks`]).
         verify (`bool`, *optional*, defaults to `False`):
             Before training, measure on one step that the gradient is TRL's, and what time and memory are saved
             (`trl_ext.verify`).
@@ -104,6 +124,9 @@ class PolicyArguments(DataArguments):
     held_out_samples: int = field(default=4, metadata={"help": "Completions sampled for each held-out prompt."})
     held_out_every: int = field(default=0, metadata={"help": "Also measure every so many optimizer steps."})
     held_out_seed: int = field(default=0, metadata={"help": "Chooses the held-out prompts and the samples."})
+    curriculum: str | None = field(default=None, metadata={"help": "'easy_to_hard', 'frontier' or 'mixed'."})
+    curriculum_column: str | None = field(default=None, metadata={"help": "Column that says how hard a row is."})
+    health_checks: bool = field(default=False, metadata={"help": "Warn when the run leaves the road."})
     verify: bool = field(
         default=False, metadata={"help": "Measure first that the gradient is TRL's, and what is saved."}
     )
@@ -149,6 +172,34 @@ def parse_arguments(
         if training_args.process_index == 0:
             print(f"No accelerator in use: {settings}, {torch.get_num_threads()} thread(s) per process.", flush=True)
     return script_args, training_args, model_args, mixture_args
+
+
+def peek(argv: list[str], name: str, choices: tuple[str, ...]) -> str:
+    """
+    An argument that decides which other arguments there are: of the command line, or of the yaml file; by default the
+    first choice. Raises `ValueError` if it is none of them.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for argument in ("config", name):
+        parser.add_argument(f"--{argument}")
+    given = vars(parser.parse_known_args(argv)[0])
+    if given[name] is None and given["config"] is not None:
+        given[name] = yaml.safe_load(Path(given["config"]).read_text(encoding="utf-8")).get(name)
+    found = choices[0] if given[name] is None else given[name]
+    if found not in choices:
+        raise ValueError(f"--{name} is '{found}'. Choose one of {', '.join(choices)}.")
+    return str(found)
+
+
+def as_mapping(value: dict[str, Any] | str | None, argument: str) -> dict[str, Any]:
+    """Arguments within an argument: a mapping in the yaml file, JSON on the command line."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else dict(value or {})
+    except ValueError as error:
+        raise ValueError(f"--{argument} is '{value}', which is no JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--{argument} is '{value}'. Write a mapping, such as '{{\"name\": 1}}'.")
+    return found
 
 
 def load_function(spec: str, argument: str) -> Callable[..., Any]:
@@ -254,6 +305,13 @@ def load_data(script_args: DataArguments, mixture_args: DatasetMixtureConfig) ->
     return data
 
 
+def curriculum_of(script_args: PolicyArguments) -> DifficultyCurriculum | None:
+    """The curriculum that was asked for."""
+    if script_args.curriculum is None:
+        return None
+    return DifficultyCurriculum(script_args.curriculum, script_args.curriculum_column)
+
+
 def get_split(data: Mapping[str, Any], split: str, argument: str) -> Any:
     """One split of the data. Raises `ValueError` naming the argument and the splits there are."""
     if split not in data:
@@ -265,12 +323,7 @@ def trainer_arguments(
     script_args: DataArguments, training_args: Any, model_args: ModelConfig, data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The keyword arguments that all of TRL's trainers take, from the command line's."""
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    training_args.model_init_kwargs = model_settings(training_args, model_args)
     evaluates = training_args.eval_strategy != "no"
     return {
         "model": model_args.model_name_or_path,
@@ -282,9 +335,44 @@ def trainer_arguments(
     }
 
 
-def fit(trainer: Any) -> None:
-    """Trains, from `--resume_from_checkpoint` if given: a folder, or `true` for the last one in the output folder."""
+def stage_model_settings(training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
+    """The same for a model that several trainers share, quantization included."""
+    quantization = get_quantization_config(model_args)
+    return model_settings(training_args, model_args) | ({"quantization_config": quantization} if quantization else {})
+
+
+def watch_stage(trainer: Any, script_args: PolicyArguments) -> None:
+    """What is asked for of every trainer of a run of several stages."""
+    watch(trainer, script_args.health_checks)
+    if script_args.verify and isinstance(trainer, GRPOTrainer):
+        verify(trainer)
+
+
+def model_settings(training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
+    """How a model is loaded, from the command line's arguments."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+
+def shared_settings(training_args: Any) -> dict[str, Any]:
+    """What another stage of the same run takes over."""
+    return {name: getattr(training_args, name) for name in SHARED_BY_STAGES}
+
+
+def watch(trainer: Any, health_checks: bool) -> None:
+    """Progress on single lines, and health checks where they are asked for."""
     ProgressLines.instead_of_bars(trainer)
+    if health_checks:
+        HealthChecks().add_to(trainer)
+
+
+def fit(trainer: Any, health_checks: bool = False) -> None:
+    """Trains, from `--resume_from_checkpoint` if given: a folder, or `true` for the last one in the output folder."""
+    watch(trainer, health_checks)
     checkpoint = trainer.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint))
 
@@ -344,17 +432,17 @@ def train_policy(
     trainer = trainer_class(
         **trainer_arguments(script_args, training_args, model_args, data),
         **{"reward_funcs": reward_funcs, **(roles(script_args, reward_funcs) if roles is not None else {})},
+        curriculum=curriculum_of(script_args),
     )
     held_out = _add_held_out(trainer, data, script_args)
     if script_args.verify:
         verify(trainer)
-    fit(trainer)
+    fit(trainer, script_args.health_checks)
     credits = _credits(trainer, data, script_args)
 
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
-        processes = trainer.accelerator.num_processes
-        launch = ["accelerate", "launch", *(["--num_processes", str(processes)] if processes > 1 else [])]
+        launch = _launch(trainer.accelerator.num_processes)
         summary = summarize(
             trainer,
             held_out.measured if held_out is not None else {},
@@ -367,12 +455,11 @@ def train_policy(
         write_summary(summary, folder / "summary.json")
         title = f"{summary['method']} · {model_args.model_name_or_path} · {script_args.dataset_name}"
         figure = plot_learning(trainer.state.log_history, folder / "learning.png", title)
-        config = Path(argv[argv.index("--config") + 1]).read_text(encoding="utf-8") if "--config" in argv else None
         example = next(iter(trainer.train_dataset))["prompt"]
         section = results_section(
             summary,
             figure.name,
-            config,
+            _config(argv),
             example if isinstance(example, str) else None,
             plot_tokens(credits, folder / "tokens.png", title).name if credits else None,
         )
@@ -392,20 +479,65 @@ def _credits(trainer: Any, data: Mapping[str, Any], script_args: PolicyArguments
     return [by_score[-1], by_score[0]]
 
 
-def _add_held_out(trainer: Any, data: Mapping[str, Any], script_args: PolicyArguments) -> HeldOut | None:
-    """Has the policy measured on a seeded choice of test prompts, in batches as large as those of training."""
+def report_stages(run: DPOThenPPO, parsed: tuple[Any, ...], argv: list[str]) -> DPOThenPPO:
+    """Writes what a run of several stages leaves: `summary.json`, `stages.png`, its card; and publishes it."""
+    script_args, training_args, model_args, _ = parsed
+    state, folder, model = PartialState(), run.output_dir, model_args.model_name_or_path
+    if state.is_main_process:
+        method = f"DPO, then {run.policy_trainer._name}"
+        command = shlex.join([*_launch(state.num_processes), sys.argv[0], *argv])
+        named = method, model, script_args.dataset_name, command, script_args.start_name
+        summary = summarize_stages(run.stages, *named)
+        write_summary(summary, folder / "summary.json")
+        figure = plot_stages(run.stages, folder / "stages.png", f"{method} · {model} · {script_args.dataset_name}")
+        section = stages_section(summary, figure.name, _config(argv))
+        dataset = None if Path(str(script_args.dataset_name)).exists() else script_args.dataset_name
+        hub_id = training_args.hub_model_id or folder.name
+        write_stages_card(folder, section, summary, model, dataset, hub_id if training_args.push_to_hub else "")
+        for stage in summary["stages"]:
+            found = f"{summary['metric']} {stage[summary['metric']]:.3f}"
+            print(f"{stage['name']}: {found} ({stage['low']:.3f} to {stage['high']:.3f})")
+        if training_args.push_to_hub:
+            hub_id = create_repo(hub_id, private=training_args.hub_private_repo, exist_ok=True).repo_id
+            commit = upload_folder(repo_id=hub_id, folder_path=folder, ignore_patterns=["round_*", "start*"])
+            print(f"Pushed to {commit.repo_url}.")
+    state.print(f"Saved to {folder}.")
+    if torch.distributed.is_initialized():
+        state.destroy_process_group()
+    return run
+
+
+def _launch(processes: int) -> list[str]:
+    return ["accelerate", "launch", *(["--num_processes", str(processes)] if processes > 1 else [])]
+
+
+def _config(argv: list[str]) -> str | None:
+    """The text of the yaml file."""
+    return Path(argv[argv.index("--config") + 1]).read_text(encoding="utf-8") if "--config" in argv else None
+
+
+def held_out_rows(data: Mapping[str, Any], script_args: PolicyArguments) -> Any:
+    """A seeded choice of test prompts, `None` if none are asked for or there."""
     if script_args.held_out_prompts == 0:
         return None
     if script_args.dataset_test_split not in data:
-        trainer.accelerator.print(
+        PartialState().print(
             f"No held-out evaluation: the data set has no split '{script_args.dataset_test_split}' "
             f"(--dataset_test_split), only {', '.join(data)}."
         )
         return None
     prompts = data[script_args.dataset_test_split].shuffle(seed=script_args.held_out_seed)
+    return prompts.take(script_args.held_out_prompts)
+
+
+def _add_held_out(trainer: Any, data: Mapping[str, Any], script_args: PolicyArguments) -> HeldOut | None:
+    """Has the policy measured on a seeded choice of test prompts, in batches as large as those of training."""
+    prompts = held_out_rows(data, script_args)
+    if prompts is None:
+        return None
     held_out = HeldOut(
         trainer,
-        list(prompts.take(script_args.held_out_prompts)),
+        list(prompts),
         num_samples=script_args.held_out_samples,
         batch_size=max(1, trainer.args.generation_batch_size // script_args.held_out_samples),
         seed=script_args.held_out_seed,

@@ -4,11 +4,18 @@ An extension layer on Hugging Face TRL: trainers that subclass TRL's.
 Whoever can use `trl.GRPOTrainer` can use it: change the import, keep the rest.
 """
 
+from .curriculum.dpo_then_ppo import DPOThenPPO
+from .curriculum.pairs import make_pairs
+from .curriculum.schedule import DifficultyCurriculum
+from .monitors.health import HealthChecks
 from .monitors.verify import verify
 from .monitors.waste import WasteCallback
 from .rewards.guard import RewardFunctionError
+from .rewards.implicit import ImplicitReward
+from .rewards.objectives import ObjectiveSchedule, RewardConstraint, RewardObjectives
 from .roles.critic import load_critic
 from .trainers.dapo import DAPOConfig, DAPOTrainer
+from .trainers.dpo import DPOConfig, DPOTrainer
 from .trainers.dupo import DUPOConfig, DUPOTrainer
 from .trainers.grpo import GRPOConfig, GRPOTrainer
 from .trainers.gspo import GSPOConfig, GSPOTrainer
@@ -18,17 +25,27 @@ from .trainers.ppo import NonFiniteLossError, PPOConfig, PPOTrainer
 __all__ = [
     "DAPOConfig",
     "DAPOTrainer",
+    "DPOConfig",
+    "DPOThenPPO",
+    "DPOTrainer",
     "DUPOConfig",
     "DUPOTrainer",
+    "DifficultyCurriculum",
     "GRPOConfig",
     "GRPOTrainer",
     "GSPOConfig",
     "GSPOTrainer",
+    "HealthChecks",
+    "ImplicitReward",
     "NonFiniteLossError",
+    "ObjectiveSchedule",
     "PPOConfig",
     "PPOTrainer",
+    "RewardConstraint",
     "RewardFunctionError",
+    "RewardObjectives",
     "WasteCallback",
     "load_critic",
+    "make_pairs",
     "verify",
 ]

@@ -4,11 +4,14 @@ import os
 from pathlib import Path
 
 import common
+import dpo
+import dpo_then_ppo
+import make_pairs
 import pytest
 import tiny
 import trl.rewards
 from datasets import DatasetDict
-from trl import DatasetMixtureConfig, RewardConfig, SFTConfig
+from trl import DatasetMixtureConfig, ModelConfig, RewardConfig, SFTConfig
 
 import trl_ext
 
@@ -17,8 +20,14 @@ RECIPES = Path(common.__file__).parent
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 CONFIG_CLASSES = {name.lower(): getattr(trl_ext, f"{name}Config") for name in ("GRPO", "DAPO", "DUPO", "GSPO", "PPO")}
 CONFIG_CLASSES |= {"rloo": trl_ext.GRPOConfig, "reinforce": trl_ext.GRPOConfig}
-# TRL's own trainers: no rewards to load
-SUPERVISED = {"sft": SFTConfig, "reward": RewardConfig}
+# With arguments of their own
+SUPERVISED = {
+    "pairs": (make_pairs.PairArguments, trl_ext.GRPOConfig),
+    "sft": (common.DataArguments, SFTConfig),
+    "reward": (common.DataArguments, RewardConfig),
+    "dpo": (dpo.DPOArguments, trl_ext.DPOConfig),
+    "hybrid": (dpo_then_ppo.HybridArguments, trl_ext.PPOConfig),
+}
 
 
 def script(**arguments) -> common.PolicyArguments:
@@ -45,7 +54,7 @@ def test_every_configuration_is_understood(path, monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
     method = path.stem.removeprefix("quickstart_").split("_")[0]
     if method in SUPERVISED:
-        parsed = common.parse_arguments(common.DataArguments, SUPERVISED[method], ["--config", str(path)])
+        parsed = common.parse_arguments(*SUPERVISED[method], ["--config", str(path)])
     else:
         parsed = parse("--config", str(path), config_class=CONFIG_CLASSES[method])
         watched = parsed[1].reward_weights or [1.0]
@@ -61,6 +70,21 @@ def test_the_tutorials_numbers_are_in_one_file(monkeypatch):
     assert (args.epsilon, args.gamma, args.lam, args.vf_coef, args.entropy_coef) == (0.2, 0.99, 0.95, 0.5, 0.01)
     usual = trl_ext.PPOConfig(output_dir="out", use_cpu=True, bf16=False)
     assert (usual.epsilon, usual.gamma, usual.lam, usual.vf_coef, usual.entropy_coef) == (0.2, 1.0, 0.95, 0.1, 0.0)
+
+
+def test_dpos_tutorial_says_where_it_leaves_the_defaults(monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    path = "recipes/configs/dpo_tutorial.yaml"
+    _, args, model_args, _ = common.parse_arguments(dpo.DPOArguments, trl_ext.DPOConfig, ["--config", path])
+    usual, usual_model = trl_ext.DPOConfig(output_dir="out", use_cpu=True, bf16=False), ModelConfig()
+    assert (args.beta, args.learning_rate, model_args.use_peft) == (0.1, 5e-6, True)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 16
+    # What the comments say of the defaults
+    assert (usual.beta, usual.learning_rate, usual.num_train_epochs, usual.warmup_steps) == (0.1, 1e-6, 3, 0)
+    assert (usual.per_device_train_batch_size, usual.gradient_accumulation_steps, usual.max_length) == (8, 1, 1024)
+    assert (usual.lr_scheduler_type, usual.eval_strategy, usual.label_smoothing) == ("linear", "no", 0)
+    assert (usual_model.use_peft, usual_model.lora_r, usual_model.lora_alpha) == (False, 16, 32)
+    assert usual_model.lora_dropout == 0.05 and usual.disable_dropout
 
 
 def test_what_a_recipe_sets_gives_way_to_the_user(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import common
+import dpo_then_ppo
 import filter_prompts
 import pytest
 import reward
@@ -14,9 +15,11 @@ import sft
 import sort_digits
 import torch
 from datasets import Dataset, load_from_disk
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import trl_ext
+from trl_ext import DPOThenPPO
 
 
 ROOT = Path(common.__file__).parents[1]
@@ -242,3 +245,59 @@ def test_filtered_prompts_are_the_next_data_set(task, monkeypatch, capsys):
     kept = common.load_data(common.DataArguments(dataset_name=str(output)), common.DatasetMixtureConfig())
     assert list(kept["test"]["pass_rate"]) == [rate for rate in rates if 0 < rate < 1]
     assert len(kept["train"]) == 256
+
+
+@pytest.fixture(scope="module")
+def hybrid(task) -> tuple[DPOThenPPO, Path]:
+    """All stages, small; pairs judged by what a model this untrained differs in."""
+    argv = [
+        *quickstart("hybrid", task, "sft", "hybrid"),
+        *("--reward_funcs", REWARDS[1], "--max_steps", "4", "--per_device_train_batch_size", "16"),
+        *("--held_out_prompts", "16", "--held_out_samples", "2", "--held_out_every", "2", "--save_steps", "2"),
+        *("--pairs", '{"prompts": 96, "num_generations": 4, "truncated": "keep"}'),
+        *("--dpo", '{"max_steps": 2, "per_device_train_batch_size": 16, "logging_steps": 1}'),
+    ]
+    return dpo_then_ppo.main(argv), task / "hybrid"
+
+
+def test_all_stages_from_one_command(hybrid):
+    run, folder = hybrid
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [(stage["name"], stage["steps"]) for stage in summary["stages"]] == [("sft", 0), ("dpo", 2), ("ppo", 4)]
+    for stage in summary["stages"]:
+        assert stage["low"] <= stage["first_token_even"] <= stage["high"]
+        assert stage["intervals"]["first_token_even"] == [stage["low"], stage["high"]]
+        assert (stage["prompts"], stage["samples"]) == (16, 32)
+    sampled = json.loads((folder / "round_1/pairs/report.json").read_text())["generated_tokens"]
+    assert summary["stages"][1]["generated_tokens"] == sampled
+    assert summary["generated_tokens"] == sum(stage["generated_tokens"] for stage in summary["stages"])
+    assert run.stages[-1].measured["first_token_even"].mean == pytest.approx(
+        summary["stages"][-1]["first_token_even"], abs=1e-4
+    )
+    assert "by cross-fitting in 5 folds" in (folder / "round_1/pairs/cleaning.txt").read_text()
+    card = (folder / "README.md").read_text()
+    assert "library_name: peft" in card and "](stages.png)" in card and "max_steps: 200" in card
+    rows = [line.split("|")[1].strip() for line in card.splitlines() if line.startswith("|")]
+    assert rows == ["stage", "---", "sft", "dpo", "ppo"]
+    assert (folder / "stages.png").stat().st_size > 10_000
+
+
+def test_what_all_stages_leave_is_an_adapter_of_the_start(hybrid, task):
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(task / "sft"), hybrid[1])
+    assert trl_ext.load_critic(hybrid[1] / "critic", policy) is not None
+
+
+def test_the_second_method_is_looked_up(task):
+    with pytest.raises(ValueError, match=r"--method is 'TRPO'\. Choose one of PPO, GRPO"):
+        dpo_then_ppo.main([*quickstart("hybrid", task, "sft", "other"), "--method", "TRPO"])
+    with pytest.raises(ValueError, match=r"--dpo is '\{beta: 1\}', which is no JSON"):
+        dpo_then_ppo.main([*quickstart("hybrid", task, "sft", "other"), "--dpo", "{beta: 1}"])
+
+
+def test_a_curriculum_and_health_checks_by_name(task):
+    """The arguments of every recipe that samples; the checks are in the log."""
+    argv = policy(task, "in_order", "--health_checks", "true", "--curriculum", "frontier", "--held_out_prompts", "0")
+    trainer = common.train_policy(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, argv)
+    assert trainer.curriculum.schedule == "frontier"
+    logged = {key for entry in trainer.state.log_history for key in entry}
+    assert {"curriculum/difficulty", "health/entropy"} <= logged

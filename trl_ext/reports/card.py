@@ -4,7 +4,10 @@ command and configuration that repeat it.
 """
 
 import json
+from pathlib import Path
 from typing import Any
+
+from trl.trainer.utils import generate_model_card
 
 from ..evaluation.pairs import PAIR_ACCURACY
 from ..monitors.progress import count
@@ -47,13 +50,89 @@ def results_section(
     parts.append(_costs(summary))
     if example_prompt is not None:
         parts += ["### Ask it", _usage(example_prompt)]
+    return "\n\n".join([*parts, *_repeat(summary, config)]) + "\n"
+
+
+def stages_section(summary: dict[str, Any], figure: str | None = None, config: str | None = None) -> str:
+    """
+    Markdown for the model card of a run of several stages.
+
+    Args:
+        summary (`dict[str, Any]`):
+            What [`~trl_ext.reports.summary.summarize_stages`] returned.
+        figure, config (`str`, *optional*):
+            As in [`results_section`].
+
+    Returns:
+        `str`: a section that begins with a heading of level 2.
+    """
+    parts = ["## Results"]
+    stages = summary["stages"]
+    if stages:
+        names = list(stages[-1]["intervals"])
+        parts.append(
+            f"Held-out prompts ({stages[-1]['prompts']}, {stages[-1]['samples']} sampled completions) after each "
+            "stage, with 95 % intervals that take the prompt as the unit:"
+        )
+        header = [*names, "optimizer steps", "tokens generated", "seconds"]
+        rows = [f"| stage | {' | '.join(header)} |", "|---|" + "---|" * len(header)]
+        for stage in stages:
+            cells = [_cell(stage, name) for name in names]
+            cells += [str(stage["steps"]), count(stage["generated_tokens"]), f"{stage['seconds']:.0f}"]
+            rows.append(f"| {stage['name']} | {' | '.join(cells)} |")
+        parts.append("\n".join(rows))
+    if figure is not None:
+        parts.append(
+            f"![{summary['method']}: held-out results, preference accuracy and KL by optimizer step]({figure})"
+        )
+    return "\n\n".join([*parts, *_repeat(summary, config)]) + "\n"
+
+
+def write_stages_card(
+    folder: str | Path, section: str, summary: dict[str, Any], base_model: str, dataset: str | None, hub_id: str = ""
+) -> None:
+    """
+    Writes `README.md`: TRL's model card, then `section`.
+
+    Args:
+        folder (`str` or `Path`):
+            Of the model.
+        section (`str`):
+            What [`stages_section`] returned.
+        summary (`dict[str, Any]`):
+            What that was made from.
+        base_model (`str`):
+            Hub id, or a folder, which the card then doesn't link.
+        dataset (`str`, *optional*):
+            Hub id of the data.
+        hub_id (`str`, *optional*):
+            Where the model is published.
+    """
+    name = hub_id.split("/")[-1] or Path(folder).name
+    methods = list(dict.fromkeys(stage["name"].split()[0] for stage in summary["stages"][1:]))
+    linked = None if Path(base_model).exists() else base_model
+    card: Any = generate_model_card(
+        linked, name, hub_id, dataset, ["trl", "trl_ext", *methods], None, None, summary["method"],
+        "", paper_title="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+        paper_id="2305.18290",
+    )  # fmt: skip
+    card.data.library_name = "peft"  # what is published is an adapter
+    text = str(card)
+    # TRL's template says None where there is no Hub id
+    text = text.replace("[None](https://huggingface.co/None)", "a model without a Hub id")
+    text = text.replace('model=""', f'model="{name}"')
+    (Path(folder) / "README.md").write_text(f"{text.rstrip()}\n\n{section}", encoding="utf-8")
+
+
+def _repeat(summary: dict[str, Any], config: str | None) -> list[str]:
+    """How the run is repeated, and with which versions."""
+    parts = []
     if summary["command"]:
         parts += ["### Train it again", f"```shell\n{summary['command']}\n```"]
         if config:
             parts.append(f"with this configuration:\n\n```yaml\n{redact(config.strip())}\n```")
     versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
-    parts.append(f"Made with {versions}.")
-    return "\n\n".join(parts) + "\n"
+    return [*parts, f"Made with {versions}."]
 
 
 def _headline(summary: dict[str, Any]) -> str:

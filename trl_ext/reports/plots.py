@@ -7,6 +7,7 @@ line style or label.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ..curriculum.stages import StageResult
 from ..evaluation.credit import TokenCredit
 from ..evaluation.held_out import Estimate, read_estimates
 from ..monitors.progress import count
+from .summary import metric_of
 
 
 BLUE, ORANGE, GREEN, VERMILION, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#8C8C8C"
 INK = "#333333"
+STAGE_TINTS = ("#F3F6FA", "#FBF6EC")
 TOKEN_PANELS = (
     "V before the token",
     "advantage\n(before whitening)",
@@ -76,6 +80,58 @@ def plot_learning(
         groups, tokens = next(stripes).subplots(1, 2, width_ratios=[1.7, 1])
         _draw_groups(groups, log_history)
         _draw_tokens(tokens, log_history)
+    return _save(figure, path)
+
+
+def plot_stages(stages: Sequence[StageResult], path: str | Path, title: str, metric: str | None = None) -> Path:
+    """
+    Draws a run of several stages on one axis, optimizer steps from the first to the last: held-out results with what
+    was sampled in training, preference accuracy where DPO trained, and KL to the reference where it was logged.
+
+    Args:
+        stages (`Sequence[StageResult]`):
+            In order, as [`~trl_ext.curriculum.dpo_then_ppo.DPOThenPPO`] has them.
+        path (`str` or `Path`):
+            Where the PNG goes.
+        title (`str`):
+            Heading of the figure.
+        metric (`str`, *optional*):
+            Name of the reward function to show; by default the first one that was measured.
+
+    Returns:
+        `Path`: `path`.
+    """
+    metric = metric or metric_of(stages)
+    trained = [stage for stage in stages if stage.steps]
+    starts = list(accumulate((stage.steps for stage in trained), initial=0))
+    logs = [
+        {**entry, "step": start + entry["step"]}
+        for stage, start in zip(trained, starts, strict=False)
+        for entry in stage.log_history
+    ]
+    figure = Figure(figsize=(11, 8.6), dpi=130, layout="constrained")
+    figure.suptitle(title, fontsize=15, fontweight="bold", color=INK)
+    axes = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1])
+    for axis in axes:
+        for i, (start, stage) in enumerate(zip(starts, trained, strict=False)):
+            axis.axvspan(start, start + stage.steps, color=STAGE_TINTS[i % len(STAGE_TINTS)], linewidth=0)
+    several = max((stage.round for stage in stages), default=1) > 1
+    for start, stage in zip(starts, trained, strict=False):
+        name = f"{stage.name.upper()} {stage.round}" if several else stage.name.upper()
+        axes[0].annotate(
+            name, (start + stage.steps / 2, 1.0), (0, -4), xycoords=("data", "axes fraction"), color=INK,
+            textcoords="offset points", ha="center", va="top", fontsize=11, fontweight="bold",
+        )  # fmt: skip
+    _draw_stage_results(axes[0], stages, starts, logs, metric)
+    _draw_preference_accuracy(axes[1], logs)
+    _heading(axes[2], "KL to the reference, nats a completion")
+    steps, (values,) = series(logs, "objective/kl")
+    if steps:
+        _draw_course(axes[2], steps, values)
+    else:
+        axes[2].annotate("not logged", (0.5, 0.5), xycoords="axes fraction", ha="center", color=GREY)
+    axes[2].set_xlabel("optimizer step, all stages", fontsize=9, color=INK)
+    axes[2].set_xlim(0, max(starts[-1], 1))
     return _save(figure, path)
 
 
@@ -184,6 +240,51 @@ def _draw_score(axis: Axes, log_history: Sequence[dict[str, Any]], shown: list[f
     smoothed = smooth(scores, max(3, len(scores) // 12))
     right.set_ylabel("score", fontsize=9, color=INK)
     return right.plot(steps, smoothed, color=ORANGE, linewidth=2, linestyle="--", label="score maximised (right)")
+
+
+def _draw_stage_results(
+    axis: Axes,
+    stages: Sequence[StageResult],
+    starts: Sequence[int],
+    logs: Sequence[dict[str, Any]],
+    metric: str | None,
+) -> None:
+    _heading(axis, f"{metric or 'reward'}, held out and while training")
+    steps, (values,) = series(logs, f"rewards/{metric}/mean")
+    if steps:
+        axis.plot(steps, values, color=SKY, linewidth=1, alpha=0.8, label="sampled in training")
+    held_out = {step: estimates[metric] for step, estimates in read_estimates(logs).items() if metric in estimates}
+    ends = dict(zip((stage.folder for stage in stages if stage.steps), starts[1:], strict=True))
+    for stage in stages:  # those without steps were measured where they began
+        if metric in stage.measured:
+            held_out[ends.get(stage.folder, 0)] = stage.measured[metric]
+    if not held_out:
+        return _nothing(axis, "nothing was measured")
+    at = sorted(held_out)
+    found = [held_out[step] for step in at]
+    reach = [[max(0.0, e.mean - e.low) for e in found], [max(0.0, e.high - e.mean) for e in found]]
+    axis.errorbar(
+        at, [e.mean for e in found], reach, fmt="D-", color=VERMILION, markersize=6, capsize=4, linewidth=1.6,
+        label="held-out prompts, 95 %", zorder=5,
+    )  # fmt: skip
+    axis.margins(y=0.15)
+    axis.grid(axis="y", alpha=0.25)
+    axis.legend(frameon=False, fontsize=9, loc="lower right")
+
+
+def _draw_preference_accuracy(axis: Axes, logs: Sequence[dict[str, Any]]) -> None:
+    _heading(axis, "share of pairs that the implicit reward ranks right")
+    for key, color, label in (
+        ("rewards/accuracies", BLUE, "training pairs"),
+        ("eval_rewards/accuracies", VERMILION, "held-out pairs"),
+    ):
+        steps, (values,) = series(logs, key)
+        if steps:
+            axis.plot(steps, values, color=color, linewidth=2, marker="." if len(steps) < 40 else None, label=label)
+    axis.set_ylim(0, 1.02)
+    axis.grid(axis="y", alpha=0.25)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=9, loc="lower right")
 
 
 def _draw_course(axis: Axes, steps: list[int], values: list[float], label: str | None = None) -> None:

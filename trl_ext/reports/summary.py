@@ -8,11 +8,15 @@ import math
 import os
 import platform
 import re
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from accelerate import PartialState
+
+from ..curriculum.stages import StageResult
 from ..evaluation.held_out import Estimate, difference
 
 
@@ -69,6 +73,7 @@ def summarize(
         count the whole run, over all processes.
     """
     counters, saved = getattr(trainer, "counters", None), getattr(trainer, "saved", None)
+    processes = trainer.accelerator.num_processes
     summary: dict[str, Any] = {
         "method": type(trainer).__name__.removesuffix("Trainer"),
         "model": model,
@@ -88,19 +93,89 @@ def summarize(
         "critic": _critic(trainer.state.log_history),
         "seed": trainer.args.seed,
         "command": None if command is None else redact(command),
-        "machine": {
-            "device": trainer.accelerator.device.type,
-            "processes": trainer.accelerator.num_processes,
-            "cpus": os.cpu_count(),
-            "platform": platform.system(),
-        },
-        "versions": {"python": platform.python_version(), **_versions()},
+        **_made_on(trainer.accelerator.device.type, processes),
     }
     if measured:
         (first, before), (last, after) = next(iter(measured.items())), next(reversed(measured.items()))
         gain = {name: difference(before[name], after[name]) for name in after if name in before}
         summary |= {"before": _entry(before, first), "after": _entry(after, last), "gain": _entry(gain, last)}
     return summary
+
+
+def summarize_stages(
+    stages: Sequence[StageResult],
+    method: str,
+    model: str | None = None,
+    dataset: str | None = None,
+    command: str | None = None,
+    start_name: str = "start",
+) -> dict[str, Any]:
+    """
+    Builds the summary of a run of several stages.
+
+    Args:
+        stages (`Sequence[StageResult]`):
+            As [`~trl_ext.curriculum.dpo_then_ppo.DPOThenPPO`] has them.
+        method (`str`):
+            What the schedule is called.
+        model, dataset, command (*optional*):
+            As in [`summarize`].
+        start_name (`str`, *optional*, defaults to `"start"`):
+            What to call the policy as it came.
+
+    Returns:
+        `dict[str, Any]`: `metric`, the first one that all stages have, and `stages`, with an entry for each that was
+        measured: `name` (with the round, from the second on), the mean of each metric by its name, `low` and `high`,
+        the 95 % interval of `metric`, `intervals` of all, `prompts`, `samples`, `steps`, `generated_tokens` (those of
+        the pairs are DPO's) and `seconds`.
+    """
+    entries: list[dict[str, Any]] = []
+    sampled, took = 0, 0.0  # for pairs, which belong to the stage that learns from them
+    metric = metric_of(stages)
+    for stage in stages:
+        sampled, took = sampled + stage.generated_tokens, took + stage.seconds
+        if metric not in stage.measured:
+            continue
+        first = stage.measured[metric]
+        results = _entry(stage.measured, stage.steps)
+        results["steps"] = results.pop("step")
+        name = start_name if stage.round == 0 else stage.name
+        entries.append(
+            {
+                "name": name if stage.round < 2 else f"{name} {stage.round}",
+                "low": round(first.low, 4),
+                "high": round(first.high, 4),
+                **results,
+                "generated_tokens": sampled,
+                "seconds": round(took, 1),
+            }
+        )
+        sampled, took = 0, 0.0
+    state: Any = PartialState()
+    return {
+        "method": method,
+        "model": model,
+        "dataset": dataset,
+        "metric": metric,
+        "stages": entries,
+        "steps": sum(stage.steps for stage in stages),
+        "generated_tokens": sum(stage.generated_tokens for stage in stages),
+        "seconds": round(sum(stage.seconds for stage in stages), 1),
+        "command": None if command is None else redact(command),
+        **_made_on(state.device.type, state.num_processes),
+    }
+
+
+def metric_of(stages: Sequence[StageResult]) -> str | None:
+    """The first metric that every stage has which was measured: a learned reward is none of the start."""
+    measured = [stage.measured for stage in stages if stage.measured]
+    names = measured[-1] if measured else ()
+    return next((name for name in names if all(name in found for found in measured)), None)
+
+
+def _made_on(device: str, processes: int) -> dict[str, Any]:
+    machine = {"device": device, "processes": processes, "cpus": os.cpu_count(), "platform": platform.system()}
+    return {"machine": machine, "versions": {"python": platform.python_version(), **_versions()}}
 
 
 def write_summary(summary: dict[str, Any], path: str | Path) -> None:
