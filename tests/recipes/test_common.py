@@ -55,6 +55,12 @@ def test_every_configuration_is_understood(path, monkeypatch):
     method = path.stem.removeprefix("quickstart_").split("_")[0]
     if method in SUPERVISED:
         parsed = common.parse_arguments(*SUPERVISED[method], ["--config", str(path)])
+        if method == "hybrid":
+            shared = common.shared_settings(parsed[1])
+            assert (
+                trl_ext.DPOConfig(**shared | common.as_mapping(parsed[0].dpo, "dpo")).output_dir
+                == parsed[1].output_dir
+            )
     else:
         parsed = parse("--config", str(path), config_class=CONFIG_CLASSES[method])
         watched = parsed[1].reward_weights or [1.0]
