@@ -241,6 +241,25 @@ def test_clean_pairs_stay_nearly_as_they_are():
     assert report.to_dict()["flipped"] < 50
 
 
+def test_scorers_that_learned_nothing_judge_nothing():
+    """Their margins fit a rate of one half with any slope, by which half of the labels would be turned around."""
+    pairs, _ = with_wrong_labels(300, 0.0)
+    for seed in range(4):
+        draw = random.Random(seed)
+        for shift in (0.0, 0.18):  # nothing, and next to nothing
+
+            def fit(others, draw=draw, shift=shift):
+                return lambda prompts, completions: [
+                    draw.gauss(0, 1) + shift * (float(text) > 0.5) for text in completions
+                ]
+
+            left, report = clean_by_cross_fitting(pairs, fit, folds=3, rounds=2)
+            assert not report.noise.is_told and report.noise_left is None
+            assert left[:] == pairs[:]
+            assert "300 kept: the scorers learned too little" in str(report)
+            assert "can't be told" in str(report)
+
+
 def test_the_report_can_be_kept(tmp_path):
     pairs, _ = with_wrong_labels(400, 0.2)
     _, report = clean_by_cross_fitting(pairs, FitsANumber(), folds=2)

@@ -137,6 +137,18 @@ def test_partial_results_of_something_else_are_refused(tmp_path):
         pass_rates(trainer, data(1, 2), partial_results=partial)
 
 
+def test_a_file_that_says_nothing_yet_is_begun_anew(tmp_path):
+    """A process may be killed before the first line is whole; a torn last line goes, and nothing else is touched."""
+    trainer, partial = tiny.trainer(GRPOTrainer, tmp_path, Solves()), tmp_path / "partial.jsonl"
+    for torn in ("", '{"model": "ab'):
+        partial.write_text(torn)
+        assert pass_rates(trainer, data(1, 2), partial_results=partial)["pass_rate"] == [0.25, 0.5]
+    whole = partial.read_text()
+    partial.write_text(whole + "[0.25, ")
+    assert pass_rates(trainer, data(1, 2), partial_results=partial)["pass_rate"] == [0.25, 0.5]
+    assert partial.read_text() == whole
+
+
 def test_bad_input_is_named(tmp_path):
     trainer = tiny.trainer(GRPOTrainer, tmp_path, Solves())
     with pytest.raises(ValueError, match="already has a column `pass_rate`"):

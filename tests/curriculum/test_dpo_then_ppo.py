@@ -404,7 +404,7 @@ class TestPairs:
 
     def test_cross_fitted_on_the_same_trunk(self, tmp_path: Path) -> None:
         """By scorers with DPO's own settings, which are neither evaluated nor saved; the policy stays as it was."""
-        args = dpo_args(max_steps=2, eval_strategy="steps", eval_steps=1, load_best_model_at_end=False)
+        args = dpo_args(max_steps=2, eval_strategy="steps", eval_steps=1, eval_on_start=True)
         looks = Looks(adapter_of)
         run = short(
             tmp_path, pairs=pairs(60), eval_pairs=pairs(8), dpo_args=args, clean="cross_fitting", prepare=looks

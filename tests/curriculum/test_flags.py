@@ -103,6 +103,14 @@ def test_pairs_that_differ_in_their_end_only():
     assert "2 differ in nothing but where they end" in str(report)
 
 
+def test_punctuation_that_means_something():
+    """Signs and comparisons: evened out for near duplicates, and not where labels and ends are compared."""
+    flagged, _ = flag_pairs(pairs(("2 - 5 =", "-3", "3"), ("2 - 5 =", "3", "-3"), ("is 1 < 2?", "x<y", "x>y")))
+    assert flagged["length_only"] == [False, False, False]
+    assert flagged["near_duplicate_of"] == [None, 0, None]
+    assert flagged["contradicts_it"] == [False, True, False]
+
+
 def test_conversations():
     def turn(role: str, text: str) -> list[dict[str, str]]:
         return [{"role": role, "content": text}]

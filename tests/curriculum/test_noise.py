@@ -1,6 +1,7 @@
 """The noise rate on margins whose noise is known, and what it makes of single labels."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,3 +93,12 @@ def test_bad_margins_are_named():
         estimate_noise([1.0] * 60 + [math.inf])
     with pytest.raises(ValueError, match="All margins are zero"):
         estimate_noise([0.0] * 60)
+
+
+def test_what_can_be_told():
+    def told(low: float, high: float) -> bool:
+        return replace(estimate_noise(margins(0.2, 5.0, 1.0)), low=low, high=high).is_told
+
+    assert told(0.18, 0.22) and told(0.0, 0.25)
+    assert not told(0.3, 0.5)  # no worse than a coin
+    assert not told(0.0, 0.47)  # next to nothing is known

@@ -29,6 +29,8 @@ def test_best_and_worst():
     assert names(pair_up(ABC)[0]) == [("b", "c", 1.5)]  # of b and d, which are equal, the first
     assert pair_up(ABC, margin=1.5) == ([], "no margin large enough")
     assert pair_up([sample("a", 1.0), sample("b", 1.0)]) == ([], "all scores are equal")
+    only_worst_ended = [sample("cut", 1.0, ended=False), sample("ended", 0.0)]
+    assert pair_up(only_worst_ended, truncated="reject") == ([], "only a truncated completion was better")
 
 
 def test_all_pairs_above_a_margin():
@@ -130,20 +132,21 @@ def test_a_completion_without_end_is_left_out_unless_asked_for(tmp_path):
 
 # With what comes before and after an answer in its place, as templates of real models
 TURNS = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}w0 {{ m['content'] }} <eos>"
+    "{% if aloud %}w7 {% endif %}{% for m in messages %}{% if m['role'] == 'assistant' %}w0 {{ m['content'] }} <eos>"
     "{% else %}{{ m['content'] + ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}w0 {% endif %}"
 )
 
 
-@pytest.mark.parametrize("conversational", [False, True])
-def test_dpo_trains_on_exactly_what_was_sampled(conversational, tmp_path):
-    prompts = tiny.prompts(8, conversational=conversational)
+@pytest.mark.parametrize(("conversational", "template"), [(False, None), (True, None), (True, {"aloud": True})])
+def test_dpo_trains_on_exactly_what_was_sampled(conversational, template, tmp_path):
+    prompts = tiny.prompts(40, conversational=conversational)
     if not conversational:  # words are split at spaces
         prompts = prompts.map(lambda row: {"prompt": row["prompt"] + " "})
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = TURNS
     arguments = {"train_dataset": prompts, "processing_class": tokenizer}
-    pairs, report = make_pairs(tiny.trainer(GRPOTrainer, tmp_path, tiny.low_ids, arguments), prompts)
+    trainer = tiny.trainer(GRPOTrainer, tmp_path, tiny.low_ids, arguments, chat_template_kwargs=template)
+    pairs, report = make_pairs(trainer, prompts)
     assert report.read_otherwise == 0
     settings = tiny.cpu_settings(tmp_path, max_steps=1)
     for name in ("num_generations", "max_completion_length"):
@@ -154,6 +157,8 @@ def test_dpo_trains_on_exactly_what_was_sampled(conversational, tmp_path):
     for row in dpo.train_dataset:
         assert row["chosen_ids"] == row["chosen_sampled_ids"]
         assert row["rejected_ids"] == row["rejected_sampled_ids"]
+        # Two words, what begins an answer, and what the argument adds
+        assert len(row["prompt_ids"]) == 2 + conversational + (template is not None)
     dpo.train()
     assert dpo.state.global_step == 1
 

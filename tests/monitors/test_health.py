@@ -247,6 +247,25 @@ def test_length_drifts_both_ways(length, told):
     assert not told or told in run.callback.alarms[0].message
 
 
+def test_completions_that_a_curriculum_lets_grow_are_measured_by_their_limit():
+    run = Run(LengthCheck(patience=1))
+    for limit in range(64, 1024, 64):
+        run.log({"curriculum/completion_length": limit, "completions/mean_length": 0.4 * limit})
+    assert not run.callback.alarms
+    run.log({"curriculum/completion_length": 1024, "completions/mean_length": 0.9 * 1024})
+    message = "completions have 90% of their limit, more than 2 times the 40% of the start"
+    assert message in run.callback.alarms[0].message
+
+
+def test_the_held_out_metric_is_the_same_after_a_resume():
+    """A state that was saved has its keys sorted: the first one logged may not be the first one read."""
+    names = ("held_out/strict", "held_out/accuracy")
+    run = Run(RewardHackingCheck())
+    run.log({"reward": 1.0}, {key: 0.5 for name in names for key in (name, f"{name}/low")})
+    again = Run(RewardHackingCheck(), history=[dict(sorted(entry.items())) for entry in run.state.log_history])
+    assert run.callback.key == again.callback.key == "held_out/accuracy"
+
+
 # Reward hacking
 
 
@@ -367,6 +386,7 @@ def test_a_named_metric():
         (lambda: RewardHackingCheck(p_value=1.0), "p_value=1.0 must be in"),
         (lambda: RewardHackingCheck(min_fall=-0.1), "min_fall=-0.1 must not be negative"),
         (lambda: HealthChecks(without=["lenght"]), "there is no check 'lenght', only kl, preference_accuracy"),
+        (lambda: HealthChecks(RewardHackingCheck("held_out/a"), RewardHackingCheck("held_out/b")), "given twice"),
     ],
 )
 def test_bad_settings_are_named(build, message):

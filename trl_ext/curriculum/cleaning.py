@@ -30,6 +30,7 @@ Fit = Callable[[Dataset], Scorer]
 
 KEPT, FLIPPED, DROPPED = "kept", "flipped", "dropped"
 NOT_SCORED = "not scored"
+NOT_TOLD = "the scorers learned too little to tell wrong labels from their own errors"
 # Columns that change their sign when a pair is turned around: ours, and the one that TRL's reward trainer knows
 MARGINS = ("score_margin", "margin")
 
@@ -312,7 +313,8 @@ def clean_by_cross_fitting(
 
     Returns:
         The pairs that are left, in order, and the [`CleaningReport`], whose `noise.label_smoothing` is for a DPO on
-        the pairs as they were, and `noise_left` for one on those that are left. Pairs that aren't scored stay.
+        the pairs as they were, and `noise_left` for one on those that are left. Pairs that aren't scored stay, and all
+        do where the noise rate can't be told ([`NoiseEstimate`]'s `is_told`).
 
     Raises:
         `ValueError`: if a probability is out of range, or `drop_above` isn't below `flip_above`.
@@ -332,8 +334,13 @@ def clean_by_cross_fitting(
         margins = cross_fitted_margins(turn_around(pairs, sorted(turned)), fit, folds, seed, on_progress)
         margins = [-margin if row in turned else margin for row, margin in enumerate(margins)]
         noise = estimate_noise(margins)
+        if not noise.is_told:
+            break
         wrong = wrong_label_probabilities(margins, noise)
         turned = {row for row, probability in enumerate(wrong) if probability > 0.5}
+    method = f"by cross-fitting in {folds} folds" + (f", {rounds} rounds" if rounds > 1 else "")
+    if not noise.is_told:
+        return _apply(pairs, [(KEPT, NOT_TOLD)] * len(pairs), method, noise, None)
     decisions, left = [], []
     for margin, probability in zip(margins, wrong, strict=True):
         if math.isnan(margin):
@@ -348,7 +355,6 @@ def clean_by_cross_fitting(
             decisions.append((KEPT, "more likely right"))
             left.append(probability)
     noise_left = sum(left) / len(left) if left else None
-    method = f"by cross-fitting in {folds} folds" + (f", {rounds} rounds" if rounds > 1 else "")
     return _apply(pairs, decisions, method, noise, noise_left)
 
 

@@ -635,6 +635,7 @@ class DPOThenPPO:
         judge.add_adapter(REFERENCE_ADAPTER, judge.peft_config[ADAPTER])
         load_adapter(judge, self._adapter_before(round_), REFERENCE_ADAPTER)
         judge.to(PartialState().device)
+        template: Any = self.policy_args.chat_template_kwargs
         return ImplicitReward(
             judge,
             None,
@@ -643,6 +644,7 @@ class DPOThenPPO:
             batch_size=self.policy_args.per_device_train_batch_size,
             reference_adapter=REFERENCE_ADAPTER,
             snapshot=True,
+            chat_template_kwargs=template,
             name=IMPLICIT_REWARD,
         )
 

@@ -3,7 +3,6 @@ What is odd about a set of preference pairs without asking any scorer: pairs tha
 opposite labels, and labels that the length alone predicts. Pairs are flagged, none is changed or left out.
 """
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -103,9 +102,11 @@ def flag_pairs(pairs: Dataset, similarity: float = 0.9, ngram: int = 5) -> tuple
     if ngram < 1:
         raise ValueError(f"`ngram` is {ngram}, but an n-gram has at least 1 character.")
     check_pairs(pairs)
-    rows = [tuple(_plain(row[name]) for name in ("prompt", "chosen", "rejected")) for row in pairs]
-    earlier, opposite = _near_duplicates(rows, similarity, ngram)
-    starts = [chosen.startswith(rejected) or rejected.startswith(chosen) for _, chosen, rejected in rows]
+    written = [tuple(_spaced(row[name]) for name in ("prompt", "chosen", "rejected")) for row in pairs]
+    rows = [tuple(map(_plain, row)) for row in written]
+    earlier, opposite = _near_duplicates(rows, written, similarity, ngram)
+    # With punctuation: −3 and 3 differ in more than their length
+    starts = [chosen.startswith(rejected) or rejected.startswith(chosen) for _, chosen, rejected in written]
     longer = [len(chosen) > len(rejected) for _, chosen, rejected in rows if len(chosen) != len(rejected)]
     share: dict[str, float] = {}
     if longer:
@@ -125,9 +126,12 @@ def flag_pairs(pairs: Dataset, similarity: float = 0.9, ngram: int = 5) -> tuple
 
 
 def _near_duplicates(
-    rows: Sequence[tuple[str, ...]], similarity: float, ngram: int
+    rows: Sequence[tuple[str, ...]], written: Sequence[tuple[str, ...]], similarity: float, ngram: int
 ) -> tuple[list[int | None], list[bool]]:
-    """For each row the first one it nearly equals, and whether the other way round."""
+    """
+    For each row the first one it nearly equals, and whether the other way round: where n-grams can't tell that, by the
+    rows as they are written, with punctuation.
+    """
     # Marked by their part, so that a word of the prompt isn't one of a completion; sides alike, as labels may differ
     texts = [
         [{mark + gram for gram in _grams(text, ngram)} for mark, text in zip("pcc", row, strict=True)] for row in rows
@@ -146,7 +150,7 @@ def _near_duplicates(
         candidates = sorted({other for gram in prefix for other in by_rarest[gram]})
         match = next((found for other in candidates if (found := _compare(texts, row, other, similarity))), None)
         earlier.append(None if match is None else match[0])
-        opposite.append(match is not None and match[1])
+        opposite.append(match is not None and (match[1] or written[row][1:] == written[match[0]][:0:-1]))
         for gram in prefix:
             by_rarest[gram].append(row)
     return earlier, opposite
@@ -174,8 +178,13 @@ def _grams(text: str, ngram: int) -> set[str]:
     return {text[i : i + ngram] for i in range(max(1, len(text) - ngram + 1))}
 
 
-def _plain(text: Any) -> str:
-    """Words in lower case with single spaces; of messages, roles and contents."""
+def _spaced(text: Any) -> str:
+    """Lower case with single spaces; of messages, roles and contents."""
     if not isinstance(text, str):
-        text = json.dumps([[message["role"], message["content"]] for message in text], ensure_ascii=False)
-    return re.sub(r"\W+", " ", text.casefold()).strip()
+        text = "\n".join(f"{message['role']} {message['content']}" for message in text)
+    return re.sub(r"\s+", " ", text.casefold()).strip()
+
+
+def _plain(text: str) -> str:
+    """Words with single spaces."""
+    return re.sub(r"\W+", " ", text).strip()

@@ -29,6 +29,7 @@ from scipy import optimize, special, stats
 
 # Below this many pairs the interval, which comes from a large-sample rule, says little
 FEWEST_PAIRS = 50
+WIDEST_INTERVAL = 0.25  # of a rate from which single labels are judged
 # Robust DPO divides by 1 − 2ε
 LARGEST_LABEL_SMOOTHING = 0.49
 
@@ -57,6 +58,14 @@ class NoiseEstimate:
     pairs: int
 
     @property
+    def is_told(self) -> bool:
+        """
+        Whether the margins say something of single labels: scorers that learned nothing fit a rate of ½, and so does
+        any other within a wide interval.
+        """
+        return self.high < 0.5 and self.high - self.low <= WIDEST_INTERVAL
+
+    @property
     def label_smoothing(self) -> float:
         """
         The rate as an argument of DPO's configuration: the ε of cDPO (E. Mitchell, "A note on DPO with noisy
@@ -72,6 +81,8 @@ class NoiseEstimate:
         return {"loss_type": ["robust"], "label_smoothing": self.label_smoothing}
 
     def __str__(self) -> str:
+        if not self.is_told:
+            return f"the share of wrong labels can't be told: between {self.low:.1%} and {self.high:.1%} (95 %)"
         return f"{self.rate:.1%} of the labels are wrong (95 % interval {self.low:.1%} to {self.high:.1%})"
 
 

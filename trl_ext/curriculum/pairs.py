@@ -36,6 +36,7 @@ from .partial import roll_out_all
 
 STRATEGIES = ("best_worst", "margin", "majority")
 TRUNCATED = ("drop", "reject", "keep")
+CHAT_TEMPLATE_KWARGS = "chat_template_kwargs"  # TRL's name for the column
 
 NOT_SCORED = "fewer than two completions with a score"
 TOO_FEW = "fewer than two usable completions"
@@ -218,6 +219,7 @@ def make_pairs(
     report = PairReport(prompts=len(groups), completions=sum(map(len, groups)), generated_tokens=tokens)
     reasons: Counter[str] = Counter()
     tokenizer = _tokenizer(trainer)
+    template: Any = trainer.chat_template_kwargs
     rows: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
         usable, few = _usable(group, truncated, report)
@@ -231,7 +233,9 @@ def make_pairs(
         prompt = dataset[index]["prompt"]
         for better, worse, gap in found:
             report.truncated_used += not (better.ended and worse.ended)
-            report.read_otherwise += any(_read_otherwise(tokenizer, prompt, side) for side in (better, worse))
+            report.read_otherwise += any(
+                _read_otherwise(tokenizer, prompt, side, template) for side in (better, worse)
+            )
             rows.append(
                 {
                     "prompt": prompt,
@@ -243,6 +247,8 @@ def make_pairs(
                     "prompt_row": index,
                     "chosen_sampled_ids": better.completion_ids,
                     "rejected_sampled_ids": worse.completion_ids,
+                    # TRL's DPO renders each row with its own
+                    **({CHAT_TEMPLATE_KWARGS: template} if template and not isinstance(prompt, str) else {}),
                 }
             )
     report.pairs, report.without_pairs = len(rows), dict(reasons)
@@ -288,6 +294,8 @@ def pair_up(
         if not may_win:
             return [], ONLY_TRUNCATED
         best, worst = max(may_win, key=scores.__getitem__), scores.index(min(scores))
+        if scores[best] <= scores[worst]:
+            return [], ONLY_TRUNCATED
         found = [(best, worst, scores[best] - scores[worst], True)]
     if not any(enough for *_, enough in found):
         return [], NO_MAJORITY
@@ -302,7 +310,9 @@ def pair_up(
     return [(samples[i], samples[j], gap) for i, j, gap, _ in found[:max_pairs]], ""
 
 
-def tokenized_for_dpo(tokenizer: Any, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
+def tokenized_for_dpo(
+    tokenizer: Any, prompt: Any, completion: Any, chat_template_kwargs: dict[str, Any] | None = None
+) -> tuple[list[int], list[int]]:
     """
     Token ids of prompt and completion as [`~trl.DPOTrainer`] makes them of a row: plain text is ended with the
     end-of-sequence token, and the completion starts where prompt and whole differ.
@@ -310,16 +320,17 @@ def tokenized_for_dpo(tokenizer: Any, prompt: Any, completion: Any) -> tuple[lis
     plain = isinstance(completion, str)
     if plain and not completion.endswith(tokenizer.eos_token):
         completion += tokenizer.eos_token
-    whole = _tokenize(tokenizer, prompt + completion)["input_ids"]
-    alone = _tokenize(tokenizer, prompt, **({} if plain else {"add_generation_prompt": True}))["input_ids"]
+    template = {} if plain else chat_template_kwargs or {}
+    whole = _tokenize(tokenizer, prompt + completion, **template)["input_ids"]
+    alone = _tokenize(tokenizer, prompt, **({} if plain else {"add_generation_prompt": True}), **template)["input_ids"]
     cut = common_prefix_length(alone, whole)
     return whole[:cut], whole[cut:]
 
 
-def _read_otherwise(tokenizer: Any, prompt: Any, sample: Sample) -> bool:
+def _read_otherwise(tokenizer: Any, prompt: Any, sample: Sample, template: dict[str, Any]) -> bool:
     """Whether TRL makes other tokens of a completion's text than were sampled; how it ends aside."""
     sampled = sample.completion_ids[:-1] if sample.ended else sample.completion_ids
-    return tokenized_for_dpo(tokenizer, prompt, sample.completion)[1][: len(sampled)] != sampled
+    return tokenized_for_dpo(tokenizer, prompt, sample.completion, template)[1][: len(sampled)] != sampled
 
 
 def _votes(one: Sample, other: Sample, judges: list[float]) -> tuple[float, bool]:

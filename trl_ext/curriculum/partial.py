@@ -5,6 +5,7 @@ goes on behind the last of them.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,16 +120,18 @@ def _continued(path: str | Path | None, identity: dict[str, Any], writes: bool) 
 
 def _open_partial(path: Path, identity: dict[str, Any]) -> list[Any]:
     """Reads the file, or creates it. Its first line says what it belongs to, each further one holds a batch."""
-    if not path.exists():
+    whole = path.read_bytes() if path.exists() else b""
+    whole = whole[: whole.rfind(b"\n") + 1]
+    if not whole:  # a process may have stopped before it had said what the file belongs to
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(identity) + "\n")
         return []
-    # A line without its end was being written when the process stopped: that batch is done again.
-    header, *batches = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] or ["null"]
+    header, *batches = whole.decode().splitlines()
     if json.loads(header) != identity:
         raise ValueError(
             f"`partial_results` is {path}, which holds another roll-out ({header.strip()}; this one is "
             f"{json.dumps(identity)}). Remove it or name another file."
         )
-    path.write_text(header + "".join(batches))
+    # A line without its end was being written when the process stopped: that batch is done again
+    os.truncate(path, len(whole))
     return [result for batch in batches for result in json.loads(batch)]

@@ -17,13 +17,14 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from ..rewards.implicit import ImplicitReward
 from ..rewards.models import RewardModelOnIds
 from ..rollouts.prompts import TokenizedPrompt
-from .pairs import tokenized_for_dpo
+from .pairs import CHAT_TEMPLATE_KWARGS, tokenized_for_dpo
 
 
+READ = ("prompt", "chosen", "rejected", CHAT_TEMPLATE_KWARGS)
 # A fold's scorer is used and forgotten
 QUIET = {
     **{"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "eval_strategy": "no"},
-    **{"push_to_hub": False, "load_best_model_at_end": False, "resume_from_checkpoint": None},
+    **{"eval_on_start": False, "push_to_hub": False, "load_best_model_at_end": False, "resume_from_checkpoint": None},
 }
 
 
@@ -61,9 +62,12 @@ class RewardModelFit(ScorerFit):
 
     def __call__(self, pairs: Dataset) -> "RewardModelScorer":
         tokenizer = self.processing_class or AutoTokenizer.from_pretrained(self.model)
-        sides = ("chosen", "rejected")
+        sides, template = ("chosen", "rejected"), _template(pairs)
         ids = {
-            f"{side}_ids": [[*prompt, *completion] for prompt, completion in _split_all(tokenizer, pairs, side)]
+            f"{side}_ids": [
+                [*prompt, *completion]
+                for prompt, completion in _split_all(tokenizer, pairs["prompt"], pairs[side], template)
+            ]
             for side in sides
         }
         with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +80,8 @@ class RewardModelFit(ScorerFit):
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        return RewardModelScorer(trainer.accelerator.unwrap_model(trainer.model).eval(), tokenizer, self.batch_size)
+        model = trainer.accelerator.unwrap_model(trainer.model).eval()
+        return RewardModelScorer(model, tokenizer, self.batch_size, template)
 
 
 @dataclass
@@ -86,11 +91,12 @@ class RewardModelScorer:
     model: Any
     tokenizer: Any
     batch_size: int
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
         # The reward model of the engine reads ids; it doesn't ask where the prompt ends
         score = RewardModelOnIds(self.model, "out_of_fold", self.tokenizer.pad_token_id, self.batch_size)
-        ids = [tokenized_for_dpo(self.tokenizer, *row) for row in zip(prompts, completions, strict=True)]
+        ids = _split_all(self.tokenizer, prompts, completions, self.chat_template_kwargs)
         return score([TokenizedPrompt("", prompt) for prompt, _ in ids], [completion for _, completion in ids])
 
 
@@ -106,7 +112,7 @@ class ImplicitRewardFit(ScorerFit):
             trainer = DPOTrainer(
                 model=self.model,
                 args=DPOConfig(**{**self.args, **QUIET, "output_dir": folder}),
-                train_dataset=pairs.select_columns(["prompt", "chosen", "rejected"]),
+                train_dataset=pairs.select_columns([name for name in READ if name in pairs.column_names]),
                 processing_class=tokenizer,
                 peft_config=self.peft_config,
             )
@@ -118,7 +124,7 @@ class ImplicitRewardFit(ScorerFit):
             reference = AutoModelForCausalLM.from_pretrained(self.model, **(self.args.get("model_init_kwargs") or {}))
             reference = reference.to(policy.device)
         reward = ImplicitReward(policy, reference, trainer.beta, tokenizer, batch_size=self.batch_size)
-        return ImplicitRewardScorer(reward, tokenizer)
+        return ImplicitRewardScorer(reward, tokenizer, _template(pairs))
 
 
 @dataclass
@@ -127,13 +133,27 @@ class ImplicitRewardScorer:
 
     reward: ImplicitReward
     tokenizer: Any
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
-        ids = [tokenized_for_dpo(self.tokenizer, *row) for row in zip(prompts, completions, strict=True)]
+        ids = _split_all(self.tokenizer, prompts, completions, self.chat_template_kwargs)
         asked = [TokenizedPrompt("", prompt) for prompt, _ in ids]
         scores: Any = self.reward(asked, completions, [completion for _, completion in ids])
         return list(scores)
 
 
-def _split_all(tokenizer: Any, pairs: Dataset, side: str) -> list[tuple[list[int], list[int]]]:
-    return [tokenized_for_dpo(tokenizer, *row) for row in zip(pairs["prompt"], pairs[side], strict=True)]
+def _split_all(
+    tokenizer: Any, prompts: Any, completions: Any, chat_template_kwargs: dict[str, Any]
+) -> list[tuple[list[int], list[int]]]:
+    rows = zip(prompts, completions, strict=True)
+    return [tokenized_for_dpo(tokenizer, *row, chat_template_kwargs) for row in rows]
+
+
+def _template(pairs: Dataset) -> dict[str, Any]:
+    """The arguments of the chat template, which TRL reads in every row; a scorer has one for all."""
+    if CHAT_TEMPLATE_KWARGS not in pairs.column_names:
+        return {}
+    found = list(pairs[CHAT_TEMPLATE_KWARGS])
+    if any(row != found[0] for row in found):
+        raise ValueError(f"Rows differ in `{CHAT_TEMPLATE_KWARGS}`. Clean those that are alike by themselves.")
+    return dict(found[0] or {})

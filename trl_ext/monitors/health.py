@@ -357,7 +357,8 @@ class EntropyCheck(_AgainstStart):
 
 class LengthCheck(_AgainstStart):
     """
-    Mean length of completions, in tokens, against its start: rewards that can be had by length alone are.
+    Mean length of completions, in tokens, against its start: rewards that can be had by length alone are. Where a
+    curriculum lets completions grow, it is the share of their limit.
 
     Args:
         band (`tuple[float, float]`, *optional*, defaults to `(0.5, 2.0)`):
@@ -387,8 +388,14 @@ class LengthCheck(_AgainstStart):
         self.band = band
         super().__init__(start_logs, patience=patience, grace=grace, stop=stop)
 
+    def reset(self) -> None:
+        super().reset()
+        self._limit: float | None = None
+
     def read(self, logs: Logs) -> float | None:
-        return _number(logs, "completions/mean_length")
+        limit, length = _number(logs, "curriculum/completion_length"), _number(logs, "completions/mean_length")
+        self._limit = self._limit if limit is None else limit
+        return length if length is None or not self._limit else length / self._limit
 
     def complaint(self, value: float, early: bool) -> str | None:
         if early or not self.start:
@@ -397,9 +404,9 @@ class LengthCheck(_AgainstStart):
         ratio = value / self.start
         side = "more than" if ratio > high else "less than" if ratio < low else None
         bound = high if ratio > high else low
-        return (
-            side and f"completions have {value:.0f} tokens, {side} {bound:g} times the {self.start:.0f} of the start"
-        )
+        unit, what = (".0f", "tokens") if self._limit is None else (".0%", "of their limit")
+        now, start = f"{value:{unit}}", f"{self.start:{unit}}"
+        return side and f"completions have {now} {what}, {side} {bound:g} times the {start} of the start"
 
 
 class ExplainedVarianceCheck(HealthCheck):
@@ -449,8 +456,8 @@ class RewardHackingCheck(HealthCheck):
     Args:
         metric (`str`, *optional*):
             What tells the truth, under its key in the logs, as `held_out/exact_match` or `eval_accuracy`; higher must
-            be better. `None`: the first `held_out/…` that is logged ([`~trl_ext.evaluation.held_out.HeldOut`] with
-            `every`). Name it where the first isn't the one.
+            be better. `None`: the first `held_out/…` by the alphabet
+            ([`~trl_ext.evaluation.held_out.HeldOut`] with `every`). Name it where that isn't the one.
         reward (`str`, *optional*, defaults to `"reward"`):
             Key of the reward that is optimised, in logs of training.
         window (`int`, *optional*, defaults to `6`):
@@ -511,7 +518,7 @@ class RewardHackingCheck(HealthCheck):
             self._rewards.append(reward)
         if self.key is None:
             held_out = [key for key in logs if key.startswith(LOG_PREFIX) and f"{key}/low" in logs]
-            self.key = held_out[0] if held_out else None
+            self.key = min(held_out, default=None)  # not the first: a state that was saved has its keys sorted
         measured = None if self.key is None else _number(logs, self.key)
         if measured is None or not self._rewards:  # before training, say
             return None
@@ -571,6 +578,9 @@ class HealthChecks(TrainerCallback):
             LengthCheck(stop=stop),
             ExplainedVarianceCheck(stop=stop),
         ]
+        given = [check.name for check in checks]
+        twice = sorted({name for name in given if given.count(name) > 1})
+        _require(not twice, f"{', '.join(twice)}: given twice. Add the second by trainer.add_callback.")
         self.checks = {check.name: check for check in (*defaults, *checks)}
         names = [without] if isinstance(without, str) else list(without)
         for name in names:

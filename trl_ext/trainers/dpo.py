@@ -130,7 +130,12 @@ class DPOTrainer(DPOSeams):
         return partial(self.curriculum.epoch_order, difficulties, seed)
 
     def implicit_reward(
-        self, batch_size: int = 8, by_token: bool = False, snapshot: bool = True, name: str = "implicit_reward"
+        self,
+        batch_size: int = 8,
+        by_token: bool = False,
+        snapshot: bool = True,
+        name: str = "implicit_reward",
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> ImplicitReward:
         """
         The reward that this policy has learned, β·log π(y|x)/π_ref(y|x), as a reward function for any trainer, with
@@ -147,6 +152,8 @@ class DPOTrainer(DPOSeams):
                 an adapter it is a copy of the whole model. `False`: the reward follows the policy.
             name (`str`, *optional*, defaults to `"implicit_reward"`):
                 In logs.
+            chat_template_kwargs (`dict`, *optional*):
+                Further arguments of the chat template: those of the trainer that it rewards.
 
         Raises:
             ValueError: where there is no reference to ask (`precompute_ref_log_probs` without an adapter), or the
@@ -165,5 +172,6 @@ class DPOTrainer(DPOSeams):
             by_token=by_token,
             reference_adapter=began,
             snapshot=snapshot,
+            chat_template_kwargs=chat_template_kwargs,
             name=name,
         )
