@@ -37,6 +37,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig as TRLDPOConfig
 
 from ..evaluation.held_out import Estimate, HeldOut, evaluate_policy, read_estimates
@@ -47,11 +48,11 @@ from ..roles.trunk import ADAPTER, gathered, load_adapter, save_adapter, sharing
 from ..trainers.dpo import DPOConfig, DPOTrainer
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.ppo import PPOTrainer
-from ..trainers.seams.grpo import RUN_STATE_FILE
+from ..trainers.seams.grpo import saved_state
 from .cleaning import CleaningReport, clean_by_cross_fitting
 from .pairs import make_pairs
 from .scorers import ImplicitRewardFit, ImplicitRewardScorer
-from .stages import TRAINER_STATE_FILE, StageFile, StageResult, fingerprint, settings_of, whole_checkpoint
+from .stages import StageFile, StageResult, fingerprint, settings_of, whole_checkpoint
 
 
 IMPLICIT_REWARD = "implicit_reward"
@@ -59,7 +60,7 @@ CROSS_FITTING = "cross_fitting"
 BASE, DPO_POLICY = "base", "dpo"
 PAIRS, DPO, START = "pairs", "dpo", "start"
 REFERENCE_ADAPTER = "ref"  # TRL's name for the copy of an adapter that it makes
-FILES_OF_A_CHECKPOINT = ("optimizer", "scheduler", "rng_state", "trl_ext_", TRAINER_STATE_FILE)  # those of no model
+FILES_OF_A_RUN = (*("optimizer", "scheduler", "rng_state", "trl_ext_", "training_args", "README", TRAINER_STATE_NAME),)
 # Far apart, because `make_pairs` adds the row to the seed
 SEEDS_OF_A_ROUND = 1_000_003
 
@@ -546,7 +547,7 @@ class DPOThenPPO:
             return state.global_step >= state.max_steps or (rule is not None and rule.reached(state))
 
         checkpoint = whole_checkpoint(folder)
-        state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
+        state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if checkpoint is not None and state is not None and is_over(state):
             self._take_over(trainer, folder, checkpoint, state, held_out)
         else:
@@ -566,16 +567,11 @@ class DPOThenPPO:
         """A stage that was killed between its last step and its end: transformers would train one step more."""
         trainer.state = state
         if PartialState().is_main_process:
-            for path in checkpoint.iterdir():
-                if path.is_file() and not path.name.startswith(FILES_OF_A_CHECKPOINT):
-                    shutil.copy2(path, folder / path.name)
-            if (checkpoint / CRITIC).is_dir():
-                shutil.copytree(checkpoint / CRITIC, folder / CRITIC, dirs_exist_ok=True)
+            _copy_model(checkpoint, folder)
         PartialState().wait_for_everyone()
         load_adapter(trainer.model, checkpoint)
         if isinstance(trainer, GRPOTrainer):
-            run = torch.load(checkpoint / RUN_STATE_FILE, map_location="cpu", weights_only=False)["run"]
-            trainer.load_run_state(run)
+            trainer.load_run_state(saved_state(checkpoint)["run"])
         if getattr(trainer, "critic", None) is not None:
             trainer.critic.load(checkpoint / CRITIC)
         if held_out is not None:
@@ -685,7 +681,6 @@ class DPOThenPPO:
     def _write_pairs(self, pairs: Dataset, folder: Path) -> None:
         main = PartialState()
         if main.is_main_process:
-            # Token ids as they were sampled are for whoever looks; DPO makes its own
             target, partial = folder / "pairs", folder / "pairs.part"
             for path in (target, partial):
                 shutil.rmtree(path, ignore_errors=True)
@@ -697,12 +692,7 @@ class DPOThenPPO:
         """The last adapter, its tokenizer and its critic, where the run was asked to leave them."""
         main = PartialState()
         if main.is_main_process:
-            last = Path(self.stages[-1].folder)
-            for path in last.iterdir():
-                if path.is_file() and path.name not in (TRAINER_STATE_FILE, "training_args.bin", "README.md"):
-                    shutil.copy2(path, self.output_dir / path.name)
-            if (last / CRITIC).is_dir():
-                shutil.copytree(last / CRITIC, self.output_dir / CRITIC, dirs_exist_ok=True)
+            _copy_model(Path(self.stages[-1].folder), self.output_dir)
         main.wait_for_everyone()
 
     def _folder(self, name: str, round_: int) -> Path:
@@ -712,6 +702,15 @@ class DPOThenPPO:
 
     def _print(self, text: str) -> None:
         PartialState().print(text, flush=True)
+
+
+def _copy_model(source: Path, target: Path) -> None:
+    """Adapter, tokenizer and critic; not what only the run that wrote them needs."""
+    for path in source.iterdir():
+        if path.is_file() and not path.name.startswith(FILES_OF_A_RUN):
+            shutil.copy2(path, target / path.name)
+    if (source / CRITIC).is_dir():
+        shutil.copytree(source / CRITIC, target / CRITIC, dirs_exist_ok=True)
 
 
 def _require(held: bool, message: str) -> None:

@@ -16,12 +16,14 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..evaluation.held_out import Estimate
 
 
 STATE_FILE = "stages.json"
-TRAINER_STATE_FILE = "trainer_state.json"  # what transformers writes last into a checkpoint
+
 # What may be another when a run goes on: where it is logged and pushed, and how much of it is kept
 FREE_SETTINGS = re.compile(
     r"^(output_dir|run_name|project|trackio_.*|report_to|log_.*|logging_dir|disable_tqdm|push_to_hub.*|hub_.*|"
@@ -64,7 +66,7 @@ class StageResult:
     @property
     def log_history(self) -> list[dict[str, Any]]:
         """What its trainer logged; empty where nothing was trained."""
-        file = Path(self.folder) / TRAINER_STATE_FILE
+        file = Path(self.folder) / TRAINER_STATE_NAME
         return list(json.loads(file.read_text(encoding="utf-8"))["log_history"]) if file.is_file() else []
 
 
@@ -162,7 +164,7 @@ def whole_checkpoint(folder: Path) -> Path | None:
     could go on from it, and `resume_from_checkpoint=True` would take it. Every process must make the call.
     """
     state = PartialState()
-    numbered = {int(path.name.partition("-")[2]): path for path in folder.glob("checkpoint-[0-9]*")}
+    numbered = {int(path.name.rpartition("-")[2]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")}
     whole = {step: path for step, path in numbered.items() if _is_whole(path)}
     state.wait_for_everyone()
     if state.is_main_process:
@@ -174,7 +176,7 @@ def whole_checkpoint(folder: Path) -> Path | None:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # the last one to be written
     except (OSError, ValueError):
         return False
     return True

@@ -82,6 +82,15 @@ def savings_of(trainer: trl.GRPOTrainer) -> Savings:
     )
 
 
+def saved_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """What [`GRPOSeams`] wrote into a checkpoint: `run`, and where in a generation batch it was."""
+    # On the CPU first: torch takes no `cpu:0`, which is what the device of a process is called there
+    state: dict[str, Any] = torch.load(
+        os.path.join(checkpoint, RUN_STATE_FILE), map_location="cpu", weights_only=False
+    )
+    return state
+
+
 def last_micro_batch(trainer: trl.GRPOTrainer) -> dict[str, Any]:
     """The micro-batch whose loss a trainer, TRL's or ours, computed last."""
     buffer: Any = trainer._buffered_inputs
@@ -650,8 +659,7 @@ class GRPOSeams(trl.GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not os.path.exists(os.path.join(checkpoint, RUN_STATE_FILE)):
             return
-        # On the CPU first: torch takes no `cpu:0`, which is what the device of a process is called there
-        state = torch.load(os.path.join(checkpoint, RUN_STATE_FILE), map_location="cpu", weights_only=False)
+        state = saved_state(checkpoint)
         self.load_run_state(state["run"])
         if os.path.exists(self._process_file(checkpoint)):
             self.load_process_state(torch.load(self._process_file(checkpoint), map_location="cpu", weights_only=False))
