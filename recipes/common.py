@@ -54,6 +54,7 @@ SCHEDULE_SETTINGS = (
     *("clean", "reference", "rounds", "accuracy_threshold", "accuracy_logs"),
     *("held_out_samples", "held_out_every", "held_out_seed"),
 )
+DEFAULTS = DPOThenPPO.__init__.__kwdefaults__
 METHODS = ("PPO", "GRPO", "DAPO", "DUPO", "GSPO")  # that a schedule can end with
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 

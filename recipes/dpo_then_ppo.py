@@ -26,10 +26,12 @@ class HybridArguments(PPOArguments):
     dpo: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of DPOConfig."})
     pairs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of make_pairs, or a split."})
     clean: str | None = field(default=None, metadata={"help": "'cross_fitting': by scorers trained on other pairs."})
-    reference: str = field(default="base", metadata={"help": "Of the second stage: 'base' or 'dpo'."})
-    rounds: int = field(default=1, metadata={"help": "How often all stages are gone through."})
-    accuracy_threshold: float | None = field(default=0.75, metadata={"help": "That ends DPO. None: its last step."})
-    accuracy_logs: int = field(default=5, metadata={"help": "Logs in a row that have to be above it."})
+    reference: str = field(default=common.DEFAULTS["reference"], metadata={"help": "Of stage 2: 'base' or 'dpo'."})
+    rounds: int = field(default=common.DEFAULTS["rounds"], metadata={"help": "How often all stages are gone through."})
+    accuracy_threshold: float | None = field(
+        default=common.DEFAULTS["accuracy_threshold"], metadata={"help": "That ends DPO. None: its last step."}
+    )
+    accuracy_logs: int = field(default=common.DEFAULTS["accuracy_logs"], metadata={"help": "Logs in a row above it."})
     start_name: str = field(default="start", metadata={"help": "What reports call the model as it came."})
 
 

@@ -116,6 +116,13 @@ def cpu_settings(output_dir: Any, **overrides: Any) -> dict[str, Any]:
     return {**settings, **overrides}
 
 
+def pair_settings(output_dir: Any, **overrides: Any) -> dict[str, Any]:
+    """[`cpu_settings`] for trainers that take pairs and sample nothing."""
+    sampling = ("num_generations", "max_completion_length")
+    settings = {name: value for name, value in cpu_settings(output_dir).items() if name not in sampling}
+    return {**settings, **overrides}
+
+
 def low_ids(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     """Share of tokens with an even id: groups of a random model nearly always differ in it."""
     return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]

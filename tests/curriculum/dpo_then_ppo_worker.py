@@ -43,10 +43,8 @@ def pairs(count: int = 24) -> Dataset:
 
 
 def dpo_args(**overrides: Any) -> DPOConfig:
-    settings = tiny.cpu_settings("unused", per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=6)
+    settings = tiny.pair_settings("unused", per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=6)
     settings |= {"save_strategy": "steps", "save_steps": 2, "disable_dropout": False}
-    for name in ("num_generations", "max_completion_length"):
-        del settings[name]
     return DPOConfig(**{**settings, **overrides})
 
 

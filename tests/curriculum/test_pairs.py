@@ -148,9 +148,7 @@ def test_dpo_trains_on_exactly_what_was_sampled(conversational, template, tmp_pa
     trainer = tiny.trainer(GRPOTrainer, tmp_path, tiny.low_ids, arguments, chat_template_kwargs=template)
     pairs, report = make_pairs(trainer, prompts)
     assert report.read_otherwise == 0
-    settings = tiny.cpu_settings(tmp_path, max_steps=1)
-    for name in ("num_generations", "max_completion_length"):
-        settings.pop(name)
+    settings = tiny.pair_settings(tmp_path, max_steps=1)
     policy = tmp_path / "policy"  # a folder, of which TRL loads the reference, too
     tiny.qwen2().save_pretrained(policy)
     dpo = DPOTrainer(model=str(policy), args=DPOConfig(**settings), train_dataset=pairs, processing_class=tokenizer)

@@ -32,22 +32,8 @@ def pairs(count: int = 16, **columns: list[Any]) -> Dataset:
 
 def settings(output_dir: Any, **overrides: Any) -> dict[str, Any]:
     """Micro-batches of 2 pairs, two to an optimizer step, on a CPU."""
-    return {
-        "output_dir": str(output_dir),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 5,
-        "seed": 7,
-        **overrides,
-    }
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 5}
+    return tiny.pair_settings(output_dir, **{**sizes, **overrides})
 
 
 class Recorded(trl_ext.DPOTrainer):
