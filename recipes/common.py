@@ -390,8 +390,18 @@ def save(trainer: Any, dataset_name: str | None) -> None:
     trainer.accelerator.print(f"Saved to {trainer.args.output_dir}.")
     if trainer.args.push_to_hub:
         trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
-    if hasattr(trainer, "end"):  # transformers 5.18 and later: finishes the trackers and the process group
-        trainer.end()
+    leave(trainer)
+
+
+def leave(trainer: Any = None) -> None:
+    """The last that a recipe does with other processes: finishes a trainer's trackers and the processes' group."""
+    if trainer is not None:
+        trainer.accelerator.end_training()
+    state = PartialState()
+    state.destroy_process_group()
+    if state.num_processes > 1:
+        # A thread of gloo that lets go of its last tensor when the interpreter is gone aborts the process
+        time.sleep(0.1)
 
 
 def train_policy(
@@ -503,8 +513,7 @@ def report_stages(run: DPOThenPPO, parsed: tuple[Any, ...], argv: list[str]) -> 
             commit = upload_folder(repo_id=hub_id, folder_path=folder, ignore_patterns=["round_*", "start*"])
             print(f"Pushed to {commit.repo_url}.")
     state.print(f"Saved to {folder}.")
-    if torch.distributed.is_initialized():
-        state.destroy_process_group()
+    leave()
     return run
 
 

@@ -15,7 +15,7 @@ stopped, the same command goes on where it was; `pass_rates.jsonl` keeps what is
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import PolicyArguments, load_data, load_reward_funcs, parse_arguments, trainer_arguments
+from common import PolicyArguments, leave, load_data, load_reward_funcs, parse_arguments, trainer_arguments
 from datasets import DatasetDict
 
 from trl_ext import GRPOConfig, GRPOTrainer
@@ -52,6 +52,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         DatasetDict({**data, split: kept}).save_to_disk(str(output))
     trainer.accelerator.print(f"Kept {len(kept)} of {len(rated)} prompts, in {output}.")
+    leave(trainer)
 
 
 if __name__ == "__main__":

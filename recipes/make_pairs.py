@@ -13,7 +13,7 @@ If it is stopped, the same command goes on where it was: `completions.jsonl` kee
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import PolicyArguments, get_split, load_data, load_reward_funcs, parse_arguments, trainer_arguments
+from common import PolicyArguments, get_split, leave, load_data, load_reward_funcs, parse_arguments, trainer_arguments
 from datasets import Dataset, DatasetDict
 
 from trl_ext import GRPOConfig, GRPOTrainer
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> Dataset:
         DatasetDict({split: pairs}).save_to_disk(str(output))
         report.save(output / "report.json")
     trainer.accelerator.print(f"{report}\n{flags}\nSaved to {output}.")
+    leave(trainer)
     return pairs
 
 

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from peft import LoraConfig
 
 
@@ -74,5 +72,4 @@ def schedule(output_dir: Any, **overrides: Any) -> DPOThenPPO:
 
 if __name__ == "__main__":
     schedule(sys.argv[1], rounds=2).train()
-    if torch.distributed.is_initialized():
-        PartialState().destroy_process_group()
+    tiny.leave()

@@ -45,7 +45,7 @@ def main(output_dir: Path, selection: str, checkpoint: str | None) -> None:
     if trainer.is_world_process_zero():
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
         torch.save({"stage": stage, "counters": asdict(trainer.counters), "rewards": rewards}, target / "result.pt")
-    trainer.end()  # a process that ends with its group open can abort
+    tiny.leave()
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def main(method: str, output_dir: Path) -> None:
             "step": trainer.state.global_step,
         }
         torch.save(found, output_dir / "found.pt")
-    trainer.accelerator.end_training()
+    tiny.leave()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ DPO, then PPO, with DeepSpeed ZeRO on two processes: `schedule_worker.py OUTPUT`
 import sys
 from pathlib import Path
 
-from accelerate import PartialState
-
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -26,4 +24,4 @@ if __name__ == "__main__":
         reference="dpo",
         peft_config=lora(lora_dropout=0.0),
     ).train()
-    PartialState().destroy_process_group()
+    tiny.leave()

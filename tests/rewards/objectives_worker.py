@@ -27,7 +27,7 @@ def main(output_dir: Path) -> None:
     trainer.train()
     assert trainer.accelerator.num_processes == 2
     torch.save(objectives.multipliers, output_dir / f"{trainer.accelerator.process_index}.pt")
-    trainer.end()
+    tiny.leave()
 
 
 if __name__ == "__main__":
