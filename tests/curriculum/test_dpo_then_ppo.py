@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from transformers import TrainerCallback
 
 import trl_ext
 from trl_ext import DAPOConfig, DAPOTrainer, DUPOConfig, DUPOTrainer, GSPOConfig, GSPOTrainer, PPOConfig
-from trl_ext.curriculum.cleaning import CleaningReport
+from trl_ext.curriculum.cleaning import CleaningReport, clean_by_margin
 from trl_ext.curriculum.dpo_then_ppo import IMPLICIT_REWARD, DPOThenPPO, StageStoppedError, StaysAbove
 from trl_ext.curriculum.schedule import DifficultyCurriculum
 from trl_ext.curriculum.stages import whole_checkpoint
@@ -133,6 +134,10 @@ class TestRun:
             schedule(whole, rounds=2, dpo_args=dpo_args(beta=0.3))
         with pytest.raises(ValueError, match="train_dataset was"):
             schedule(whole, rounds=2, train_dataset=prompts(25))
+        with pytest.raises(ValueError, match=r"policy_kwargs was \{\}, is .*schedule='mixed'.*share=0\.5"):
+            schedule(whole, rounds=2, policy_kwargs={"curriculum": DifficultyCurriculum("mixed")})
+        with pytest.raises(ValueError, match=r"clean was None, is \['clean_by_margin', .*'min_margin': 0\.5"):
+            schedule(whole, rounds=2, clean=partial(clean_by_margin, scorer=tiny.low_ids, min_margin=0.5))
         schedule(whole, rounds=3, dpo_args=dpo_args(save_steps=3, report_to="none"))  # how it is saved, and more of it
 
     def test_a_run_may_be_moved(self, whole: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from trl import DPOConfig, DPOTrainer
 
 from trl_ext import GRPOTrainer
 from trl_ext.curriculum.pairs import NoPairsError, Sample, make_pairs, pair_up
+from trl_ext.curriculum.partial import weights_key
 
 
 def sample(name: str, *rewards: float, score: float | None = None, ended: bool = True) -> Sample:
@@ -209,6 +210,15 @@ def test_nothing_generated_is_lost(tmp_path):
     assert len(more) > len(whole)
     with pytest.raises(ValueError, match=r"partial_results` is .*partial.jsonl, which holds another roll-out"):
         run(partial, num_generations=3)
+
+
+def test_a_policy_is_told_by_its_weights():
+    model = tiny.qwen2()
+    key = weights_key(model)
+    assert weights_key(tiny.qwen2()) == key != weights_key(tiny.qwen2(seed=1))
+    with torch.no_grad():
+        list(model.parameters())[-1].view(-1)[-1] += 1e-6
+    assert weights_key(model) != key
 
 
 def test_a_failing_reward_leaves_finished_batches(tmp_path):

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
 import trl_ext
+from trl_ext.curriculum.partial import weights_key
 
 
 def main(output_dir: Path, selection: str, checkpoint: str | None) -> None:
@@ -39,12 +40,14 @@ def main(output_dir: Path, selection: str, checkpoint: str | None) -> None:
     assert trainer.is_deepspeed_enabled
     assert trainer.accelerator.num_processes == 2
     trainer.train(resume_from_checkpoint=checkpoint)
+    key = weights_key(trainer.accelerator.unwrap_model(trainer.model))
     rewards = trainer.roll_out([trainer.train_dataset[i] for i in range(3)], 2, seed=1).rewards
     target = output_dir / ("resumed" if checkpoint else "whole")
     trainer.save_model(str(target))
     if trainer.is_world_process_zero():
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
-        torch.save({"stage": stage, "counters": asdict(trainer.counters), "rewards": rewards}, target / "result.pt")
+        result = {"stage": stage, "counters": asdict(trainer.counters), "rewards": rewards, "key": key}
+        torch.save(result, target / "result.pt")
     tiny.leave()
 
 

@@ -17,6 +17,9 @@ import trl
 import yaml
 from peft import load_peft_weights
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from trl_ext.curriculum.partial import weights_key
 
 
 pytestmark = pytest.mark.distributed
@@ -51,6 +54,8 @@ def launch(tmp_path: Path, stage: int, selection: str, checkpoint: Path | None =
     result: dict[str, Any] = torch.load(target / "result.pt")
     assert result["stage"] == stage
     assert result["rewards"].shape == (3, 2, 2)  # prompts, completions, the reward and the overlong punishment
+    # Spread over processes, the weights are told by the same key as in one piece
+    assert result["key"] == weights_key(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32))
     return result | {"weights": load_file(target / "model.safetensors")}
 
 

@@ -215,6 +215,18 @@ def test_preferences_are_judged_by_evaluation_once_there_is_one():
     assert run.log({held_out: 0.6}, {train: 0.9}, {held_out: 0.6}).callback.alarms
 
 
+def test_of_evaluation_sets_with_names_the_first_is_judged():
+    check = PreferenceAccuracyCheck(patience=1, grace=0)
+    maths, code = ({f"eval_{name}_loss": 1.0, f"eval_{name}_rewards/accuracies": 0.9} for name in ("maths", "code"))
+    # Which isn't about preferences
+    maths["eval_maths_mean_token_accuracy"] = 0.1
+    run = Run(check).log({"rewards/accuracies": 0.9}, maths, code, {"rewards/accuracies": 0.5})
+    run.log(maths, code | {"eval_code_rewards/accuracies": 0.5})
+    assert check.key == "eval_maths_rewards/accuracies"
+    assert not check.alarms
+    assert run.log(maths | {check.key: 0.5}).callback.alarms
+
+
 def test_a_key_of_ones_own():
     run = Run(PreferenceAccuracyCheck(metric="eval_math_accuracy", patience=1, grace=0))
     run.series("accuracy", 0.1)

@@ -14,6 +14,7 @@ learns what is new in its pairs.
 """
 
 import copy
+import functools
 import gc
 import shutil
 import time
@@ -51,6 +52,7 @@ from ..trainers.ppo import PPOTrainer
 from ..trainers.seams.grpo import saved_state
 from .cleaning import CleaningReport, clean_by_cross_fitting
 from .pairs import make_pairs
+from .schedule import DifficultyCurriculum
 from .scorers import ImplicitRewardFit, ImplicitRewardScorer
 from .stages import StageFile, StageResult, fingerprint, settings_of, whole_checkpoint
 
@@ -724,10 +726,15 @@ def _said(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [_said(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): _said(item) for name, item in value.items()}
     if isinstance(value, Dataset):
         return fingerprint(value)
-    wrapped = getattr(value, "func", value)  # of a partial
-    return str(getattr(wrapped, "__qualname__", None) or getattr(wrapped, "__name__", None) or type(wrapped).__name__)
+    if isinstance(value, DifficultyCurriculum):
+        return repr(value)
+    if isinstance(value, functools.partial):
+        return [_said(value.func), _said(value.args), _said(value.keywords)]
+    return str(getattr(value, "__qualname__", None) or getattr(value, "__name__", None) or type(value).__name__)
 
 
 def _told(measured: Mapping[str, Estimate]) -> str:

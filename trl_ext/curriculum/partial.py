@@ -12,8 +12,10 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from torch import nn
 from trl.trainer.utils import hash_module
 
+from ..roles.trunk import gathered
 from ..rollouts.rollout import ScoredGroups
 from ..trainers.grpo import GRPOTrainer
 
@@ -67,18 +69,20 @@ def roll_out_all(
     Raises:
         `ValueError`: if `partial_results` is from another roll-out.
     """
-    identity = {
-        "model": hash_module(trainer.accelerator.unwrap_model(trainer.model)),
-        "rows": content_key(dataset),
-        "sampling": {name: getattr(trainer, name) for name in SAMPLING},
-        "reward_funcs": trainer.reward_func_names,
-        "num_generations": num_generations,
-        "batch_size": batch_size,
-        "seed": seed,
-        **depends_on,
-    }
     writes = trainer.is_world_process_zero()
-    results = _continued(partial_results, identity, writes)
+    results: list[Any] = []
+    if partial_results is not None:
+        identity = {
+            "model": weights_key(trainer.accelerator.unwrap_model(trainer.model)),
+            "rows": content_key(dataset),
+            "sampling": {name: getattr(trainer, name) for name in SAMPLING},
+            "reward_funcs": trainer.reward_func_names,
+            "num_generations": num_generations,
+            "batch_size": batch_size,
+            "seed": seed,
+            **depends_on,
+        }
+        results = _continued(Path(partial_results), identity, writes)
     for start in range(len(results), len(dataset), batch_size):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         batch = read(trainer.roll_out(rows, num_generations, seed=seed + start))
@@ -89,6 +93,19 @@ def roll_out_all(
         if on_progress is not None:
             on_progress(len(results), len(dataset))
     return results
+
+
+def weights_key(model: nn.Module) -> str:
+    """
+    Identity of a model by its weights, the same where ZeRO-3 spreads them: it takes one after the other together.
+    Every process must make the call.
+    """
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        alone = nn.ParameterList([parameter])
+        with gathered(alone):
+            digest.update(hash_module(alone).encode())
+    return digest.hexdigest()
 
 
 def content_key(dataset: Dataset) -> str:
@@ -102,14 +119,12 @@ def content_key(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _continued(path: str | Path | None, identity: dict[str, Any], writes: bool) -> list[Any]:
+def _continued(path: Path, identity: dict[str, Any], writes: bool) -> list[Any]:
     """Results of finished batches, the same on every process: the main one reads the file and tells the others."""
-    if path is None:
-        return []
     outcome: list[Any] = [None]
     if writes:
         try:
-            outcome = [_open_partial(Path(path), identity)]
+            outcome = [_open_partial(path, identity)]
         except ValueError as error:
             outcome = [error]
     broadcast_object_list(outcome)

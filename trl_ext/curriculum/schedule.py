@@ -98,8 +98,14 @@ class DifficultyCurriculum:
         self.more_is_easier = column == PASS_RATE or column != self.column
         self.schedule, self.lookahead, self.until = schedule, lookahead, until
         self.share, self.memory, self.start_completion_length = share, memory, start_completion_length
+        self._column = column
         self._sorted: list[float] = []  # the column's numbers
         self._seen: dict[str, tuple[float, float]] = {}  # by prompt: faded failures, faded completions
+
+    def __repr__(self) -> str:
+        names = ("schedule", "lookahead", "until", "share", "memory", "start_completion_length")
+        settings = {"column": self._column, **{name: getattr(self, name) for name in names}}
+        return f"DifficultyCurriculum({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
     # Difficulty
 

@@ -22,6 +22,7 @@ goes on as if it had never stopped. An episode that had been told is not told ag
 
 import logging
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -244,8 +245,9 @@ class PreferenceAccuracyCheck(HealthCheck):
         threshold (`float`, *optional*, defaults to `0.75`):
             Healthy is what lies above.
         metric (`str`, *optional*):
-            The key of the log. `None`: `eval_rewards/accuracies` or `eval_accuracy` once a log has it, until then (and
-            in a run without evaluation) `rewards/accuracies` or `accuracy`.
+            The key of the log. `None`: `eval_rewards/accuracies` or `eval_accuracy` once a log has it (of several
+            evaluation sets with names, that of the first), until then, and in a run without evaluation,
+            `rewards/accuracies` or `accuracy`.
         patience, grace, stop (*optional*):
             See [`HealthCheck`]. Accuracy starts at chance, so that `grace` is a quarter of the run.
     """
@@ -255,7 +257,7 @@ class PreferenceAccuracyCheck(HealthCheck):
         "Try more steps or a higher learning rate, a smaller `beta`, and a look at the pairs: are labels noisy "
         "(`label_smoothing`), margins small, or the prompts unlike those of training?"
     )
-    KEYS: ClassVar = ("eval_rewards/accuracies", "eval_accuracy", "rewards/accuracies", "accuracy")
+    KEYS: ClassVar = ("rewards/accuracies", "accuracy")
 
     def __init__(
         self,
@@ -276,10 +278,12 @@ class PreferenceAccuracyCheck(HealthCheck):
         self.key: str | None = self.metric
 
     def read(self, logs: Logs) -> float | None:
-        if self.metric is None:
-            known = self.KEYS if self.key is None else self.KEYS[: self.KEYS.index(self.key)]
-            better = next((key for key in known if key in logs), None)
-            if better is not None:  # logs of one kind in a row
+        if self.metric is None and not (self.key or "").startswith("eval_"):
+            # An evaluation set with a name has it between "eval_" and each metric, the loss among them
+            sets = ["eval_", *(key.removesuffix("loss") for key in logs if re.fullmatch("eval_.+_loss", key))]
+            known = [f"{prefix}{key}" for prefix in (*sets, "") for key in self.KEYS]
+            better = next((key for key in known if key in logs), self.key)
+            if better != self.key:  # logs of one kind in a row
                 self.key, self.sick_logs, self.healthy_logs = better, 0, 0
         return None if self.key is None else _number(logs, self.key)
 
