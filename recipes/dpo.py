@@ -21,6 +21,7 @@ from trl_ext import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl_ext.evaluation.held_out import Estimate, evaluate_policy
 from trl_ext.evaluation.pairs import read_pair_accuracy
 from trl_ext.reports.summary import summarize, write_summary
+from trl_ext.roles.trunk import sharing_weights
 
 
 RIGHT = "eval_rewards/accuracies"
@@ -32,16 +33,17 @@ class DPOArguments(common.PolicyArguments):
     held_out_length: int = field(default=256, metadata={"help": "Maximum length of those completions, in tokens."})
 
 
-def sampled(model: Any, trainer: Any, script_args: DPOArguments, data: Any) -> dict[str, Estimate]:
+def sampled(trainer: Any, script_args: DPOArguments, data: Any) -> dict[str, Estimate]:
     samples = script_args.held_out_samples
     if script_args.held_out_split is None:
         return {}
-    same = {name: getattr(trainer.args, name) for name in ("output_dir", "use_cpu", "bf16", "model_init_kwargs")}
+    same = {name: getattr(trainer.args, name) for name in ("output_dir", "use_cpu", "bf16")}
     sizes = {"num_generations": samples, "per_device_train_batch_size": samples}
     config = GRPOConfig(**same, **sizes, max_completion_length=script_args.held_out_length, report_to="none")
     rows = common.get_split(data, script_args.held_out_split, "held_out_split")
     rows = rows.shuffle(seed=script_args.held_out_seed).take(script_args.held_out_prompts)
     rewards, tokenizer = common.load_reward_funcs(script_args, config), trainer.processing_class
+    model = sharing_weights(trainer.accelerator.unwrap_model(trainer.model))
     sampler = GRPOTrainer(model, rewards, args=config, train_dataset=rows, processing_class=tokenizer)
     return evaluate_policy(sampler, rows, samples, seed=script_args.held_out_seed)
 
@@ -52,9 +54,9 @@ def main() -> None:
     data, name = common.load_data(script_args, mixture_args), model_args.model_name_or_path
     given = common.trainer_arguments(script_args, args, model_args, data)
     trainer = DPOTrainer(**given, curriculum=common.curriculum_of(script_args))
-    before = sampled(name, trainer, script_args, data)
+    before = sampled(trainer, script_args, data)
     common.fit(trainer, script_args.health_checks)
-    after = sampled(trainer.accelerator.unwrap_model(trainer.model), trainer, script_args, data)
+    after = sampled(trainer, script_args, data)
     if trainer.is_world_process_zero():
         log = [{**x, "eval_accuracy": x[RIGHT]} for x in trainer.state.log_history if RIGHT in x]
         measured = read_pair_accuracy(log, len(trainer.eval_dataset or []))

@@ -23,7 +23,7 @@ from curriculum.dpo_then_ppo_worker import dpo_args, lora, pairs, policy_setting
 from peft import get_peft_model, load_peft_weights
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import BitsAndBytesConfig, TrainerCallback
 
 import trl_ext
 from trl_ext import DAPOConfig, DAPOTrainer, DUPOConfig, DUPOTrainer, GSPOConfig, GSPOTrainer, PPOConfig
@@ -275,6 +275,23 @@ class TestHandingOn:
         looks = Looks(lambda trainer: getattr(trainer, "curriculum", None))
         short(tmp_path, policy_kwargs={"curriculum": curriculum}, prepare=looks).train()
         assert looks.seen["ppo"].state_dict()["seen"] and not curriculum.state_dict()["seen"]
+
+    def test_a_quantized_base(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Where a CPU has the instructions, bitsandbytes 0.50 packs weights in evaluation and can't train on them then
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+        tiny.stopping().save_pretrained(tmp_path / "base")
+        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        run = short(
+            tmp_path,
+            model=str(tmp_path / "base"),
+            model_init_kwargs={"quantization_config": quantized},
+        )
+        base = {name: weight.clone() for name, weight in run.policy.named_parameters() if not weight.requires_grad}
+        assert "Params4bit" in {type(weight).__name__ for weight in run.policy.parameters()}
+        run.train()
+        assert all(torch.equal(base[name], weight) for name, weight in run.policy.named_parameters() if name in base)
+        adapters = [adapter(tmp_path / folder) for folder in ("start", "round_1/dpo", "round_1/ppo")]
+        assert not same(adapters[0], adapters[1]) and not same(adapters[1], adapters[2])
 
 
 class TestOneTrunk:
