@@ -9,9 +9,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from trainers.test_resume import assert_resumes, assert_same_state, build
-from transformers import Qwen2ForSequenceClassification
+from transformers import Qwen2ForSequenceClassification, Trainer
 
 from trl_ext import PPOTrainer, RewardFunctionError
+from trl_ext.trainers.seams.ppo import REFERENCE_FILE
 
 
 SMALL = {"num_generations": 1, "per_device_train_batch_size": 4, "max_steps": 5, "critic_learning_rate": 0.05}
@@ -91,6 +92,24 @@ def test_a_resumed_run_equals_the_uninterrupted_one(name, tmp_path):
         assert any(log["replay/ratio"] == 0.5 for log in tiny.history(full) if "replay/ratio" in log)
     middle = 3 * 2 % (full.args.steps_per_generation * full.num_iterations) != 0
     assert middle == (settings["num_iterations"] == 2)
+
+
+def test_when_trls_files_are_there_the_reference_is(tmp_path, monkeypatch, caplog):
+    """A checkpoint with `trainer_state.json` is taken for whole."""
+    settings = {**SMALL, "num_iterations": 1, "sync_ref_model": True, "ref_model_sync_steps": 1}
+
+    def killed(self, model, trial):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_save_checkpoint", killed)
+        build(PPOTrainer, tmp_path, **settings).train()
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert (checkpoint / REFERENCE_FILE).is_file() and not (checkpoint / "trainer_state.json").exists()
+    build(PPOTrainer, tmp_path, **settings).train()
+    (tmp_path / "checkpoint-3" / REFERENCE_FILE).unlink()
+    build(PPOTrainer, tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "has no refreshed reference: it starts anew" in caplog.text
 
 
 def test_the_replayed_rows_are_those_of_the_uninterrupted_run(tmp_path):

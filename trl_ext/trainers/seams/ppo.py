@@ -250,16 +250,22 @@ class ActorCriticSeams(GRPOTrainer):
         return self.args.sync_ref_model and self.ref_model is not None and not sharded
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        # First, as the engine's own: a checkpoint is whole with TRL's last file
         if self._keeps_reference and self.args.should_save and not self.args.save_only_model:
             checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             reference = self.accelerator.unwrap_model(self.ref_model)
             directory = os.path.join(self._get_output_dir(trial=trial), checkpoint)
+            os.makedirs(directory, exist_ok=True)
             torch.save(reference.state_dict(), os.path.join(directory, REFERENCE_FILE))
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         file = os.path.join(checkpoint or "", REFERENCE_FILE)
-        if checkpoint is not None and self._keeps_reference and os.path.exists(file):
+        if checkpoint is None or not self._keeps_reference:
+            return
+        if os.path.exists(file):
             reference = self.accelerator.unwrap_model(self.ref_model)
             reference.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        else:
+            logger.warning(f"{checkpoint} has no refreshed reference: it starts anew, the policy goes on.")
