@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny
 from datasets import Dataset
+from peft import LoraConfig
 
 from trl_ext.curriculum.cleaning import (
     clean_by_agreement,
@@ -260,6 +261,14 @@ def test_scorers_that_learned_nothing_judge_nothing():
             assert "can't be told" in str(report)
 
 
+@pytest.mark.parametrize("score", [0.0, math.nan])
+def test_scorers_that_tell_nothing_apart_judge_nothing(score):
+    pairs, _ = with_wrong_labels(60, 0.2)
+    left, report = clean_by_cross_fitting(pairs, lambda _: lambda prompts, completions: [score] * len(completions))
+    assert left[:] == pairs[:]
+    assert report.noise is None and "60 kept: the scorers learned too little" in str(report)
+
+
 def test_the_report_can_be_kept(tmp_path):
     pairs, _ = with_wrong_labels(400, 0.2)
     _, report = clean_by_cross_fitting(pairs, FitsANumber(), folds=2)
@@ -280,6 +289,16 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             clean_by_cross_fitting(pairs, FitsANumber(), **arguments)
+    with pytest.raises(TypeError, match="The pairs are a IterableDataset"):
+        clean_by_margin(pairs.to_iterable_dataset(), by_number)
+    quick, adapter = {"max_steps": 1, "use_cpu": True}, LoraConfig(r=2, target_modules="all-linear")
+    scorer = ImplicitRewardFit(tiny.qwen2(), quick, adapter, tiny.tokenizer())
+    words = {"prompt": [f"w{i} " for i in range(50)], "chosen": ["w4"] * 50, "rejected": ["w5"] * 50}
+    with pytest.raises(ValueError, match="The model is loaded, and a scorer was trained on it"):
+        clean_by_cross_fitting(Dataset.from_dict(words), scorer, folds=2)
+    fit = FitsANumber()
+    with pytest.raises(ValueError, match="There are 49 pairs, but the share of wrong labels can be told from 50 on"):
+        clean_by_cross_fitting(pairs.select(range(49)), fit)
     with pytest.raises(ValueError, match="no column prompt"):
         clean_by_margin(pairs.remove_columns("prompt"), by_number)
     with pytest.raises(ValueError, match="There are no pairs to clean"):

@@ -80,7 +80,10 @@ def test_what_dpo_gets():
     estimate = estimate_noise(margins(0.2, 5.0, 1.0))
     assert estimate.dpo_settings() == {"loss_type": ["robust"], "label_smoothing": estimate.rate}
     coin = type(estimate)(0.5, 0.4, 0.5, 1.0, 100)
-    assert coin.label_smoothing < 0.5  # robust DPO divides by 1 − 2ε
+    assert not coin.is_told
+    assert (coin.label_smoothing, coin.dpo_settings()) == (0.0, {})
+    high = type(estimate)(0.4999, 0.4998, 0.49999, 1.0, 100)
+    assert high.is_told and high.label_smoothing == 0.49  # robust DPO divides by 1 − 2ε
     assert str(type(estimate)(0.21, 0.18, 0.25, 1.0, 100)) == (
         "21.0% of the labels are wrong (95 % interval 18.0% to 25.0%)"
     )

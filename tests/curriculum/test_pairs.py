@@ -174,9 +174,9 @@ def test_text_that_reads_otherwise_is_counted(tmp_path):
 
 
 def test_nothing_generated_is_lost(tmp_path):
-    def run(partial, on_progress=None, **arguments):
+    def run(partial, on_progress=None, settings=None, **arguments):
         reward = tiny.Remembering(tiny.low_ids)
-        trainer = tiny.trainer(GRPOTrainer, tmp_path, reward)
+        trainer = tiny.trainer(GRPOTrainer, tmp_path, reward, **(settings or {}))
         found = make_pairs(
             trainer,
             rows,
@@ -210,6 +210,9 @@ def test_nothing_generated_is_lost(tmp_path):
     assert len(more) > len(whole)
     with pytest.raises(ValueError, match=r"partial_results` is .*partial.jsonl, which holds another roll-out"):
         run(partial, num_generations=3)
+    for other in ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, {"chat_template_kwargs": {"think": False}}):
+        with pytest.raises(ValueError, match="holds another roll-out"):
+            run(partial, settings=other)
 
 
 def test_a_policy_is_told_by_its_weights():

@@ -309,3 +309,35 @@ def test_a_resumed_run_sees_what_the_other_saw(tmp_path):
 def test_what_a_curriculum_cannot_work_with(curriculum, settings, dataset, told, tmp_path):
     with pytest.raises(ValueError, match=told):
         tiny.trainer(GRPOTrainer, tmp_path, Judge(), {"train_dataset": dataset, "curriculum": curriculum}, **settings)
+
+
+@pytest.mark.parametrize("curriculum", ["frontier", DifficultyCurriculum])
+def test_a_curriculum_is_an_object(curriculum, tmp_path):
+    with pytest.raises(TypeError, match=r"is no object. Pass a DifficultyCurriculum\(\.\.\.\)"):
+        tiny.trainer(GRPOTrainer, tmp_path, Judge(), {"train_dataset": data(), "curriculum": curriculum})
+
+
+def test_refill_looks_as_far_ahead_as_the_curriculum_says(tmp_path):
+    curriculum = DifficultyCurriculum("frontier", lookahead=3)
+    trainer = tiny.trainer(
+        GRPOTrainer,
+        tmp_path,
+        Judge(),
+        {"train_dataset": data(), "curriculum": curriculum},
+        rollout_selection="refill",
+        max_steps=2,
+    )
+    stream, looked = trainer._refill_stream, []
+
+    def draw(count, exclude, choose=None, lookahead=None):
+        looked.append((choose is not None, lookahead))
+        return type(stream).draw(stream, count, exclude, choose, lookahead)
+
+    stream.draw = draw
+    trainer.train()
+    assert {lookahead for chooses, lookahead in looked if chooses} == {3}
+
+
+def test_it_tells_its_settings():
+    curriculum = DifficultyCurriculum("mixed", column="-margin", share=0.25)
+    assert eval(repr(curriculum)).__dict__ == curriculum.__dict__

@@ -40,10 +40,15 @@ def main(output_dir: Path, selection: str, checkpoint: str | None) -> None:
     assert trainer.is_deepspeed_enabled
     assert trainer.accelerator.num_processes == 2
     trainer.train(resume_from_checkpoint=checkpoint)
-    key = weights_key(trainer.accelerator.unwrap_model(trainer.model))
     rewards = trainer.roll_out([trainer.train_dataset[i] for i in range(3)], 2, seed=1).rewards
     target = output_dir / ("resumed" if checkpoint else "whole")
     trainer.save_model(str(target))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            parameter.partition()  # which DeepSpeed doesn't with weights this small
+            assert parameter.numel() == 0
+    key = weights_key(model)
     if trainer.is_world_process_zero():
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
         result = {"stage": stage, "counters": asdict(trainer.counters), "rewards": rewards, "key": key}

@@ -119,6 +119,8 @@ def test_the_prompt_is_the_unit():
         ("mean_kl", {"predictions": [[1.0]], "references": [[0.5]]}, "at least 2 completions of different prompts"),
         ("mean_kl", {"predictions": [[1.0]] * 2, "references": [[1.0], []]}, "Completion 1 has 1 log-prob.*but 0"),
         ("mean_kl", {"predictions": POLICY, "references": POLICY, "estimator": "k2"}, "estimator='k2' is unknown"),
+        ("mean_kl", {"predictions": [[0.0]] * 2, "references": [[0.0], [-math.inf]]}, "Completion 1 .* isn't finite"),
+        ("preference_accuracy", {"chosen": [1.0, math.nan], "rejected": [0.0, 0.0]}, "scores that are NaN"),
     ],
 )
 def test_bad_input_is_named(name, inputs, message):

@@ -245,6 +245,14 @@ def test_looking_moves_nothing(tmp_path):
     assert torch.equal(trainer.reward_weights, before)
 
 
+def test_each_trainer_starts_anew(tmp_path):
+    """As it would in a process of its own."""
+    _, objectives = build(GRPOTrainer, tmp_path)
+    objectives.multipliers["odd_ids"] = 3.0
+    objectives.attach(tiny.trainer(GRPOTrainer, tmp_path, [tiny.low_ids, odd_ids]))
+    assert objectives.multipliers == {"odd_ids": 0.0}
+
+
 def test_a_floor_is_kept(tmp_path):
     """A = share of even ids, B = share of odd ids = 1 − A. Without the floor B goes to 0."""
 

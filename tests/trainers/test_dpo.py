@@ -325,6 +325,13 @@ def test_what_cannot_be_ordered_is_refused_before_a_model_is_loaded(curriculum, 
         trl_ext.DPOTrainer("no/such/model", args=config, train_dataset=dataset, curriculum=curriculum)
 
 
+@pytest.mark.parametrize("curriculum", ["easy_to_hard", DifficultyCurriculum])
+def test_a_curriculum_is_an_object(curriculum, tmp_path):
+    config = trl_ext.DPOConfig(**settings(tmp_path))
+    with pytest.raises(TypeError, match=r"is no object. Pass a DifficultyCurriculum\(\.\.\.\)"):
+        trl_ext.DPOTrainer("no/such/model", args=config, train_dataset=pairs(2), curriculum=curriculum)
+
+
 def test_two_orders_are_refused(tmp_path):
     config = trl_ext.DPOConfig(**settings(tmp_path, train_sampling_strategy="sequential"))
     with pytest.raises(ValueError, match="both say in which order"):

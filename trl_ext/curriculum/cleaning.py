@@ -22,7 +22,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from .noise import NoiseEstimate, estimate_noise, wrong_label_probabilities
+from .noise import FEWEST_PAIRS, NoiseEstimate, estimate_noise, wrong_label_probabilities
 
 
 Scorer = Callable[..., Sequence[float | None]]
@@ -317,8 +317,15 @@ def clean_by_cross_fitting(
         do where the noise rate can't be told ([`NoiseEstimate`]'s `is_told`).
 
     Raises:
-        `ValueError`: if a probability is out of range, or `drop_above` isn't below `flip_above`.
+        `ValueError`: before a scorer is trained, with too few pairs, if a probability is out of range, or `drop_above`
+            isn't below `flip_above`.
     """
+    check_pairs(pairs)
+    if len(pairs) < FEWEST_PAIRS:
+        raise ValueError(
+            f"There are {len(pairs)} pairs, but the share of wrong labels can be told from {FEWEST_PAIRS} on. Make "
+            "more, or clean them with a scorer that can be trusted (clean_by_margin)."
+        )
     if flip_above is not None and not 0.5 <= flip_above <= 1:
         raise ValueError(f"`flip_above` is {flip_above}. Labels that are more likely right stay: take [0.5, 1].")
     if drop_above is not None and not 0 <= drop_above <= 1:
@@ -333,13 +340,14 @@ def clean_by_cross_fitting(
     for _ in range(rounds):
         margins = cross_fitted_margins(turn_around(pairs, sorted(turned)), fit, folds, seed, on_progress)
         margins = [-margin if row in turned else margin for row, margin in enumerate(margins)]
-        noise = estimate_noise(margins)
-        if not noise.is_told:
+        scored = [margin for margin in margins if not math.isnan(margin)]
+        noise = estimate_noise(scored) if len(scored) >= FEWEST_PAIRS and any(scored) else None
+        if noise is None or not noise.is_told:
             break
         wrong = wrong_label_probabilities(margins, noise)
         turned = {row for row, probability in enumerate(wrong) if probability > 0.5}
     method = f"by cross-fitting in {folds} folds" + (f", {rounds} rounds" if rounds > 1 else "")
-    if not noise.is_told:
+    if noise is None or not noise.is_told:
         return _apply(pairs, [(KEPT, NOT_TOLD)] * len(pairs), method, noise, None)
     decisions, left = [], []
     for margin, probability in zip(margins, wrong, strict=True):
@@ -373,6 +381,8 @@ def _apply(
 
 
 def check_pairs(pairs: Dataset) -> None:
+    if not isinstance(pairs, Dataset):
+        raise TypeError(f"The pairs are a {type(pairs).__name__}. Load them as a datasets.Dataset, not streamed.")
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in pairs.column_names]
     if missing:
         raise ValueError(

@@ -69,16 +69,17 @@ class NoiseEstimate:
     def label_smoothing(self) -> float:
         """
         The rate as an argument of DPO's configuration: the ε of cDPO (E. Mitchell, "A note on DPO with noisy
-        preferences & relationship to IPO", 2023) and of robust DPO, which has to stay below ½.
+        preferences & relationship to IPO", 2023) and of robust DPO, which has to stay below ½. 0, for none, where the
+        rate can't be told.
         """
-        return min(self.rate, LARGEST_LABEL_SMOOTHING)
+        return min(self.rate, LARGEST_LABEL_SMOOTHING) if self.is_told else 0.0
 
     def dpo_settings(self) -> dict[str, Any]:
         """
         Arguments for [`~trl.DPOConfig`]. TRL 1.16 reads `label_smoothing` under `loss_type="robust"` (and `exo_pair`,
-        `aot`); under the default `"sigmoid"` it would do nothing.
+        `aot`); under the default `"sigmoid"` it would do nothing. Empty where the rate can't be told.
         """
-        return {"loss_type": ["robust"], "label_smoothing": self.label_smoothing}
+        return {"loss_type": ["robust"], "label_smoothing": self.label_smoothing} if self.is_told else {}
 
     def __str__(self) -> str:
         if not self.is_told:

@@ -418,6 +418,10 @@ def _check_arguments(
 
 
 def _check_data(trainer: GRPOTrainer, dataset: Dataset) -> None:
+    if not isinstance(trainer, GRPOTrainer):
+        raise TypeError(
+            f"`trainer` is a {type(trainer).__name__}. Pass one of trl_ext's, such as trl_ext.GRPOTrainer."
+        )
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"`dataset` is a {type(dataset).__name__}, whose length isn't known. Load it without streaming."

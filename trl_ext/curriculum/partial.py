@@ -20,8 +20,9 @@ from ..rollouts.rollout import ScoredGroups
 from ..trainers.grpo import GRPOTrainer
 
 
-# What the trainer says of sampling
+# What the trainer says of sampling, and its configuration
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length")
+SAMPLING_OF_ARGS = ("generation_kwargs", "chat_template_kwargs")
 # Rows that are hashed together
 ROWS = 1000
 
@@ -75,13 +76,15 @@ def roll_out_all(
         identity = {
             "model": weights_key(trainer.accelerator.unwrap_model(trainer.model)),
             "rows": content_key(dataset),
-            "sampling": {name: getattr(trainer, name) for name in SAMPLING},
+            "sampling": {name: getattr(trainer, name) for name in SAMPLING}
+            | {name: getattr(trainer.args, name) for name in SAMPLING_OF_ARGS},
             "reward_funcs": trainer.reward_func_names,
             "num_generations": num_generations,
             "batch_size": batch_size,
             "seed": seed,
             **depends_on,
         }
+        identity = json.loads(json.dumps(identity, default=str))
         results = _continued(Path(partial_results), identity, writes)
     for start in range(len(results), len(dataset), batch_size):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]

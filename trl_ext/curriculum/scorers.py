@@ -35,7 +35,7 @@ class ScorerFit:
 
     Args:
         model (`str`):
-            Id or folder of the model that every scorer starts from. A loaded one is changed: use that but once.
+            Id or folder of the model that every scorer starts from. A loaded one is changed, so that it serves once.
         args (`dict`, *optional*):
             Arguments of the trainer's configuration. Nothing is saved or reported.
         peft_config ([`~peft.PeftConfig`], *optional*):
@@ -51,6 +51,17 @@ class ScorerFit:
     peft_config: Any = None
     processing_class: Any = None
     batch_size: int = 64
+    _used: bool = field(default=False, init=False, repr=False)
+
+    def start(self) -> Any:
+        """What the next scorer starts from. Raises `ValueError` if an earlier one has changed it."""
+        if self._used and not isinstance(self.model, str):
+            raise ValueError(
+                "The model is loaded, and a scorer was trained on it: the next one would start from what that learned "
+                "of the pairs it is to judge. Pass an id or a folder."
+            )
+        self._used = True
+        return self.model
 
 
 class RewardModelFit(ScorerFit):
@@ -72,7 +83,7 @@ class RewardModelFit(ScorerFit):
         }
         with tempfile.TemporaryDirectory() as folder:
             trainer = RewardTrainer(
-                model=self.model,
+                model=self.start(),
                 args=RewardConfig(**{**self.args, **QUIET, "output_dir": folder}),
                 train_dataset=Dataset.from_dict(ids),
                 processing_class=tokenizer,
@@ -110,7 +121,7 @@ class ImplicitRewardFit(ScorerFit):
         tokenizer = self.processing_class or AutoTokenizer.from_pretrained(self.model)
         with tempfile.TemporaryDirectory() as folder:
             trainer = DPOTrainer(
-                model=self.model,
+                model=self.start(),
                 args=DPOConfig(**{**self.args, **QUIET, "output_dir": folder}),
                 train_dataset=pairs.select_columns([name for name in READ if name in pairs.column_names]),
                 processing_class=tokenizer,

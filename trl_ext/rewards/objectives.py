@@ -233,6 +233,7 @@ class RewardObjectives:
             "rows_to_generate" not in vars(trainer),
             "This trainer has objectives already. Put all schedules and constraints into one RewardObjectives.",
         )
+        self.multipliers = {name: constraint.initial for name, constraint in self.constraints.items()}
         self._base = dict(zip(names, trainer.reward_weights.tolist(), strict=True))
         generate, finish = trainer.rows_to_generate, trainer.on_rollouts
         save, load = trainer.run_state, trainer.load_run_state

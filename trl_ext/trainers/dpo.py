@@ -98,6 +98,8 @@ class DPOTrainer(DPOSeams):
     def _check_curriculum(config: DPOConfig, curriculum: Any, dataset: Any) -> None:
         if curriculum is None:
             return
+        if isinstance(curriculum, str | type):
+            raise TypeError(f"curriculum={curriculum!r} is no object. Pass a DifficultyCurriculum(...).")
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 "curriculum orders the rows of train_dataset, which must be there as a whole, not as a "

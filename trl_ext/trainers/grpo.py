@@ -642,6 +642,8 @@ class GRPOTrainer(GRPOSeams):
         if curriculum is None:
             return
         dataset: Any = given.get("train_dataset")
+        if isinstance(curriculum, str | type):
+            raise TypeError(f"curriculum={curriculum!r} is no object. Pass a DifficultyCurriculum(...).")
         column = curriculum.column
         _require(
             isinstance(dataset, Dataset) and given.get("environment_factory") is None,
@@ -801,10 +803,13 @@ class GRPOTrainer(GRPOSeams):
             if drawn is None:
                 drawn = set(gather_object([prompt_key(rollout.row) for rollout in first.rollouts]))
             count = self._acceptance.draws_for(missing, at_most=len(selection.slots), multiple_of=together)
-            choose = None if self._outlook is None else partial(self._outlook.choose, count=count)
-            if self.curriculum is not None:
+            choose, lookahead = None, LOOKAHEAD
+            if self._outlook is not None:
+                choose = partial(self._outlook.choose, count=count)
+            elif self.curriculum is not None:
                 choose = partial(self.curriculum.choose, count=count, progress=self._progress)
-            rows = self._refill_stream.draw(count, drawn, choose, LOOKAHEAD)
+                lookahead = self.curriculum.lookahead
+            rows = self._refill_stream.draw(count, drawn, choose, lookahead)
             rows = rows[: len(rows) // together * together]
             if not rows:
                 return

@@ -26,8 +26,8 @@ Returns:
     `mean_kl` (`float`), `low` and `high`; `per_token` (`float`), all of them over all tokens; `units` (`int`),
     completions or prompts that the interval rests on.
 Raises:
-    ValueError: with fewer than two units, which have no interval; for completions whose two lists differ in length;
-        and for an unknown estimator.
+    ValueError: with fewer than two units, which have no interval; for completions whose two lists differ in length,
+        or hold numbers that aren't finite; and for an unknown estimator.
 """
 
 
@@ -58,6 +58,11 @@ class MeanKL(evaluate.Metric):
                     "reference."
                 )
             ratios = [one - other for one, other in zip(ours, theirs, strict=True)]
+            if not all(map(math.isfinite, ratios)):
+                raise ValueError(
+                    f"Completion {row} has a log-probability that isn't finite: the KL has no mean. Leave it out, or "
+                    "compute it in float32."
+                )
             sums.append(math.fsum(ratios if estimator == "k1" else [math.expm1(-x) + x for x in ratios]))
         by_unit: dict[Hashable, list[float]] = {}
         for unit, value in zip(range(len(sums)) if prompts is None else prompts, sums, strict=True):

@@ -2,6 +2,8 @@
 Share of preference pairs whose chosen completion is scored above the rejected one, with the pair as the unit.
 """
 
+import math
+
 import datasets
 import evaluate
 from scipy import stats
@@ -16,7 +18,7 @@ Returns:
     `preference_accuracy` (`float`), its 95 % interval `low` and `high` (Wilson's), and the mean `margin`, chosen minus
     rejected, in units of the scores.
 Raises:
-    ValueError: without pairs.
+    ValueError: without pairs, or with scores that are NaN.
 """
 
 
@@ -34,6 +36,8 @@ class PreferenceAccuracy(evaluate.Metric):
         pairs = len(chosen)
         if not pairs:
             raise ValueError("preference_accuracy needs at least one pair.")
+        if any(math.isnan(score) for score in (*chosen, *rejected)):
+            raise ValueError("preference_accuracy got scores that are NaN. Leave out the pairs that nothing scored.")
         margins = [float(one) - float(other) for one, other in zip(chosen, rejected, strict=True)]
         share = sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins) / pairs
         z = float(stats.norm.ppf(0.975))
