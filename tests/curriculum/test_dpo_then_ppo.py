@@ -29,6 +29,7 @@ import trl_ext
 from trl_ext import DAPOConfig, DAPOTrainer, DUPOConfig, DUPOTrainer, GSPOConfig, GSPOTrainer, PPOConfig
 from trl_ext.curriculum.cleaning import CleaningReport, clean_by_margin
 from trl_ext.curriculum.dpo_then_ppo import IMPLICIT_REWARD, DPOThenPPO, StageStoppedError, StaysAbove
+from trl_ext.curriculum.pairs import NoPairsError
 from trl_ext.curriculum.schedule import DifficultyCurriculum
 from trl_ext.curriculum.stages import whole_checkpoint
 from trl_ext.roles.trunk import load_adapter, save_adapter, sharing_weights, storages
@@ -139,6 +140,38 @@ class TestRun:
         with pytest.raises(ValueError, match=r"clean was None, is \['clean_by_margin', .*'min_margin': 0\.5"):
             schedule(whole, rounds=2, clean=partial(clean_by_margin, scorer=tiny.low_ids, min_margin=0.5))
         schedule(whole, rounds=3, dpo_args=dpo_args(save_steps=3, report_to="none"))  # how it is saved, and more of it
+
+    def test_what_hasnt_begun_may_have_other_settings(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        def full(stage: str, trainer: Any) -> None:
+            if stage == "ppo":
+                raise RuntimeError("no room")
+
+        with pytest.raises(RuntimeError, match="no room"):
+            short(tmp_path, prepare=full).train()
+        learned = adapter(tmp_path / "round_1/dpo")
+        smaller = PPOConfig(**policy_settings(max_steps=2, per_device_train_batch_size=2))
+        with pytest.raises(ValueError, match=r"dpo_args\.max_steps was 2, is 3"):
+            short(tmp_path, policy_args=smaller, dpo_args=dpo_args(max_steps=3))
+        short(tmp_path, policy_args=smaller).train()
+        assert "policy_args.per_device_train_batch_size was 8, is 2" in capsys.readouterr().out
+        assert same(learned, adapter(tmp_path / "round_1/dpo"))
+        with pytest.raises(ValueError, match=r"per_device_train_batch_size was 2, is 8"):
+            short(tmp_path)
+
+    def test_settings_are_kept_from_the_start(self, tmp_path: Path) -> None:
+        def stopped(completion_ids: Any, **kwargs: Any) -> list[float]:
+            raise KeyboardInterrupt
+
+        sampled = {"pairs": None, "reward_funcs": stopped}
+        with pytest.raises(KeyboardInterrupt):
+            short(tmp_path, **sampled).train()
+        with pytest.raises(ValueError, match=r"dpo_args\.seed was 7, is 1"):
+            short(tmp_path, **sampled, dpo_args=dpo_args(max_steps=2, seed=1))
+        with pytest.raises(ValueError, match=r"peft_config was .*'r': 4.*'r': 8"):
+            short(tmp_path, **sampled, peft_config=lora(r=8))
+        (tmp_path / "stages.json").unlink()
+        with pytest.raises(ValueError, match=r"holds stages of a run, but no stages\.json"):
+            short(tmp_path, **sampled)
 
     def test_a_run_may_be_moved(self, whole: Path, tmp_path: Path) -> None:
         shutil.copytree(whole, tmp_path / "moved")
@@ -351,6 +384,19 @@ class TestWhenDPOEnds:
         ]
         assert run.stages[1].steps == 3 * len(accuracies) < 30 and min(accuracies[-2:]) > 0.75
 
+    def test_until_they_are_evaluated_nothing_decides(self, tmp_path: Path) -> None:
+        """Training accuracy is above the threshold at once, and says nothing of held-out pairs."""
+        args = dpo_args(max_steps=30, learning_rate=5e-2, eval_strategy="steps", eval_steps=12)
+        run = short(tmp_path, dpo_args=args, eval_pairs=pairs(8), accuracy_logs=1)
+        run.train()
+        assert run.stages[1].steps == 12
+        trained = [e["rewards/accuracies"] for e in run.stages[1].log_history if "rewards/accuracies" in e]
+        assert max(trained[:10]) > 0.75
+
+    def test_a_rule_without_enough_logs_says_so(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        short(tmp_path, accuracy_logs=5).train()
+        assert "asks for 5 logs of rewards/accuracies, and there were 2" in capsys.readouterr().out
+
     def test_none_runs_to_the_last_step(self, tmp_path: Path) -> None:
         run = short(
             tmp_path, accuracy_threshold=None, accuracy_logs=1, dpo_args=dpo_args(max_steps=5, learning_rate=5e-2)
@@ -424,6 +470,34 @@ class TestPairs:
         assert seen == [24] and looks.seen["dpo"] == 10
         assert "by hand" in (tmp_path / "round_1/pairs/cleaning.txt").read_text()
 
+    @pytest.mark.parametrize(
+        ("clean", "error", "message"),
+        [
+            (lambda given: (given.select([]), "nothing was good"), ValueError, "left none of 24 pairs:\nnothing was"),
+            (lambda given: given, TypeError, "clean returned a Dataset. Let it return the pairs and a report"),
+        ],
+    )
+    def test_what_clean_may_not_return(self, tmp_path: Path, clean: Any, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            short(tmp_path, clean=clean).train()
+        short(tmp_path).train()  # nothing was finished
+
+    def test_the_order_of_pairs(self, tmp_path: Path) -> None:
+        curriculum = DifficultyCurriculum("easy_to_hard", column="-score_margin")
+        looks = Looks(lambda trainer: trainer.curriculum)
+        short(tmp_path, pairs=None, dpo_kwargs={"curriculum": curriculum}, prepare=looks).train()
+        assert repr(looks.seen["dpo"]) == repr(curriculum) and looks.seen["dpo"] is not curriculum
+        assert looks.seen["ppo"] is None
+        with pytest.raises(ValueError, match=r"dpo_kwargs was .*easy_to_hard"):
+            short(tmp_path, pairs=None)
+
+    def test_a_round_without_pairs_leaves_the_one_before(self, tmp_path: Path) -> None:
+        with pytest.raises(NoPairsError) as caught:
+            short(tmp_path, reward_funcs=tiny.constant, rounds=2).train()
+        assert f"What round 1 left is in {tmp_path}; rounds=1 ends there." in caught.value.__notes__
+        assert same(adapter(tmp_path), adapter(tmp_path / "round_1/ppo"))
+        assert len(short(tmp_path, reward_funcs=tiny.constant, rounds=1).train()) == 3
+
     def test_cross_fitted_on_the_same_trunk(self, tmp_path: Path) -> None:
         """By scorers with DPO's own settings, which are neither evaluated nor saved; the policy stays as it was."""
         args = dpo_args(max_steps=2, eval_strategy="steps", eval_steps=1, eval_on_start=True)
@@ -440,9 +514,14 @@ class TestPairs:
         run = schedule(
             tmp_path,
             reward_funcs=[IMPLICIT_REWARD, tiny.low_ids, tiny.first_token_even],
-            policy_args=PPOConfig(**policy_settings(reward_weights=[0.5, 1.0, 3.0])),
+            policy_args=PPOConfig(
+                **policy_settings(
+                    reward_weights=[0.5, 1.0, 3.0], outcome_reward_funcs=[IMPLICIT_REWARD, "first_token_even"]
+                )
+            ),
         )
         sampler = run._sampler(tmp_path)
+        assert sampler.args.outcome_reward_funcs == ["first_token_even"]
         assert sampler.reward_func_names == ["low_ids", "first_token_even"]
         assert sampler.reward_weights.tolist() == [1.0, 3.0]
         assert run.policy_args.reward_weights == [0.5, 1.0, 3.0]
@@ -470,6 +549,12 @@ class TestErrors:
             ({"dpo_args": dpo_args(save_only_model=True)}, "save_only_model of dpo_args"),
             ({"clean": "cross_fitting", "pairs": pairs().remove_columns("prompt")}, r"pairs lacks .* \['prompt'\]"),
             ({"clean": "well"}, "clean='well' is unknown"),
+            ({"clean": "cross_fitting"}, "from 50 pairs on"),
+            ({"pairs": pairs().select([])}, "pairs has no rows"),
+            ({"eval_pairs": pairs()}, "dpo_args never evaluates"),
+            ({"dpo_args": dpo_args(logging_strategy="no")}, "logging_strategy of dpo_args is 'no'"),
+            ({"pair_settings": {"num_generation": 4}}, r"pair_settings has \['num_generation'\]"),
+            ({"reward_funcs": IMPLICIT_REWARD, "held_out": prompts()}, "nor the start"),
             (
                 {"policy_args": PPOConfig(**policy_settings(eval_strategy="steps", eval_steps=1))},
                 "eval_strategy of policy_args needs an eval_dataset",
@@ -488,6 +573,29 @@ class TestErrors:
     def test_a_model_with_an_adapter_and_a_peft_config(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="pass one of them"):
             short(tmp_path, model=get_peft_model(tiny.qwen2(), lora()))
+
+    def test_an_adapter_that_cant_be_trained(self, tmp_path: Path) -> None:
+        model = get_peft_model(tiny.qwen2(), lora())
+        for weight in model.parameters():
+            weight.requires_grad_(False)
+        with pytest.raises(ValueError, match="is_trainable=True"):
+            short(tmp_path, model=model, peft_config=None)
+
+    @pytest.mark.parametrize(
+        ("overrides", "error", "message"),
+        [
+            ({"policy_kwargs": {"curriculums": 1}}, TypeError, "curriculums"),
+            ({"policy_kwargs": {"curriculum": "frontier"}}, TypeError, "curriculum='frontier' is no object"),
+            ({"train_dataset": prompts(1)}, ValueError, ""),
+        ],
+    )
+    def test_what_stage_two_cant_work_with_is_told_before_dpo(
+        self, tmp_path: Path, overrides: Any, error: type[Exception], message: str
+    ) -> None:
+        with pytest.raises(error, match=message):
+            short(tmp_path, **overrides).train()
+        assert not (tmp_path / "round_1/dpo").exists()
+        short(tmp_path).train()  # the corrected call
 
     @pytest.mark.parametrize(
         "overrides",

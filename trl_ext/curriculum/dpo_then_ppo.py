@@ -16,6 +16,7 @@ learns what is new in its pairs.
 import copy
 import functools
 import gc
+import inspect
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -51,16 +52,16 @@ from ..trainers.grpo import GRPOTrainer
 from ..trainers.ppo import PPOTrainer
 from ..trainers.seams.grpo import saved_state
 from .cleaning import CleaningReport, clean_by_cross_fitting
-from .pairs import make_pairs
+from .noise import FEWEST_PAIRS
+from .pairs import NoPairsError, make_pairs
 from .schedule import DifficultyCurriculum
 from .scorers import ImplicitRewardFit, ImplicitRewardScorer
-from .stages import StageFile, StageResult, fingerprint, settings_of, whole_checkpoint
+from .stages import DATA, DPO, PAIRS, POLICY, START, StageFile, StageResult, fingerprint, settings_of, whole_checkpoint
 
 
 IMPLICIT_REWARD = "implicit_reward"
 CROSS_FITTING = "cross_fitting"
 BASE, DPO_POLICY = "base", "dpo"
-PAIRS, DPO, START = "pairs", "dpo", "start"
 REFERENCE_ADAPTER = "ref"  # TRL's name for the copy of an adapter that it makes
 FILES_OF_A_RUN = (*("optimizer", "scheduler", "rng_state", "trl_ext_", "training_args", "README", TRAINER_STATE_NAME),)
 # Far apart, because `make_pairs` adds the row to the seed
@@ -83,11 +84,13 @@ class StaysAbove(TrainerCallback):
             In (0, 1).
         logs (`int`):
             In a row.
+        metric (`str`):
+            Their key.
     """
 
-    def __init__(self, threshold: float, logs: int) -> None:
+    def __init__(self, threshold: float, logs: int, metric: str = "rewards/accuracies") -> None:
         self.logs = logs
-        self.check = PreferenceAccuracyCheck(threshold, patience=logs, grace=0.0)
+        self.check = PreferenceAccuracyCheck(threshold, metric, patience=logs, grace=0.0)
 
     def reached(self, state: TrainerState) -> bool:
         """Whether the logs of a run say so."""
@@ -103,8 +106,9 @@ class StaysAbove(TrainerCallback):
 class DPOThenPPO:
     """
     The whole schedule. Kill it anywhere, and the same call goes on where it was: with the stage that isn't finished,
-    from its last whole checkpoint (`save_steps` of its configuration), to the same weights. Each stage has a folder of
-    its own, `round_1/dpo` for example, with what its trainer writes; the last adapter is also in `output_dir` itself.
+    from its last whole checkpoint (`save_steps` of its configuration), to the same weights. Settings of a stage that
+    hasn't begun may be others then: a smaller batch, after PPO found no room. Each stage has a folder of its own,
+    `round_1/dpo` for example, with what its trainer writes; the last adapter is also in `output_dir` itself.
 
     ```python
     run = DPOThenPPO(
@@ -147,6 +151,8 @@ class DPOThenPPO:
             adapter on the same trunk; or a function, for example
             [`~trl_ext.curriculum.cleaning.clean_by_margin`] with its scorer bound. What the report's `str` says is
             printed and kept in `cleaning.txt`.
+        dpo_kwargs (`Mapping[str, Any]`, *optional*):
+            Further arguments of [`DPOTrainer`], such as `curriculum`: made pairs have a column `score_margin`.
         policy_trainer (`type`, *optional*, defaults to [`PPOTrainer`]):
             Of stage 2: any trainer of the engine.
         policy_kwargs (`Mapping[str, Any]`, *optional*):
@@ -181,7 +187,7 @@ class DPOThenPPO:
 
     Raises:
         ValueError: before a model is loaded, for what can't work together, or if `output_dir` holds a run with other
-            settings.
+            settings of what has begun.
         TypeError: for a configuration or trainer of another kind.
         StageStoppedError: in training, if a callback (a health check with `stop=True`) or a signal ends a stage before
             its last step.
@@ -200,6 +206,7 @@ class DPOThenPPO:
         eval_pairs: Dataset | None = None,
         pair_settings: Mapping[str, Any] | None = None,
         clean: Clean | str | None = None,
+        dpo_kwargs: Mapping[str, Any] | None = None,
         policy_trainer: type[GRPOTrainer] = PPOTrainer,
         policy_kwargs: Mapping[str, Any] | None = None,
         peft_config: Any = None,
@@ -226,7 +233,9 @@ class DPOThenPPO:
         self.model_init_kwargs = dict(model_init_kwargs or of_args or {})
         self.train_dataset, self.pairs, self.eval_pairs = train_dataset, pairs, eval_pairs
         self.pair_settings, self.clean = dict(pair_settings or {}), clean
-        self.policy_trainer, self.policy_kwargs = policy_trainer, dict(policy_kwargs or {})
+        self.policy_trainer = policy_trainer
+        # An object that learns in a run learns in this one alone: each trainer gets a copy
+        self.dpo_kwargs, self.policy_kwargs = dict(dpo_kwargs or {}), dict(policy_kwargs or {})
         self.reference, self.rounds = reference, rounds
         self.accuracy_threshold, self.accuracy_logs = accuracy_threshold, accuracy_logs
         self.held_out, self.held_out_samples = held_out, held_out_samples
@@ -253,6 +262,11 @@ class DPOThenPPO:
             else "`peft_config` is missing: what DPO hands to the next stage is an adapter. Pass a LoraConfig.",
         )
         _require(
+            not adapted or any(weight.requires_grad for weight in self.model.parameters()),
+            "Nothing of the model's adapter can be trained. Load it with PeftModel.from_pretrained(..., "
+            "is_trainable=True).",
+        )
+        _require(
             not adapted or list(self.model.peft_config) == [ADAPTER],
             f"The model has the adapters {list(getattr(self.model, 'peft_config', {}))}. Bring one, {ADAPTER!r}.",
         )
@@ -270,6 +284,7 @@ class DPOThenPPO:
             f"clean={self.clean!r} is unknown. Choose {CROSS_FITTING!r}, or pass a function.",
         )
         _require(self.rounds >= 1, f"rounds={self.rounds} must be at least 1.")
+        _require(not self.output_dir.is_file(), f"output_dir={str(self.output_dir)!r} is a file. Name a folder.")
         _require(
             self.accuracy_threshold is None or 0 < self.accuracy_threshold < 1,
             f"accuracy_threshold={self.accuracy_threshold} is a share of pairs and must be in (0, 1), or None.",
@@ -278,6 +293,15 @@ class DPOThenPPO:
         _require(
             self.dpo_args.eval_strategy == "no" or self.eval_pairs is not None,
             "eval_strategy of dpo_args needs eval_pairs. Pass them, or set it to 'no'.",
+        )
+        _require(
+            self.eval_pairs is None or self.dpo_args.eval_strategy != "no",
+            "eval_pairs are there, but dpo_args never evaluates. Set its eval_strategy, or leave them out.",
+        )
+        _require(
+            self.accuracy_threshold is None or self.dpo_args.logging_strategy != "no",
+            "accuracy_threshold is compared with logs, and logging_strategy of dpo_args is 'no'. Set it to 'steps', "
+            "or accuracy_threshold to None.",
         )
         for name, args in (("dpo_args", self.dpo_args), ("policy_args", self.policy_args)):
             _require(
@@ -305,12 +329,11 @@ class DPOThenPPO:
         )
 
     def _check_data_and_rewards(self) -> None:
-        judges = [reward for reward in self.reward_funcs if reward != IMPLICIT_REWARD]
         samples_pairs = self.pairs is None or self.rounds > 1
         _require(
-            bool(judges or self.policy_kwargs.get("reward_model")) or not samples_pairs,
-            f"{IMPLICIT_REWARD!r} is what DPO learns from pairs: it can't judge those it learns from. Pass pairs (and "
-            "rounds=1), or another reward.",
+            self._judges or not (samples_pairs or self.held_out is not None),
+            f"{IMPLICIT_REWARD!r} is what DPO learns from pairs: it can't judge those it learns from, nor the "
+            "start. Pass pairs (and rounds=1, no held_out), or another reward.",
         )
         of_pairs = {"chosen", "rejected"} | ({"prompt"} if self.clean == CROSS_FITTING else set())
         for name, dataset, columns in (
@@ -325,32 +348,67 @@ class DPOThenPPO:
             )
             missing = columns - set(dataset.column_names) if dataset is not None else set()
             _require(not missing, f"{name} lacks the columns {sorted(missing)}.")
+            _require(dataset is None or len(dataset) > 0, f"{name} has no rows.")
+        few = self.clean == CROSS_FITTING and self.pairs is not None and len(self.pairs) < FEWEST_PAIRS
+        _require(
+            not few,
+            f"clean={CROSS_FITTING!r} tells the share of wrong labels from {FEWEST_PAIRS} pairs on. Pass more, or "
+            "leave it out.",
+        )
+        known = {"prompts", *inspect.signature(make_pairs).parameters}
+        known -= {"trainer", "dataset", "partial_results", "on_progress"}
+        unknown = sorted(self.pair_settings.keys() - known)
+        _require(not unknown, f"pair_settings has {unknown}. Choose of {', '.join(sorted(known))}.")
         weights = self.policy_args.reward_weights
-        count = len(self.reward_funcs) + (self.policy_kwargs.get("reward_model") is not None)
+        count = len(self.reward_funcs) + (self._reward_model is not None)
         _require(
             weights is None or len(weights) == count,
             f"reward_weights of policy_args has {len(weights or [])} numbers for {count} rewards.",
         )
 
-    def _settings(self) -> dict[str, Any]:
-        """What the result depends on, as far as it can be told."""
-        own = {
-            "model": self.model if isinstance(self.model, str) else self.model.config.name_or_path,
-            "model_init_kwargs": self.model_init_kwargs,
-            "policy_kwargs": {name: _said(value) for name, value in self.policy_kwargs.items() if value is not None},
-            "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
-            "rewards": [_said(reward) for reward in self.reward_funcs],
-            "reference": self.reference,
-            "accuracy_threshold": self.accuracy_threshold,
-            "accuracy_logs": self.accuracy_logs,
-            "pair_settings": self.pair_settings,
-            "clean": _said(self.clean),
-            "train_dataset": fingerprint(self.train_dataset),
-            "pairs": fingerprint(self.pairs),
-            "eval_pairs": fingerprint(self.eval_pairs),
-            "policy_trainer": self.policy_trainer.__name__,
+    @property
+    def _judges(self) -> bool:
+        """Whether a reward is there before DPO has learned one."""
+        return any(reward != IMPLICIT_REWARD for reward in [*self.reward_funcs, self._reward_model or IMPLICIT_REWARD])
+
+    @property
+    def _reward_model(self) -> Any:
+        return self.policy_kwargs.get("reward_model")
+
+    def _settings(self) -> dict[str, dict[str, Any]]:
+        """What the result depends on, as far as it can be told, by the stage that it decides first."""
+        given = {
+            stage: {f"{stage}_kwargs": {name: _said(value) for name, value in kwargs.items() if value is not None}}
+            for stage, kwargs in ((DPO, self.dpo_kwargs), (POLICY, self.policy_kwargs))
         }
-        return own | settings_of(self.dpo_args, "dpo_args") | settings_of(self.policy_args, "policy_args")
+        return {
+            START: {
+                "model": self.model if isinstance(self.model, str) else self.model.config.name_or_path,
+                "model_init_kwargs": self.model_init_kwargs,
+                "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
+                "dpo_args.seed": self.dpo_args.seed,
+            },
+            DATA: {
+                "rewards": [_said(reward) for reward in self.reward_funcs],
+                "reward_model": _said(self._reward_model),
+                "train_dataset": fingerprint(self.train_dataset),
+                "pairs": fingerprint(self.pairs),
+            },
+            PAIRS: {"pair_settings": self.pair_settings, "clean": _said(self.clean)},
+            DPO: {
+                "accuracy_threshold": self.accuracy_threshold,
+                "accuracy_logs": self.accuracy_logs,
+                "eval_pairs": fingerprint(self.eval_pairs),
+                **given[DPO],
+                **settings_of(self.dpo_args, "dpo_args"),
+            },
+            POLICY: {
+                "policy_trainer": self.policy_trainer.__name__,
+                "reference": self.reference,
+                **given[POLICY],
+                **settings_of(self.policy_args, "policy_args"),
+            },
+        }
 
     # The run
 
@@ -361,12 +419,16 @@ class DPOThenPPO:
         Returns:
             `list[StageResult]`: [`stages`].
         """
+        if self.file.changed:
+            self._print(f"goes on with other settings of what hasn't begun: {'; '.join(self.file.changed)}")
+        if self.file.changed or not self.file.stages:
+            self.file.save()
         for round_ in range(1, self.rounds + 1):
             for name, run in ((PAIRS, self._make_pairs), (DPO, self._dpo), (self.method, self._improve)):
                 if self.file.find(name, round_) is None:
                     self._announce(name, round_)
                     run(round_)
-        self._keep_result()
+            self._keep_result()
         return self.stages
 
     def _announce(self, name: str, round_: int) -> None:
@@ -378,7 +440,10 @@ class DPOThenPPO:
         started, folder = time.monotonic(), self._folder(PAIRS, round_)
         given = self.pairs if round_ == 1 else None
         tokens = 0
-        if given is None or (round_ == 1 and self.held_out is not None and self.file.find(START, 0) is None):
+        measures = round_ == 1 and self.held_out is not None and self.file.find(START, 0) is None
+        # What stage 2 can't work with is told before DPO has trained, except where it would start an engine for that
+        tries = round_ == 1 and self._judges and not self.policy_args.use_vllm
+        if given is None or measures or tries:
             trainer = self._sampler(folder)
             if round_ == 1:
                 self._measure_start(trainer)
@@ -387,8 +452,13 @@ class DPOThenPPO:
             self._release(trainer)
         if self.clean is not None:
             set_seed(self.dpo_args.seed)  # for scorers that are trained
-            given, report = self._cross_fitted(given) if isinstance(self.clean, str) else self.clean(given)
+            cleaned = self._cross_fitted(given) if isinstance(self.clean, str) else self.clean(given)
+            if not (isinstance(cleaned, tuple) and len(cleaned) == 2 and isinstance(cleaned[0], Dataset)):
+                raise TypeError(f"clean returned a {type(cleaned).__name__}. Let it return the pairs and a report.")
+            before, (given, report) = len(given), cleaned
             self._print(str(report))
+            if len(given) == 0:
+                raise ValueError(f"Cleaning left none of {before} pairs:\n{report}\nClean less, or make others.")
             if PartialState().is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "cleaning.txt").write_text(f"{report}\n", encoding="utf-8")
@@ -405,13 +475,19 @@ class DPOThenPPO:
             prompts = prompts.shuffle(seed=seed + round_).take(min(count, len(prompts)))
         settings.setdefault("seed", seed + SEEDS_OF_A_ROUND * round_)
         settings.setdefault("batch_size", self._prompts_at_once(num_generations))
-        made, report = make_pairs(
-            trainer,
-            prompts,
-            partial_results=folder / "completions.jsonl",
-            on_progress=lambda done, rows: self._print(f"sampled for {done} of {rows} prompts"),
-            **settings,
-        )
+        try:
+            made, report = make_pairs(
+                trainer,
+                prompts,
+                partial_results=folder / "completions.jsonl",
+                on_progress=lambda done, rows: self._print(f"sampled for {done} of {rows} prompts"),
+                **settings,
+            )
+        except NoPairsError as error:
+            if round_ > 1:
+                before = round_ - 1
+                error.add_note(f"What round {before} left is in {self.output_dir}; rounds={before} ends there.")
+            raise
         self._print(str(report))
         if PartialState().is_main_process:
             report.save(folder / "report.json")
@@ -427,7 +503,12 @@ class DPOThenPPO:
                 trunk, args, self.policy.peft_config[ADAPTER], self.tokenizer, self.dpo_args.per_device_eval_batch_size
             )(others)
 
-        return clean_by_cross_fitting(given, fit, seed=self.dpo_args.seed)
+        return clean_by_cross_fitting(
+            given,
+            fit,
+            seed=self.dpo_args.seed,
+            on_progress=lambda done, folds: self._print(f"trained scorer {done} of {folds}"),
+        )
 
     def _dpo(self, round_: int) -> None:
         started, folder = time.monotonic(), self._folder(DPO, round_)
@@ -439,18 +520,24 @@ class DPOThenPPO:
                 train_dataset=self._pairs_of(round_),
                 eval_dataset=self.eval_pairs,
                 processing_class=self.tokenizer,
+                **_own(self.dpo_kwargs),
             ),
             args.seed,
         )
-        rule = None
+        rule, metric = None, "rewards/accuracies" if args.eval_strategy == "no" else "eval_rewards/accuracies"
         if self.accuracy_threshold is not None:
-            rule = StaysAbove(self.accuracy_threshold, self.accuracy_logs)
+            rule = StaysAbove(self.accuracy_threshold, self.accuracy_logs, metric)
             trainer.add_callback(rule)
         self._train(trainer, DPO, folder, rule)
         state = trainer.state
-        logged = [entry["rewards/accuracies"] for entry in state.log_history if "rewards/accuracies" in entry]
+        logged = [entry[metric] for entry in state.log_history if metric in entry]
         found = f", preference accuracy {logged[-1]:.3f}" if logged else ""
         self._print(f"DPO ended at step {state.global_step} of {state.max_steps}{found}")
+        if rule is not None and len(logged) < self.accuracy_logs:
+            self._print(
+                f"accuracy_threshold asks for {self.accuracy_logs} logs of {metric}, and there were {len(logged)}: "
+                "lower accuracy_logs, logging_steps or eval_steps if it is to end DPO."
+            )
         self._release(trainer)
         seconds = time.monotonic() - started
         self.file.finish(StageResult(DPO, round_, str(folder), state.global_step, seconds=seconds))
@@ -496,6 +583,8 @@ class DPOThenPPO:
 
         if args.reward_weights is not None:
             args.reward_weights = of_judges(args.reward_weights)
+        if args.outcome_reward_funcs is not None:
+            args.outcome_reward_funcs = [name for name in args.outcome_reward_funcs if name != IMPLICIT_REWARD] or None
         if isinstance(further.get("reward_processing_classes"), list):
             further["reward_processing_classes"] = of_judges(further["reward_processing_classes"])
         rewards = of_judges(self.reward_funcs)
@@ -511,8 +600,7 @@ class DPOThenPPO:
             args=args,
             train_dataset=self.train_dataset,
             processing_class=self.tokenizer,
-            # An object that learns in a run learns in this one alone
-            **{name: copy.deepcopy(v) if name == "curriculum" else v for name, v in further.items()},
+            **_own(further),
         )
 
     def _args(self, args: Any, folder: Path) -> Any:
@@ -691,10 +779,10 @@ class DPOThenPPO:
         main.wait_for_everyone()
 
     def _keep_result(self) -> None:
-        """The last adapter, its tokenizer and its critic, where the run was asked to leave them."""
-        main = PartialState()
+        """The last round's adapter, its tokenizer and its critic, where the run was asked to leave them."""
+        main, last = PartialState(), [stage.folder for stage in self.stages if stage.name == self.method][-1]
         if main.is_main_process:
-            _copy_model(Path(self.stages[-1].folder), self.output_dir)
+            _copy_model(Path(last), self.output_dir)
         main.wait_for_everyone()
 
     def _folder(self, name: str, round_: int) -> Path:
@@ -713,6 +801,10 @@ def _copy_model(source: Path, target: Path) -> None:
             shutil.copy2(path, target / path.name)
     if (source / CRITIC).is_dir():
         shutil.copytree(source / CRITIC, target / CRITIC, dirs_exist_ok=True)
+
+
+def _own(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: copy.deepcopy(value) if name == "curriculum" else value for name, value in arguments.items()}
 
 
 def _require(held: bool, message: str) -> None:

@@ -23,11 +23,14 @@ from ..evaluation.held_out import Estimate
 
 
 STATE_FILE = "stages.json"
+START, PAIRS, DPO = "start", "pairs", "dpo"
+POLICY = "policy"  # the second stage, whatever its method
+DATA = "data"  # no stage: what the start is measured by and pairs are made of
 
 # What may be another when a run goes on: where it is logged and pushed, and how much of it is kept
 FREE_SETTINGS = re.compile(
     r"^(output_dir|run_name|project|trackio_.*|report_to|log_.*|logging_dir|disable_tqdm|push_to_hub.*|hub_.*|"
-    r"save_.*|dataloader_.*|resume_from_checkpoint|local_rank|ddp_.*|deepspeed|fsdp.*|_n_gpu|skip_memory_metrics)$"
+    r"save_.*|dataloader_.*|vllm_server_.*|vllm_gpu_.*|(gradient|activation)_checkpointing.*|resume_from_checkpoint|local_rank|ddp_.*|deepspeed|fsdp.*|_n_gpu|skip_memory_metrics)$"
 )
 # Rows that tell one data set from another
 ROWS_OF_A_FINGERPRINT = 256
@@ -77,32 +80,47 @@ class StageFile:
     Args:
         folder (`Path`):
             Of the run.
-        settings (`Mapping[str, Any]`):
-            What the result depends on. JSON, or turned into strings.
+        settings (`Mapping[str, Mapping[str, Any]]`):
+            What the result depends on, by what it decides first: `START`, `DATA`, `PAIRS`, `DPO` or `POLICY`. JSON, or
+            turned into strings. Those of a stage that hasn't begun may be others than before.
 
     Raises:
-        ValueError: if the folder holds a run with other settings.
+        ValueError: if the folder holds a run with other settings of what has begun, or stages of nobody knows which.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
         self.path = folder / STATE_FILE
-        self.settings = json.loads(json.dumps(dict(settings), default=_plain, sort_keys=True))
-        outcome: list[Any] = [None]
-        if PartialState().is_main_process and self.path.is_file():
-            outcome[0] = json.loads(self.path.read_text(encoding="utf-8"))
+        self.settings = json.loads(json.dumps(settings, default=_plain, sort_keys=True))
+        outcome: list[Any] = [None, set()]
+        if PartialState().is_main_process:
+            if self.path.is_file():
+                outcome[0] = json.loads(self.path.read_text(encoding="utf-8"))
+            outcome[1] = _begun(folder, {entry["name"] for entry in (outcome[0] or {"stages": []})["stages"]})
         broadcast_object_list(outcome)
-        found = outcome[0] or {"settings": self.settings, "stages": []}
-        self._check(found["settings"])
-        self.stages = [self._read(entry, folder) for entry in found["stages"]]
-
-    def _check(self, before: dict[str, Any]) -> None:
-        now = self.settings
-        changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-        if changed:
-            told = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed[:8])
+        found, begun = outcome
+        if found is None and begun:
             raise ValueError(
-                f"{self.path.parent} holds a run with other settings, which can't go on with these: {told}. Put them "
-                "back, or name another output_dir."
+                f"{folder} holds stages of a run, but no {STATE_FILE} that says which. Name another output_dir, or "
+                "remove them."
+            )
+        self.changed: list[str] = []  # what is another than before, and may be
+        if found is not None:
+            self._check(found["settings"], begun)
+        self.stages = [self._read(entry, folder) for entry in (found or {"stages": []})["stages"]]
+
+    def _check(self, before: dict[str, dict[str, Any]], begun: set[str]) -> None:
+        refused: list[str] = []
+        for stage, now in self.settings.items():
+            then = before.get(stage, {})
+            for name in sorted({*then, *now}):
+                if then.get(name) != now.get(name):
+                    told = f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
+                    (refused if stage in begun else self.changed).append(told)
+        if refused:
+            raise ValueError(
+                f"{self.path.parent} holds a run with other settings, which can't go on with these: "
+                f"{'; '.join(refused[:8])}. Put them back, or name another output_dir. (A stage that isn't "
+                "finished begins anew, with others, without its folder.)"
             )
 
     @staticmethod
@@ -139,6 +157,20 @@ class StageFile:
         state.wait_for_everyone()
 
 
+def _begun(folder: Path, finished: set[str]) -> set[str]:
+    """Of which stages there is something that depends on their settings, and would go on."""
+    begun = {stage for stage in (PAIRS, DPO) if stage in finished}
+    if finished:
+        begun.add(DATA)
+    if (folder / START).is_dir():
+        begun.add(START)
+    for checkpoint in folder.glob(f"round_*/*/{PREFIX_CHECKPOINT_DIR}-*"):
+        begun.add(DPO if checkpoint.parent.name == DPO else POLICY)
+    if finished - {START, PAIRS, DPO}:
+        begun.add(POLICY)
+    return begun
+
+
 def _plain(value: Any) -> Any:
     # PEFT keeps names in sets, whose order is another in every process
     return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
@@ -164,7 +196,8 @@ def whole_checkpoint(folder: Path) -> Path | None:
     could go on from it, and `resume_from_checkpoint=True` would take it. Every process must make the call.
     """
     state = PartialState()
-    numbered = {int(path.name.rpartition("-")[2]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")}
+    named = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in folder.glob("*")]
+    numbered = {int(match[1]): path for match, path in named if match}
     whole = {step: path for step, path in numbered.items() if _is_whole(path)}
     state.wait_for_everyone()
     if state.is_main_process:
