@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from huggingface_hub import create_repo, upload_folder
+from transformers.trainer_utils import has_length
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -34,9 +35,11 @@ from trl import (
     get_quantization_config,
 )
 
-from trl_ext import DifficultyCurriculum, DPOThenPPO, GRPOTrainer, HealthChecks
+from trl_ext import DifficultyCurriculum, DPOConfig, DPOThenPPO, GRPOTrainer, HealthChecks
+from trl_ext.curriculum.dpo_then_ppo import IMPLICIT_REWARD
 from trl_ext.evaluation.credit import TokenCredit, credit_by_token
-from trl_ext.evaluation.held_out import HeldOut
+from trl_ext.evaluation.held_out import Estimate, HeldOut
+from trl_ext.evaluation.pairs import read_pair_accuracy
 from trl_ext.monitors.progress import ProgressLines
 from trl_ext.monitors.verify import verify
 from trl_ext.reports.card import results_section, stages_section, write_stages_card
@@ -51,7 +54,7 @@ SHARED_BY_STAGES = (
     *("report_to", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm"),
 )
 SCHEDULE_SETTINGS = (
-    *("clean", "reference", "rounds", "accuracy_threshold", "accuracy_logs"),
+    *("reference", "rounds", "accuracy_threshold", "accuracy_logs"),
     *("held_out_samples", "held_out_every", "held_out_seed"),
 )
 DEFAULTS = DPOThenPPO.__init__.__kwdefaults__
@@ -253,7 +256,9 @@ def load_reward_funcs(script_args: PolicyArguments, training_args: Any) -> list[
     specs = [*filter(None, [script_args.reward_model_name_or_path]), *(script_args.reward_funcs or [])]
     if not specs:
         raise ValueError("--reward_funcs is missing: name at least one, e.g. `--reward_funcs accuracy_reward`.")
-    return [_load_reward(spec, training_args, script_args.reward_model_name_or_path) for spec in specs]
+    learned = [IMPLICIT_REWARD] if hasattr(script_args, "dpo") else []  # in a stage before
+    model = script_args.reward_model_name_or_path
+    return [spec if spec in learned else _load_reward(spec, training_args, model) for spec in specs]
 
 
 def _load_reward(spec: str, training_args: Any, reward_model: str | None) -> RewardFunc:
@@ -309,6 +314,8 @@ def load_data(script_args: DataArguments, mixture_args: DatasetMixtureConfig) ->
 def curriculum_of(script_args: PolicyArguments) -> DifficultyCurriculum | None:
     """The curriculum that was asked for."""
     if script_args.curriculum is None:
+        if script_args.curriculum_column is not None:
+            raise ValueError("--curriculum_column is there, but no --curriculum: set it, e.g. to easy_to_hard.")
         return None
     return DifficultyCurriculum(script_args.curriculum, script_args.curriculum_column)
 
@@ -359,9 +366,21 @@ def model_settings(training_args: Any, model_args: ModelConfig) -> dict[str, Any
     }
 
 
-def shared_settings(training_args: Any) -> dict[str, Any]:
-    """What another stage of the same run takes over."""
-    return {name: getattr(training_args, name) for name in SHARED_BY_STAGES}
+def preference_stage(script_args: Any, training_args: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a schedule takes for its first stage, from the arguments under `dpo:` and `pairs:`."""
+    dpo, pairs = as_mapping(script_args.dpo, "dpo"), as_mapping(script_args.pairs, "pairs")
+    order, column = dpo.pop("curriculum", None), dpo.pop("curriculum_column", None)
+    splits = {"pairs": pairs.pop("split", None), "eval_pairs": pairs.pop("eval_split", None)}
+    unknown = sorted(dpo.keys() - {f.name for f in fields(DPOConfig)})
+    if unknown:
+        raise ValueError(f"--dpo has {', '.join(unknown)}, which DPOConfig doesn't know.")
+    return {
+        "dpo_args": DPOConfig(**{name: getattr(training_args, name) for name in SHARED_BY_STAGES} | dpo),
+        "dpo_kwargs": {} if order is None else {"curriculum": DifficultyCurriculum(order, column)},
+        "pair_settings": pairs,
+        "clean": None if script_args.clean in ("none", "null") else script_args.clean,
+        **{name: None if split is None else get_split(data, split, "pairs") for name, split in splits.items()},
+    }
 
 
 def watch(trainer: Any, health_checks: bool) -> None:
@@ -372,17 +391,26 @@ def watch(trainer: Any, health_checks: bool) -> None:
 
 
 def fit(trainer: Any, health_checks: bool = False) -> None:
-    """Trains, from `--resume_from_checkpoint` if given: a folder, or `true` for the last one in the output folder."""
+    """
+    Trains, from `--resume_from_checkpoint` if given (a folder, or `true` for the last one in the output folder), and
+    saves, before anything that comes after can fail.
+    """
     watch(trainer, health_checks)
     checkpoint = trainer.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint))
+    trainer.save_model(trainer.args.output_dir)
 
 
-def save(trainer: Any, dataset_name: str | None) -> None:
-    """Writes model, tokenizer and card into the output folder, and to the Hub if `--push_to_hub` is given."""
+def pair_accuracy(trainer: Any) -> dict[int, dict[str, Estimate]]:
+    """On held-out pairs, by optimizer step; empty if there are none, or nobody counted them, as in a stream."""
+    pairs = trainer.eval_dataset
+    return read_pair_accuracy(trainer.state.log_history, len(pairs)) if has_length(pairs) else {}
+
+
+def publish(trainer: Any, dataset_name: str | None) -> None:
+    """Writes a card beside the model, and both to the Hub if `--push_to_hub` is given."""
     if dataset_name is not None and Path(dataset_name).exists():
         dataset_name = None  # the card links it on the Hub, where it isn't
-    trainer.save_model(trainer.args.output_dir)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     else:
@@ -475,7 +503,7 @@ def train_policy(
             plot_tokens(credits, folder / "tokens.png", title).name if credits else None,
         )
         trainer.card_sections.append(lambda: section)
-    save(trainer, script_args.dataset_name)
+    publish(trainer, script_args.dataset_name)
     return trainer
 
 
@@ -490,10 +518,14 @@ def _credits(trainer: Any, data: Mapping[str, Any], script_args: PolicyArguments
     return [by_score[-1], by_score[0]]
 
 
-def report_stages(run: DPOThenPPO, parsed: tuple[Any, ...], argv: list[str]) -> DPOThenPPO:
-    """Writes what a run of several stages leaves: `summary.json`, `stages.png`, its card; and publishes it."""
+def train_stages(run: DPOThenPPO, parsed: tuple[Any, ...], argv: list[str]) -> DPOThenPPO:
+    """Runs several stages, writes what they leave (`summary.json`, `stages.png`, a card), and publishes it."""
     script_args, training_args, model_args, _ = parsed
     state, folder, model = PartialState(), run.output_dir, model_args.model_name_or_path
+    hub_id = training_args.hub_model_id or folder.name
+    if training_args.push_to_hub and state.is_main_process:  # now, so that what forbids it is told before the training
+        hub_id = create_repo(hub_id, private=training_args.hub_private_repo, exist_ok=True).repo_id
+    run.train()
     if state.is_main_process:
         method = f"DPO, then {run.policy_trainer._name}"
         command = shlex.join([*_launch(state.num_processes), sys.argv[0], *argv])
@@ -503,13 +535,11 @@ def report_stages(run: DPOThenPPO, parsed: tuple[Any, ...], argv: list[str]) -> 
         figure = plot_stages(run.stages, folder / "stages.png", f"{method} · {model} · {script_args.dataset_name}")
         section = stages_section(summary, figure.name, _config(argv))
         dataset = None if Path(str(script_args.dataset_name)).exists() else script_args.dataset_name
-        hub_id = training_args.hub_model_id or folder.name
         write_stages_card(folder, section, summary, model, dataset, hub_id if training_args.push_to_hub else "")
         for stage in summary["stages"]:
             found = f"{summary['metric']} {stage[summary['metric']]:.3f}"
             print(f"{stage['name']}: {found} ({stage['low']:.3f} to {stage['high']:.3f})")
         if training_args.push_to_hub:
-            hub_id = create_repo(hub_id, private=training_args.hub_private_repo, exist_ok=True).repo_id
             commit = upload_folder(repo_id=hub_id, folder_path=folder, ignore_patterns=["round_*", "start*"])
             print(f"Pushed to {commit.repo_url}.")
     state.print(f"Saved to {folder}.")

@@ -7,7 +7,8 @@ accelerate launch recipes/dpo.py --config recipes/configs/dpo_tutorial.yaml    #
 ```
 
 Data: as [`~trl.DPOTrainer`] takes them. With `--eval_strategy`, `--dataset_test_split` names the held-out pairs, and
-`summary.json` says which share the implicit reward ranks right; before training that is 0: a policy ties with itself.
+`summary.json` says which share the implicit reward ranks right, unless they are streamed; before training that is 0: a
+policy ties with itself.
 With `--held_out_split` and `--reward_funcs`, prompts of that split are sampled and scored, before and after.
 """
 
@@ -16,15 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import common
+from datasets import Dataset
 
 from trl_ext import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl_ext.evaluation.held_out import Estimate, evaluate_policy
-from trl_ext.evaluation.pairs import read_pair_accuracy
 from trl_ext.reports.summary import summarize, write_summary
 from trl_ext.roles.trunk import sharing_weights
-
-
-RIGHT = "eval_rewards/accuracies"
 
 
 @dataclass
@@ -38,10 +36,11 @@ def sampled(trainer: Any, script_args: DPOArguments, data: Any) -> dict[str, Est
     if script_args.held_out_split is None:
         return {}
     same = {name: getattr(trainer.args, name) for name in ("output_dir", "use_cpu", "bf16")}
-    sizes = {"num_generations": samples, "per_device_train_batch_size": samples}
+    sizes = dict.fromkeys(("num_generations", "per_device_train_batch_size"), max(samples, 2))  # TRL asks for 2
     config = GRPOConfig(**same, **sizes, max_completion_length=script_args.held_out_length, report_to="none")
     rows = common.get_split(data, script_args.held_out_split, "held_out_split")
     rows = rows.shuffle(seed=script_args.held_out_seed).take(script_args.held_out_prompts)
+    rows = Dataset.from_list(list(rows))  # also of a stream
     rewards, tokenizer = common.load_reward_funcs(script_args, config), trainer.processing_class
     model = sharing_weights(trainer.accelerator.unwrap_model(trainer.model))
     sampler = GRPOTrainer(model, rewards, args=config, train_dataset=rows, processing_class=tokenizer)
@@ -58,14 +57,13 @@ def main() -> None:
     common.fit(trainer, script_args.health_checks)
     after = sampled(trainer, script_args, data)
     if trainer.is_world_process_zero():
-        log = [{**x, "eval_accuracy": x[RIGHT]} for x in trainer.state.log_history if RIGHT in x]
-        measured = read_pair_accuracy(log, len(trainer.eval_dataset or []))
+        measured = common.pair_accuracy(trainer)
         for step, found in ((0, before), (trainer.state.global_step, after)):
             measured[step] = {**measured.get(step, {}), **found}
         measured, seconds = dict(sorted(measured.items())), time.monotonic() - started
         summary = summarize(trainer, measured, seconds, name, script_args.dataset_name)
         write_summary(summary, f"{args.output_dir}/summary.json")
-    common.save(trainer, script_args.dataset_name)
+    common.publish(trainer, script_args.dataset_name)
 
 
 if __name__ == "__main__":

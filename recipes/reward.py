@@ -19,12 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import DataArguments, fit, load_data, parse_arguments, save, trainer_arguments
-from datasets import Dataset
+from common import DataArguments, fit, load_data, pair_accuracy, parse_arguments, publish, trainer_arguments
 from transformers import AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
-from trl_ext.evaluation.pairs import PAIR_ACCURACY, read_pair_accuracy
+from trl_ext.evaluation.pairs import PAIR_ACCURACY
 from trl_ext.reports.summary import summarize, write_summary
 
 
@@ -36,34 +35,34 @@ def as_policies_are_scored(data: Mapping[str, Any], tokenizer: Any) -> dict[str,
     """
 
     def with_ids(row: dict[str, Any]) -> dict[str, Any]:
-        if "chosen_ids" in row or not isinstance(row["chosen"], str):
+        if "chosen_ids" in row or not isinstance(row.get("chosen"), str):
             return {}
         texts = {name: row.get("prompt", "") + row[name] for name in ("chosen", "rejected")}
         return {f"{name}_ids": tokenizer(text=text)["input_ids"] for name, text in texts.items()}
 
     return {
-        split: rows.map(with_ids) if "chosen" in (rows.column_names or ()) else rows for split, rows in data.items()
+        # A stream whose rows were changed doesn't know its columns
+        split: rows.map(with_ids) if "chosen" in (rows.column_names or "chosen") else rows
+        for split, rows in data.items()
     }
 
 
 def main() -> None:
     started = time.monotonic()
     script_args, training_args, model_args, mixture_args = parse_arguments(DataArguments, RewardConfig)
+    model_args.lora_task_type = "SEQ_CLS"  # the head is trained, and saved, with the adapter
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     data = as_policies_are_scored(load_data(script_args, mixture_args), tokenizer)
     trainer = RewardTrainer(**trainer_arguments(script_args, training_args, model_args, data))
     fit(trainer)
-    if trainer.is_world_process_zero() and isinstance(trainer.eval_dataset, Dataset):
-        measured = read_pair_accuracy(trainer.state.log_history, len(trainer.eval_dataset))
+    if trainer.is_world_process_zero() and (measured := pair_accuracy(trainer)):
         seconds = time.monotonic() - started
         summary = summarize(trainer, measured, seconds, model_args.model_name_or_path, script_args.dataset_name)
         write_summary(summary, Path(trainer.args.output_dir) / "summary.json")
         for step, estimates in measured.items():
-            right = estimates[PAIR_ACCURACY]
-            print(
-                f"step {step}: {right.mean:.3f} of {right.prompts} pairs right ({right.low:.3f} to {right.high:.3f})"
-            )
-    save(trainer, script_args.dataset_name)
+            e = estimates[PAIR_ACCURACY]
+            print(f"step {step}: {e.mean:.3f} of {e.prompts} pairs right ({e.low:.3f} to {e.high:.3f})")
+    publish(trainer, script_args.dataset_name)
 
 
 if __name__ == "__main__":

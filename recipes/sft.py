@@ -9,7 +9,7 @@ Data: `prompt` and `completion`, `messages`, or `text`, as [`~trl.SFTTrainer`] t
 [`~trl.SFTConfig`] and [`~trl.ModelConfig`] work on the command line and in the yaml file.
 """
 
-from common import DataArguments, fit, load_data, parse_arguments, save, trainer_arguments
+from common import DataArguments, fit, load_data, parse_arguments, publish, trainer_arguments
 from trl import SFTConfig, SFTTrainer
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     data = load_data(script_args, mixture_args)
     trainer = SFTTrainer(**trainer_arguments(script_args, training_args, model_args, data))
     fit(trainer)
-    save(trainer, script_args.dataset_name)
+    publish(trainer, script_args.dataset_name)
 
 
 if __name__ == "__main__":

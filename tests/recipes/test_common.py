@@ -56,11 +56,8 @@ def test_every_configuration_is_understood(path, monkeypatch):
     if method in SUPERVISED:
         parsed = common.parse_arguments(*SUPERVISED[method], ["--config", str(path)])
         if method == "hybrid":
-            shared = common.shared_settings(parsed[1])
-            assert (
-                trl_ext.DPOConfig(**shared | common.as_mapping(parsed[0].dpo, "dpo")).output_dir
-                == parsed[1].output_dir
-            )
+            stage = common.preference_stage(parsed[0], parsed[1], {})
+            assert stage["dpo_args"].output_dir == parsed[1].output_dir
     else:
         parsed = parse("--config", str(path), config_class=CONFIG_CLASSES[method])
         watched = parsed[1].reward_weights or [1.0]

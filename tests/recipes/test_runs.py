@@ -14,7 +14,8 @@ import reward
 import sft
 import sort_digits
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
+from huggingface_hub.errors import OfflineModeIsEnabled
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -150,6 +151,17 @@ def test_a_reward_model_reads_what_policies_have_scored(task):
             "s31=3",
         ]
     assert data["messages"].column_names == messages.column_names and data["sft"] is given["sft"]
+    streamed = reward.as_policies_are_scored({"train": texts.to_iterable_dataset().map(dict)}, tokenizer)
+    assert tokenizer.decode(next(iter(streamed["train"]))["chosen_ids"]) == "s31=13"
+
+
+def test_a_reward_model_as_an_adapter(task, monkeypatch):
+    argv = [*quickstart("reward", task, "sft", "reward_adapter"), "--max_steps", "2", "--eval_strategy", "no"]
+    argv += ["--eval_on_start", "false"]
+    monkeypatch.setattr("sys.argv", ["reward.py", *argv, "--use_peft", "true"])
+    reward.main()
+    saved = json.loads((task / "reward_adapter/adapter_config.json").read_text())
+    assert saved["task_type"] == "SEQ_CLS"
 
 
 def test_a_reward_model_says_how_many_pairs_it_ranks_right(reward_model):
@@ -287,11 +299,50 @@ def test_what_all_stages_leave_is_an_adapter_of_the_start(hybrid, task):
     assert trl_ext.load_critic(hybrid[1] / "critic", policy) is not None
 
 
+@pytest.fixture(scope="module")
+def given_pairs(task) -> Path:
+    """Of the task, with what made them: prompts to train on, pairs, and held-out pairs."""
+    data = load_from_disk(str(task / "data"))
+    pairs = data["pairs"].select(range(64))
+    pairs = pairs.add_column("digits", [len(row["prompt"]) for row in pairs])
+    splits = {"train": data["train"], "test": data["test"], "pairs": pairs, "held": pairs.select(range(16))}
+    DatasetDict(splits).save_to_disk(str(task / "given"))
+    return task / "given"
+
+
+def test_given_pairs_in_an_order_and_what_dpo_learned_from_them(task, given_pairs):
+    argv = [
+        *quickstart("hybrid", task, "sft", "given_pairs"),
+        *("--dataset_name", str(given_pairs), "--reward_funcs", "implicit_reward", REWARDS[1], "--clean", "none"),
+        *("--reward_weights", "1.0", "0.5", "--held_out_prompts", "0", "--save_steps", "2"),
+        *("--pairs", '{"split": "pairs", "eval_split": "held"}', "--max_steps", "2"),
+        "--dpo",
+        '{"max_steps": 2, "per_device_train_batch_size": 16, "eval_strategy": "steps", "eval_steps": 1, '
+        '"curriculum": "easy_to_hard", "curriculum_column": "digits"}',
+        *("--per_device_train_batch_size", "16"),
+    ]
+    run = dpo_then_ppo.main(argv)
+    assert [stage.name for stage in run.stages] == ["pairs", "dpo", "ppo"]
+    dpo, ppo = run.stages[1].log_history, run.stages[2].log_history
+    assert len([entry for entry in dpo if "eval_rewards/accuracies" in entry]) == 2
+    assert "rewards/implicit_reward/mean" in ppo[0] and "rewards/first_token_even/mean" in ppo[0]
+    assert not (task / "given_pairs/round_1/pairs/cleaning.txt").exists()
+    assert run.dpo_kwargs["curriculum"].column == "digits"
+
+
 def test_the_second_method_is_looked_up(task):
     with pytest.raises(ValueError, match=r"--method is 'TRPO'\. Choose one of PPO, GRPO"):
         dpo_then_ppo.main([*quickstart("hybrid", task, "sft", "other"), "--method", "TRPO"])
     with pytest.raises(ValueError, match=r"--dpo is '\{beta: 1\}', which is no JSON"):
         dpo_then_ppo.main([*quickstart("hybrid", task, "sft", "other"), "--dpo", "{beta: 1}"])
+    with pytest.raises(ValueError, match="--dpo has betas, which DPOConfig doesn't know"):
+        dpo_then_ppo.main([*quickstart("hybrid", task, "sft", "other"), "--dpo", '{"betas": 1}'])
+
+
+def test_a_push_that_cannot_be_fails_before_the_training(task):
+    with pytest.raises(OfflineModeIsEnabled):
+        dpo_then_ppo.main([*quickstart("hybrid", task, "sft", "pushed"), "--push_to_hub", "true"])
+    assert not (task / "pushed" / "start").exists()
 
 
 def test_a_curriculum_and_health_checks_by_name(task):
