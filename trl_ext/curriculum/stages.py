@@ -27,10 +27,11 @@ START, PAIRS, DPO = "start", "pairs", "dpo"
 POLICY = "policy"  # the second stage, whatever its method
 DATA = "data"  # no stage: what the start is measured by and pairs are made of
 
-# What may be another when a run goes on: where it is logged and pushed, and how much of it is kept
+# What may be another when a run goes on: where it runs, is logged and pushed, and how much of it is kept
 FREE_SETTINGS = re.compile(
     r"^(output_dir|run_name|project|trackio_.*|report_to|log_.*|logging_dir|disable_tqdm|push_to_hub.*|hub_.*|"
-    r"save_.*|dataloader_.*|vllm_server_.*|vllm_gpu_.*|(gradient|activation)_checkpointing.*|resume_from_checkpoint|local_rank|ddp_.*|deepspeed|fsdp.*|_n_gpu|skip_memory_metrics)$"
+    r"save_.*|dataloader_.*|resume_from_checkpoint|local_rank|ddp_.*|deepspeed|fsdp.*|_n_gpu|skip_memory_metrics|"
+    r"vllm_server_.*|vllm_gpu_.*|(gradient|activation)_checkpointing.*)$"
 )
 # Rows that tell one data set from another
 ROWS_OF_A_FINGERPRINT = 256
