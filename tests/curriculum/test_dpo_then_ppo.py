@@ -586,7 +586,7 @@ class TestErrors:
         [
             ({"policy_kwargs": {"curriculums": 1}}, TypeError, "curriculums"),
             ({"policy_kwargs": {"curriculum": "frontier"}}, TypeError, "curriculum='frontier' is no object"),
-            ({"train_dataset": prompts(1)}, ValueError, ""),
+            ({"train_dataset": prompts(1)}, ValueError, "train_dataset has 1 prompts, fewer than the 4"),
         ],
     )
     def test_what_stage_two_cant_work_with_is_told_before_dpo(

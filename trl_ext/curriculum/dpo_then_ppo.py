@@ -62,6 +62,7 @@ from .stages import DATA, DPO, PAIRS, POLICY, START, StageFile, StageResult, fin
 IMPLICIT_REWARD = "implicit_reward"
 CROSS_FITTING = "cross_fitting"
 BASE, DPO_POLICY = "base", "dpo"
+ACCURACY = "rewards/accuracies"  # TRL's key
 REFERENCE_ADAPTER = "ref"  # TRL's name for the copy of an adapter that it makes
 FILES_OF_A_RUN = (*("optimizer", "scheduler", "rng_state", "trl_ext_", "training_args", "README", TRAINER_STATE_NAME),)
 # Far apart, because `make_pairs` adds the row to the seed
@@ -88,7 +89,7 @@ class StaysAbove(TrainerCallback):
             Their key.
     """
 
-    def __init__(self, threshold: float, logs: int, metric: str = "rewards/accuracies") -> None:
+    def __init__(self, threshold: float, logs: int, metric: str = ACCURACY) -> None:
         self.logs = logs
         self.check = PreferenceAccuracyCheck(threshold, metric, patience=logs, grace=0.0)
 
@@ -369,7 +370,7 @@ class DPOThenPPO:
     @property
     def _judges(self) -> bool:
         """Whether a reward is there before DPO has learned one."""
-        return any(reward != IMPLICIT_REWARD for reward in [*self.reward_funcs, self._reward_model or IMPLICIT_REWARD])
+        return self._reward_model is not None or any(reward != IMPLICIT_REWARD for reward in self.reward_funcs)
 
     @property
     def _reward_model(self) -> Any:
@@ -386,7 +387,7 @@ class DPOThenPPO:
                 "model": self.model if isinstance(self.model, str) else self.model.config.name_or_path,
                 "model_init_kwargs": self.model_init_kwargs,
                 "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
-                "dpo_args.seed": self.dpo_args.seed,
+                "dpo_args.seed": self.dpo_args.seed,  # of a new adapter
             },
             DATA: {
                 "rewards": [_said(reward) for reward in self.reward_funcs],
@@ -524,7 +525,7 @@ class DPOThenPPO:
             ),
             args.seed,
         )
-        rule, metric = None, "rewards/accuracies" if args.eval_strategy == "no" else "eval_rewards/accuracies"
+        rule, metric = None, ACCURACY if args.eval_strategy == "no" else f"eval_{ACCURACY}"
         if self.accuracy_threshold is not None:
             rule = StaysAbove(self.accuracy_threshold, self.accuracy_logs, metric)
             trainer.add_callback(rule)
