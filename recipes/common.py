@@ -311,13 +311,13 @@ def load_data(script_args: DataArguments, mixture_args: DatasetMixtureConfig) ->
     return data
 
 
-def curriculum_of(script_args: PolicyArguments) -> DifficultyCurriculum | None:
-    """The curriculum that was asked for."""
-    if script_args.curriculum is None:
-        if script_args.curriculum_column is not None:
-            raise ValueError("--curriculum_column is there, but no --curriculum: set it, e.g. to easy_to_hard.")
-        return None
-    return DifficultyCurriculum(script_args.curriculum, script_args.curriculum_column)
+def curriculum_of(schedule: str | None, column: str | None) -> DifficultyCurriculum | None:
+    """The curriculum that was asked for by `curriculum` and `curriculum_column`."""
+    if schedule is not None:
+        return DifficultyCurriculum(schedule, column)
+    if column is not None:
+        raise ValueError("curriculum_column is there, but no curriculum: set it, e.g. to easy_to_hard.")
+    return None
 
 
 def get_split(data: Mapping[str, Any], split: str, argument: str) -> Any:
@@ -369,14 +369,14 @@ def model_settings(training_args: Any, model_args: ModelConfig) -> dict[str, Any
 def preference_stage(script_args: Any, training_args: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     """What a schedule takes for its first stage, from the arguments under `dpo:` and `pairs:`."""
     dpo, pairs = as_mapping(script_args.dpo, "dpo"), as_mapping(script_args.pairs, "pairs")
-    order, column = dpo.pop("curriculum", None), dpo.pop("curriculum_column", None)
+    curriculum = curriculum_of(dpo.pop("curriculum", None), dpo.pop("curriculum_column", None))
     splits = {"pairs": pairs.pop("split", None), "eval_pairs": pairs.pop("eval_split", None)}
     unknown = sorted(dpo.keys() - {f.name for f in fields(DPOConfig)})
     if unknown:
         raise ValueError(f"--dpo has {', '.join(unknown)}, which DPOConfig doesn't know.")
     return {
         "dpo_args": DPOConfig(**{name: getattr(training_args, name) for name in SHARED_BY_STAGES} | dpo),
-        "dpo_kwargs": {} if order is None else {"curriculum": DifficultyCurriculum(order, column)},
+        "dpo_kwargs": {"curriculum": curriculum},
         "pair_settings": pairs,
         "clean": None if script_args.clean in ("none", "null") else script_args.clean,
         **{name: None if split is None else get_split(data, split, "pairs") for name, split in splits.items()},
@@ -471,7 +471,7 @@ def train_policy(
     trainer = trainer_class(
         **trainer_arguments(script_args, training_args, model_args, data),
         **{"reward_funcs": reward_funcs, **(roles(script_args, reward_funcs) if roles is not None else {})},
-        curriculum=curriculum_of(script_args),
+        curriculum=curriculum_of(script_args.curriculum, script_args.curriculum_column),
     )
     held_out = _add_held_out(trainer, data, script_args)
     if script_args.verify:

@@ -8,8 +8,8 @@ accelerate launch recipes/dpo.py --config recipes/configs/dpo_tutorial.yaml    #
 
 Data: as [`~trl.DPOTrainer`] takes them. With `--eval_strategy`, `--dataset_test_split` names the held-out pairs, and
 `summary.json` says which share the implicit reward ranks right, unless they are streamed; before training that is 0: a
-policy ties with itself.
-With `--held_out_split` and `--reward_funcs`, prompts of that split are sampled and scored, before and after.
+policy ties with itself. With `--held_out_split` and `--reward_funcs`, prompts of that split are sampled and scored,
+before and after.
 """
 
 import time
@@ -51,8 +51,8 @@ def main() -> None:
     started = time.monotonic()
     script_args, args, model_args, mixture_args = common.parse_arguments(DPOArguments, DPOConfig)
     data, name = common.load_data(script_args, mixture_args), model_args.model_name_or_path
-    given = common.trainer_arguments(script_args, args, model_args, data)
-    trainer = DPOTrainer(**given, curriculum=common.curriculum_of(script_args))
+    order = common.curriculum_of(script_args.curriculum, script_args.curriculum_column)
+    trainer = DPOTrainer(**common.trainer_arguments(script_args, args, model_args, data), curriculum=order)
     before = sampled(trainer, script_args, data)
     common.fit(trainer, script_args.health_checks)
     after = sampled(trainer, script_args, data)

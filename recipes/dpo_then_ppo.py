@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> trl_ext.DPOThenPPO:
     data = common.load_data(script_args, mixture)
     rewards = common.load_reward_funcs(script_args, args)
     more = roles(script_args, rewards) if method == "PPO" else {"reward_funcs": rewards}
+    order = common.curriculum_of(script_args.curriculum, script_args.curriculum_column)
     run = trl_ext.DPOThenPPO(
         model_args.model_name_or_path,
         more.pop("reward_funcs"),
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> trl_ext.DPOThenPPO:
         output_dir=args.output_dir,
         policy_args=args,
         policy_trainer=trainer,
-        policy_kwargs={**more, "curriculum": common.curriculum_of(script_args)},
+        policy_kwargs=more | {"curriculum": order},
         **common.preference_stage(script_args, args, data),
         peft_config=common.get_peft_config(model_args),
         model_init_kwargs=common.stage_model_settings(args, model_args),

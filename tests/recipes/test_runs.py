@@ -339,6 +339,12 @@ def test_the_second_method_is_looked_up(task):
         dpo_then_ppo.main([*quickstart("hybrid", task, "sft", "other"), "--dpo", '{"betas": 1}'])
 
 
+def test_a_column_without_a_curriculum(task):
+    column = ["--dpo", '{"curriculum_column": "digits"}']
+    with pytest.raises(ValueError, match="curriculum_column is there, but no curriculum"):
+        dpo_then_ppo.main([*quickstart("hybrid", task, "sft", "other"), *column])
+
+
 def test_a_push_that_cannot_be_fails_before_the_training(task):
     with pytest.raises(OfflineModeIsEnabled):
         dpo_then_ppo.main([*quickstart("hybrid", task, "sft", "pushed"), "--push_to_hub", "true"])
