@@ -36,9 +36,9 @@ from task import ROOT, TrainingTask
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 import trl_ext
-from trl_ext.curriculum.dpo_then_ppo import DPOThenPPO
-from trl_ext.curriculum.pairs import make_pairs
 from trl_ext.curriculum.schedule import DifficultyCurriculum
+from trl_ext.pipelines.dpo_then_ppo import DPOThenPPO
+from trl_ext.preferences.pairs import make_pairs
 
 
 mpl.use("Agg")

@@ -36,12 +36,12 @@ from trl import (
 )
 
 from trl_ext import DifficultyCurriculum, DPOConfig, DPOThenPPO, GRPOTrainer, HealthChecks
-from trl_ext.curriculum.dpo_then_ppo import IMPLICIT_REWARD
 from trl_ext.evaluation.credit import TokenCredit, credit_by_token
 from trl_ext.evaluation.held_out import Estimate, HeldOut
 from trl_ext.evaluation.pairs import read_pair_accuracy
 from trl_ext.monitors.progress import ProgressLines
 from trl_ext.monitors.verify import verify
+from trl_ext.pipelines.dpo_then_ppo import IMPLICIT_REWARD
 from trl_ext.reports.card import results_section, stages_section, write_stages_card
 from trl_ext.reports.plots import plot_learning, plot_stages, plot_tokens
 from trl_ext.reports.summary import summarize, summarize_stages, write_summary

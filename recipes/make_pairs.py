@@ -17,8 +17,8 @@ from common import PolicyArguments, get_split, leave, load_data, load_reward_fun
 from datasets import Dataset, DatasetDict
 
 from trl_ext import GRPOConfig, GRPOTrainer
-from trl_ext.curriculum.flags import flag_pairs
-from trl_ext.curriculum.pairs import make_pairs
+from trl_ext.preferences.flags import flag_pairs
+from trl_ext.preferences.pairs import make_pairs
 
 
 @dataclass
@@ -26,7 +26,7 @@ class PairArguments(PolicyArguments):
     """
     Args:
         strategy, margin, max_pairs, truncated (*optional*):
-            As in [`~trl_ext.curriculum.pairs.make_pairs`].
+            As in [`~trl_ext.preferences.pairs.make_pairs`].
         max_prompts (`int`, *optional*):
             Prompts to sample for, chosen by `seed`. `None`: all.
     """

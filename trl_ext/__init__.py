@@ -4,12 +4,12 @@ An extension layer on Hugging Face TRL: trainers that subclass TRL's.
 Whoever can use `trl.GRPOTrainer` can use it: change the import, keep the rest.
 """
 
-from .curriculum.dpo_then_ppo import DPOThenPPO
-from .curriculum.pairs import make_pairs
 from .curriculum.schedule import DifficultyCurriculum
 from .monitors.health import HealthChecks
 from .monitors.verify import verify
 from .monitors.waste import WasteCallback
+from .pipelines.dpo_then_ppo import DPOThenPPO
+from .preferences.pairs import make_pairs
 from .rewards.guard import RewardFunctionError
 from .rewards.implicit import ImplicitReward
 from .rewards.objectives import ObjectiveSchedule, RewardConstraint, RewardObjectives

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
-from curriculum.dpo_then_ppo_worker import lora, policy_settings, schedule
+from pipelines.dpo_then_ppo_worker import lora, policy_settings, schedule
 
 from trl_ext import PPOConfig
 

@@ -19,7 +19,6 @@ from trl_ext.evaluation.held_out import HeldOut
 from trl_ext.monitors.health import (
     EntropyCheck,
     ExplainedVarianceCheck,
-    HealthCheck,
     HealthChecks,
     KLCheck,
     LengthCheck,
@@ -28,6 +27,7 @@ from trl_ext.monitors.health import (
     theil_sen_slope,
     trend_p_value,
 )
+from trl_ext.monitors.health_check import HealthCheck
 
 
 class Run:

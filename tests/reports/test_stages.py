@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from trl_ext.curriculum.stages import StageResult
 from trl_ext.evaluation.held_out import Estimate
+from trl_ext.pipelines.stages import StageResult
 from trl_ext.reports import plots
 from trl_ext.reports.card import stages_section, write_stages_card
 from trl_ext.reports.plots import plot_stages

@@ -23,24 +23,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import trl_ext
-from trl_ext.rollouts.micro_batches import (
-    FILLER,
-    FIT,
-    SOURCE_ROW,
-    RowSizes,
-    Saved,
-    Savings,
-    Width,
-    cut,
-    deal,
-    describe,
-    exact_savings,
-    fit_window,
-    fitted_pass,
-    has_relative_positions,
-    pack,
-    windows,
-)
+from trl_ext.rollouts.exactness import Savings, exact_savings, has_relative_positions
+from trl_ext.rollouts.micro_batches import FIT, SOURCE_ROW, Saved, cut, describe, fit_window, fitted_pass
+from trl_ext.rollouts.packing import FILLER, RowSizes, Width, deal, pack, windows
 
 
 # How rows are dealt

@@ -8,7 +8,8 @@ from itertools import chain
 import pytest
 import torch
 
-from trl_ext.rollouts.micro_batches import Fit, Savings
+from trl_ext.rollouts.exactness import Savings
+from trl_ext.rollouts.micro_batches import Fit
 from trl_ext.rollouts.statistics import pool_rounds, restate_loss_metrics, reward_statistics
 
 

@@ -1,1 +1,1 @@
-"""What to train on next."""
+"""Which prompt is trained on when."""

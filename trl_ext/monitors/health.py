@@ -20,166 +20,18 @@ What a check knows is a function of `state.log_history`, which every checkpoint 
 goes on as if it had never stopped. An episode that had been told is not told again and doesn't stop the run again.
 """
 
-import logging
 import math
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any, ClassVar
 
 from scipy import stats
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
+from ..errors import require
 from ..evaluation.held_out import LOG_PREFIX
-
-
-logger = logging.getLogger(__name__)
-
-METRIC_PREFIX = "health/"
-
-Logs = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """
-    The start of an episode.
-
-    Args:
-        check (`str`):
-            Name of the check.
-        step (`int`):
-            Optimizer step of the log.
-        message (`str`):
-            What was told.
-        stops (`bool`):
-            Whether it ends the run.
-    """
-
-    check: str
-    step: int
-    message: str
-    stops: bool
-
-
-class HealthCheck(TrainerCallback, ABC):
-    """
-    One quantity that is watched. A subclass says what it is (`read`) and what is wrong with it (`complaint`).
-
-    Args:
-        patience (`int`, *optional*, defaults to `5`):
-            Logs in a row that begin an episode, and that end it.
-        grace (`float`, *optional*, defaults to `0.0`):
-            Share of the run, in [0, 1), at whose start a quantity that has yet to get somewhere isn't judged.
-        stop (`bool`, *optional*, defaults to `False`):
-            Whether an episode ends the run, with a checkpoint of that step. (Where transformers alone decides which
-            steps are worth saving, `save_strategy="best"`, a step that is also evaluated may not be saved.)
-
-    Attributes:
-        alarms (`list[Alarm]`):
-            Episodes so far, those before a resume included.
-        value (`float`, *optional*):
-            What was read last.
-        healthy_logs (`int`):
-            Healthy logs in a row until now.
-
-    Raises:
-        ValueError: for settings outside of their range.
-    """
-
-    name: ClassVar[str]
-    advice: ClassVar[str]
-
-    def __init__(self, *, patience: int = 5, grace: float = 0.0, stop: bool = False) -> None:
-        _require(
-            isinstance(patience, int) and patience >= 1, f"patience={patience!r} must be a whole number, 1 or more."
-        )
-        _require(0 <= grace < 1, f"grace={grace!r} is a share of the run and must be in [0, 1).")
-        self.patience = patience
-        self.grace = grace
-        self.stop = stop
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the run."""
-        self.value: float | None = None
-        self.alarms: list[Alarm] = []
-        self.in_episode = False
-        self.healthy_logs = self.sick_logs = 0
-        self._stopping = False
-
-    @abstractmethod
-    def read(self, logs: Logs) -> float | None:
-        """The quantity, `None` if this log doesn't tell it."""
-
-    @abstractmethod
-    def complaint(self, value: float, early: bool) -> str | None:
-        """What is wrong with it, as the middle of a sentence; `early` in the run, what is yet to come isn't."""
-
-    def observe(self, logs: Logs, step: int, max_steps: int) -> Alarm | None:
-        """Take in a log. Returns the alarm if an episode begins with it."""
-        value = self.read(logs)
-        self.value = None if value is None or not math.isfinite(value) else value
-        if self.value is None:
-            return None
-        complaint = self.complaint(self.value, early=step < self.grace * max_steps)
-        self.sick_logs = self.sick_logs + 1 if complaint else 0
-        self.healthy_logs = 0 if complaint else self.healthy_logs + 1
-        if self.healthy_logs >= self.patience:
-            self.in_episode = False
-        if self.in_episode or self.sick_logs < self.patience:
-            return None
-        self.in_episode = True
-        self.alarms.append(Alarm(self.name, step, self._message(complaint, step), self.stop))
-        return self.alarms[-1]
-
-    def _message(self, complaint: str | None, step: int) -> str:
-        times = "" if self.patience == 1 else f", {self.patience} logs in a row"
-        end = " The run stops here, with a checkpoint." if self.stop else ""
-        return f"Health check `{self.name}` at step {step}: {complaint}{times}. {self.advice}{end}"
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.reset()
-        for entry in state.log_history:
-            self.observe(entry, int(entry.get("step", 0)), state.max_steps)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Logs | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs:
-            return
-        alarm = self.observe(logs, state.global_step, state.max_steps)
-        if self.value is not None:
-            found = {f"{METRIC_PREFIX}{self.name}": self.value}
-            found[f"{METRIC_PREFIX}{self.name}_alarm"] = float(self.in_episode)
-            logs |= found  # for trackers that come after this callback
-            if state.log_history:
-                state.log_history[-1] |= found
-        if alarm is not None:
-            if state.is_world_process_zero:
-                logger.warning(alarm.message)
-            self._stopping = alarm.stops
-        self._hand_over(control)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._hand_over(control)
-
-    def _hand_over(self, control: TrainerControl) -> None:
-        # Again with every event until the run ends: the control of a log that isn't the trainer's own (held-out
-        # measurements) leads nowhere
-        if self._stopping:
-            control.should_save = control.should_training_stop = True
+from .health_check import Alarm, HealthCheck, Logs
 
 
 class KLCheck(HealthCheck):
@@ -215,7 +67,7 @@ class KLCheck(HealthCheck):
         stop: bool = False,
     ) -> None:
         _require_band("band", band, -math.inf)
-        _require(per in ("sequence", "token"), f"per={per!r} is unknown. Choose 'sequence' or 'token'.")
+        require(per in ("sequence", "token"), f"per={per!r} is unknown. Choose 'sequence' or 'token'.")
         self.band = band
         self.per = per
         super().__init__(patience=patience, grace=grace, stop=stop)
@@ -268,7 +120,7 @@ class PreferenceAccuracyCheck(HealthCheck):
         grace: float = 0.25,
         stop: bool = False,
     ) -> None:
-        _require(0 < threshold < 1, f"threshold={threshold!r} is a share of pairs and must be in (0, 1).")
+        require(0 < threshold < 1, f"threshold={threshold!r} is a share of pairs and must be in (0, 1).")
         self.threshold = threshold
         self.metric = metric
         super().__init__(patience=patience, grace=grace, stop=stop)
@@ -297,7 +149,7 @@ class _AgainstStart(HealthCheck):
     """A quantity whose mean over the first logs is its own measure."""
 
     def __init__(self, start_logs: int, *, patience: int, grace: float, stop: bool) -> None:
-        _require(
+        require(
             isinstance(start_logs, int) and start_logs >= 1,
             f"start_logs={start_logs!r} must be a whole number, 1 or more.",
         )
@@ -343,7 +195,7 @@ class EntropyCheck(_AgainstStart):
     def __init__(
         self, floor: float = 0.2, start_logs: int = 3, *, patience: int = 5, grace: float = 0.0, stop: bool = False
     ) -> None:
-        _require(0 < floor < 1, f"floor={floor!r} is a share of the first entropy and must be in (0, 1).")
+        require(0 < floor < 1, f"floor={floor!r} is a share of the first entropy and must be in (0, 1).")
         self.floor = floor
         super().__init__(start_logs, patience=patience, grace=grace, stop=stop)
 
@@ -431,7 +283,7 @@ class ExplainedVarianceCheck(HealthCheck):
     )
 
     def __init__(self, threshold: float = 0.0, *, patience: int = 5, grace: float = 0.25, stop: bool = False) -> None:
-        _require(threshold < 1, f"threshold={threshold!r} must be less than 1, which a perfect critic has.")
+        require(threshold < 1, f"threshold={threshold!r} must be less than 1, which a perfect critic has.")
         self.threshold = threshold
         super().__init__(patience=patience, grace=grace, stop=stop)
 
@@ -494,15 +346,15 @@ class RewardHackingCheck(HealthCheck):
         grace: float = 0.0,
         stop: bool = False,
     ) -> None:
-        _require(isinstance(window, int) and window >= 3, f"window={window!r} must be a whole number, 3 or more.")
-        _require(0 < p_value < 0.5, f"p_value={p_value!r} must be in (0, 0.5).")
+        require(isinstance(window, int) and window >= 3, f"window={window!r} must be a whole number, 3 or more.")
+        require(0 < p_value < 0.5, f"p_value={p_value!r} must be in (0, 0.5).")
         smallest = 1 / math.factorial(window)  # of all orders, one falls throughout
-        _require(
+        require(
             smallest < p_value,
             f"A trend over window={window} measurements has a p-value of {smallest:.2g} at least: it can't be below "
             f"p_value={p_value:g}. Widen the window.",
         )
-        _require(min_fall >= 0, f"min_fall={min_fall!r} must not be negative.")
+        require(min_fall >= 0, f"min_fall={min_fall!r} must not be negative.")
         self.metric = metric
         self.reward = reward
         self.window = window
@@ -584,11 +436,11 @@ class HealthChecks(TrainerCallback):
         ]
         given = [check.name for check in checks]
         twice = sorted({name for name in given if given.count(name) > 1})
-        _require(not twice, f"{', '.join(twice)}: given twice. Add the second by trainer.add_callback.")
+        require(not twice, f"{', '.join(twice)}: given twice. Add the second by trainer.add_callback.")
         self.checks = {check.name: check for check in (*defaults, *checks)}
         names = [without] if isinstance(without, str) else list(without)
         for name in names:
-            _require(
+            require(
                 name in self.checks, f"without={names}: there is no check {name!r}, only {', '.join(self.checks)}."
             )
             del self.checks[name]
@@ -646,12 +498,7 @@ def _number(logs: Logs, key: str) -> float | None:
 
 
 def _require_band(name: str, band: tuple[float, float], least: float) -> None:
-    _require(
+    require(
         len(band) == 2 and least <= band[0] < band[1],
         f"{name}={band!r} must be two numbers, the lower one first" + (", none negative." if least == 0 else "."),
     )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

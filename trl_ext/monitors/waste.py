@@ -7,7 +7,8 @@ from typing import Any
 import trl
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..rollouts.micro_batches import MicroBatch, Saved, Savings, fit_window
+from ..rollouts.exactness import Savings
+from ..rollouts.micro_batches import MicroBatch, Saved, fit_window
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.seams.grpo import generation_is_used_up, last_micro_batch, savings_of
 

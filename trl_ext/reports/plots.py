@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..curriculum.stages import StageResult
 from ..evaluation.credit import TokenCredit
 from ..evaluation.held_out import Estimate, read_estimates
 from ..monitors.progress import count
+from ..pipelines.stages import StageResult
 from .summary import metric_of
 
 
@@ -90,7 +90,7 @@ def plot_stages(stages: Sequence[StageResult], path: str | Path, title: str, met
 
     Args:
         stages (`Sequence[StageResult]`):
-            In order, as [`~trl_ext.curriculum.dpo_then_ppo.DPOThenPPO`] has them.
+            In order, as [`~trl_ext.pipelines.dpo_then_ppo.DPOThenPPO`] has them.
         path (`str` or `Path`):
             Where the PNG goes.
         title (`str`):

@@ -16,8 +16,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..curriculum.stages import StageResult
 from ..evaluation.held_out import Estimate, difference
+from ..pipelines.stages import StageResult
 
 
 # Reports are made to be published: whatever follows one of these words in a command line or a yaml file stays at home.
@@ -115,7 +115,7 @@ def summarize_stages(
 
     Args:
         stages (`Sequence[StageResult]`):
-            As [`~trl_ext.curriculum.dpo_then_ppo.DPOThenPPO`] has them.
+            As [`~trl_ext.pipelines.dpo_then_ppo.DPOThenPPO`] has them.
         method (`str`):
             What the schedule is called.
         model, dataset, command (*optional*):

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from ..errors import require
+
 
 SHAPES = ("linear", "cosine", "steps")
 RUN_STATE_KEY = "reward_objectives"
@@ -51,15 +53,15 @@ class ObjectiveSchedule:
     shape: str = "linear"
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.shape in SHAPES, f"shape={self.shape!r} is unknown. Choose one of {', '.join(map(repr, SHAPES))}."
         )
         shares = [share for share, _ in self.points]
-        _require(
+        require(
             bool(shares) and shares == sorted(set(shares)) and shares[0] >= 0 and shares[-1] <= 1,
             f"points={list(self.points)}: shares of the run must ascend within [0, 1], at least one of them.",
         )
-        _require(
+        require(
             all(math.isfinite(weight) for _, weight in self.points),
             f"points={list(self.points)}: weights must be finite.",
         )
@@ -107,13 +109,13 @@ class RewardConstraint:
 
     def __post_init__(self) -> None:
         about = f"RewardConstraint of {self.reward!r}: "
-        _require(math.isfinite(self.floor), f"{about}floor={self.floor!r} must be finite.")
-        _require(
+        require(math.isfinite(self.floor), f"{about}floor={self.floor!r} must be finite.")
+        require(
             self.learning_rate > 0 and math.isfinite(self.learning_rate),
             f"{about}learning_rate={self.learning_rate!r} must be positive.",
         )
         most = math.inf if self.maximum is None else self.maximum
-        _require(
+        require(
             0 <= self.initial <= most and self.initial < math.inf,
             f"{about}initial={self.initial!r} must not be negative, nor above maximum={self.maximum!r}.",
         )
@@ -185,10 +187,10 @@ class RewardObjectives:
         }
         self.constraints = {constraint.reward: constraint for constraint in constraints}
         names = [constraint.reward for constraint in constraints]
-        _require(
+        require(
             len(self.constraints) == len(names), f"Constraints of {', '.join(names)}: one reward can have one floor."
         )
-        _require(
+        require(
             bool(self.schedules or self.constraints),
             "RewardObjectives without schedules and constraints does nothing. Give it one, or use `reward_weights`.",
         )
@@ -225,11 +227,11 @@ class RewardObjectives:
             )
         names = list(trainer.reward_func_names)
         for name in [*self.schedules, *self.constraints]:
-            _require(
+            require(
                 names.count(name) == 1,
                 f"{name!r} must be the name of one reward function, but they are {', '.join(names)}.",
             )
-        _require(
+        require(
             "rows_to_generate" not in vars(trainer),
             "This trainer has objectives already. Put all schedules and constraints into one RewardObjectives.",
         )
@@ -275,8 +277,3 @@ class RewardObjectives:
             metrics[f"rewards/{name}/multiplier"].append(self.multipliers[name])
             metrics[f"rewards/{name}/shortfall"].append(constraint.floor - mean)
             self.multipliers[name] = constraint.updated(self.multipliers[name], mean)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .micro_batches import SOURCE_ROW, MicroBatch, Width, padded
+from .micro_batches import SOURCE_ROW, MicroBatch, padded
+from .packing import Width
 
 
 class ReplayBuffer:

@@ -6,7 +6,8 @@ when an optimizer step was dealt to other micro-batches, a mean over tokens stay
 import torch
 from trl.trainer.utils import nanstd
 
-from .micro_batches import Fit, Savings
+from .exactness import Savings
+from .micro_batches import Fit
 
 
 # What TRL appends once for every call of `_generate`

@@ -30,6 +30,7 @@ from torch import nn
 from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
+from ..errors import require, require_one_of
 from ..objectives.advantages import aggregate_rewards, leave_one_out, reinforce, scale_advantages, updated_baseline
 from ..objectives.ratios import sequence_token_old_logps
 from ..rewards.guard import RewardFunctionError
@@ -62,16 +63,6 @@ LARGEST_SEQUENCE_EPSILON = 0.05
 LOOKAHEAD = 8
 
 SHAPING_REWARD = "soft_overlong_punishment_reward"
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _require_one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
-    choices = ", ".join(repr(choice) for choice in known if choice is not None)
-    _require(value in known, f"{name}={value!r} is unknown. Choose one of {choices}.")
 
 
 @dataclass
@@ -240,6 +231,9 @@ class GRPOConfig(trl.GRPOConfig):
     _sizes: ClassVar[tuple[str, ...]] = ("max_completion_length", "num_generations", "steps_per_generation")
 
     def __post_init__(self) -> None:
+        # Logged at the end: Accelerate's logger raises before its state exists, which TRL's `__post_init__` makes
+        self._notes: list[str] = []
+        self._resolve_method()
         # [`adopt`] must not mistake what is resolved below for what the user set
         self._left_open = {f.name for f in fields(self) if f.default is None and getattr(self, f.name) is None}
         self._check_axes()
@@ -266,6 +260,11 @@ class GRPOConfig(trl.GRPOConfig):
                 "steps_per_generation (default: gradient_accumulation_steps) as a multiple of num_generations."
             ) from error
         self._check_token_normalization()
+        for note in self._notes:
+            logger.warning(note)
+
+    def _resolve_method(self) -> None:
+        """What a method takes over, resolves and refuses before everything else."""
 
     @contextmanager
     def _shown_to_trl(self) -> Iterator[None]:
@@ -273,7 +272,7 @@ class GRPOConfig(trl.GRPOConfig):
         yield
 
     def _check_axes(self) -> None:
-        _require(
+        require(
             self.advantage_estimator != "gae" or "gae" in self._estimators,
             "advantage_estimator='gae' needs a critic. Use PPOConfig and PPOTrainer.",
         )
@@ -287,38 +286,38 @@ class GRPOConfig(trl.GRPOConfig):
             value = getattr(self, name)
             if value is None and name in self._left_open:
                 continue
-            _require_one_of(name, value, known)
+            require_one_of(name, value, known)
         momentum = self.reinforce_baseline_momentum
         if momentum is not None:
-            _require(
+            require(
                 self.advantage_estimator == "reinforce",
                 f"reinforce_baseline_momentum={momentum} has no effect with advantage_estimator="
                 f"{self.advantage_estimator!r}. Set advantage_estimator='reinforce', or leave it out.",
             )
-            _require(
+            require(
                 0 <= momentum < 1, f"reinforce_baseline_momentum={momentum} must lie in [0, 1); 0.9 is a usual value."
             )
-        _require(
+        require(
             self.advantage_estimator != "reinforce" or self.scale_rewards not in ("group", "True", True),
             "scale_rewards='group' with advantage_estimator='reinforce' divides by the deviation within a group, "
             "which is zero where all of its rewards are equal. Set scale_rewards='none' or 'batch'.",
         )
         informed = self.refill_draws == "informed"
-        _require(
+        require(
             not self.similar_prompts_columns or informed,
             f"similar_prompts_columns={self.similar_prompts_columns} has no effect with refill_draws="
             f"{self.refill_draws!r}. Set refill_draws='informed', or leave it out.",
         )
-        _require(
+        require(
             not informed or self.rollout_selection == "refill",
             f"refill_draws='informed' has no effect with rollout_selection={self.rollout_selection!r}. Set "
             "rollout_selection='refill', or leave it out.",
         )
-        _require(
+        require(
             0 <= self.refill_exploration <= 1,
             f"refill_exploration={self.refill_exploration} is a share of prompts: choose it in [0, 1].",
         )
-        _require(
+        require(
             self.max_refill_rounds >= 1,
             f"max_refill_rounds={self.max_refill_rounds} must be at least 1. For no refilling at all, set "
             "rollout_selection='all' or 'duplicate'.",
@@ -331,7 +330,7 @@ class GRPOConfig(trl.GRPOConfig):
             return
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         if self.importance_sampling_level == "token":
-            _require(
+            require(
                 max(self.epsilon, high) >= SMALLEST_TOKEN_EPSILON,
                 f"epsilon={self.epsilon}, epsilon_high={high} are clip ranges for sequence ratios (GSPO), but "
                 "importance_sampling_level='token': most token ratios leave so narrow a range. Set "
@@ -346,7 +345,7 @@ class GRPOConfig(trl.GRPOConfig):
             # A script written for TRL, which sets the level and leaves the clip alone, runs as it does there
             if not {"epsilon", "epsilon_high"} <= self._left_open:
                 raise ValueError(problem)
-            logger.warning(f"{problem} As in TRL, training goes on with it.")
+            self._notes.append(f"{problem} As in TRL, training goes on with it.")
 
     def _check_sequence_token(self) -> None:
         if self.importance_sampling_level != "sequence_token":
@@ -357,7 +356,7 @@ class GRPOConfig(trl.GRPOConfig):
             "loss_type": (self.loss_type == "vespo", "'grpo'"),
         }
         for name, (wrong, remedy) in refused.items():
-            _require(
+            require(
                 not wrong,
                 f"{name}={getattr(self, name)!r} is not exact with importance_sampling_level='sequence_token'. Set "
                 f"{name}={remedy}, or importance_sampling_level='sequence'.",
@@ -367,7 +366,7 @@ class GRPOConfig(trl.GRPOConfig):
         if self.soft_punish_cache is None:
             # The DAPO paper's proportion: 4,096 of 20,480
             self.soft_punish_cache = (self.max_completion_length or 0) // 5
-        _require(
+        require(
             0 <= self.soft_punish_cache <= (self.max_completion_length or math.inf),
             f"soft_punish_cache={self.soft_punish_cache} must lie between 0 (no punishment) and "
             f"max_completion_length={self.max_completion_length}.",
@@ -377,21 +376,21 @@ class GRPOConfig(trl.GRPOConfig):
         if self.rewards_in_flight is None:
             for name, off in (("reward_timeout", None), ("generation_chunks", 1)):
                 value = getattr(self, name)
-                _require(
+                require(
                     value == off,
                     f"{name}={value} has no effect without rewards_in_flight: TRL calls reward functions once, after "
                     "generation. Set rewards_in_flight to the calls that may run at once, or leave it out.",
                 )
             return
-        _require(
+        require(
             self.rewards_in_flight >= 1,
             f"rewards_in_flight={self.rewards_in_flight} must be at least 1; None computes rewards after generation.",
         )
-        _require(
+        require(
             self.reward_timeout is None or self.reward_timeout > 0,
             f"reward_timeout={self.reward_timeout} is no time to compute a reward in. Set seconds, or None for any.",
         )
-        _require(self.generation_chunks >= 1, f"generation_chunks={self.generation_chunks} must be at least 1.")
+        require(self.generation_chunks >= 1, f"generation_chunks={self.generation_chunks} must be at least 1.")
 
     def _set_updates_per_generation(self) -> None:
         updates = self.updates_per_generation
@@ -400,12 +399,12 @@ class GRPOConfig(trl.GRPOConfig):
             updates = self._updates_per_generation
         if updates is None:
             return
-        _require(
+        require(
             not sized,
             f"updates_per_generation={updates} and {' and '.join(sized)} both set the size of a generation batch. "
             "Set one of them.",
         )
-        _require(updates >= 1, f"updates_per_generation={updates} must be at least 1.")
+        require(updates >= 1, f"updates_per_generation={updates} must be at least 1.")
         self.steps_per_generation = updates * self.gradient_accumulation_steps
 
     def _check_token_normalization(self) -> None:
@@ -415,12 +414,12 @@ class GRPOConfig(trl.GRPOConfig):
             self.token_normalization = "mini_batch" if counts_tokens and whole_steps else "generation_batch"
         if self.token_normalization == "generation_batch":
             return
-        _require(
+        require(
             counts_tokens,
             f"token_normalization='mini_batch' has no effect with loss_type={self.loss_type!r}. Set "
             "token_normalization='generation_batch', or loss_type='dapo'.",
         )
-        _require(
+        require(
             whole_steps,
             f"token_normalization='mini_batch' needs whole optimizer steps in a generation batch, but "
             f"steps_per_generation={self.steps_per_generation} is no multiple of gradient_accumulation_steps="
@@ -542,7 +541,7 @@ class GRPOTrainer(GRPOSeams):
         self._check_images(config, given.get("train_dataset"), given.get("rollout_func"))
         self._check_curriculum(config, curriculum, given)
         self.curriculum = curriculum
-        _require(
+        require(
             config.generation_chunks == 1 or not (given.get("tools") or given.get("environment_factory")),
             f"generation_chunks={config.generation_chunks} with tools or environments: TRL binds them to the rows of "
             "the whole batch. Leave it at 1; rewards_in_flight alone scores their groups side by side.",
@@ -599,23 +598,23 @@ class GRPOTrainer(GRPOSeams):
             columns = list(next(iter(dataset), {})) or None  # not declared: its first row tells
         refills = config.rollout_selection == "refill"
         for column in config.similar_prompts_columns or []:
-            _require(
+            require(
                 columns is None or column in columns,
                 f"similar_prompts_columns names {column!r}, but train_dataset has only {columns}.",
             )
-            _require(
+            require(
                 not config.remove_unused_columns,
                 f"similar_prompts_columns={config.similar_prompts_columns} are dropped by remove_unused_columns=True. "
                 "Set remove_unused_columns=False.",
             )
         if environment_factory is None:
-            _require(dataset is not None, "train_dataset=None: pass a data set with a `prompt` column.")
-            _require(
+            require(dataset is not None, "train_dataset=None: pass a data set with a `prompt` column.")
+            require(
                 columns is None or "prompt" in columns,
                 f"train_dataset has no column `prompt`, only {columns}. Rename the column that holds the prompts.",
             )
         elif refills:
-            _require(
+            require(
                 dataset is not None and (columns is None or "prompt" in columns),
                 "rollout_selection='refill' draws new prompts from train_dataset, but here the environment owns the "
                 "data. Set rollout_selection='duplicate' (DUPO), or pass a data set with a `prompt` column.",
@@ -623,14 +622,14 @@ class GRPOTrainer(GRPOSeams):
         if isinstance(dataset, Dataset):
             assert config.generation_batch_size and config.num_generations  # TRL has set and checked both
             prompts = config.generation_batch_size // config.num_generations
-            _require(
+            require(
                 len(dataset) >= prompts,
                 f"train_dataset has {len(dataset)} prompts, fewer than the {prompts} of one generation batch "
                 f"(generation_batch_size={config.generation_batch_size} / num_generations={config.num_generations}). "
                 "Lower per_device_train_batch_size, gradient_accumulation_steps or updates_per_generation.",
             )
         elif isinstance(dataset, IterableDataset) and refills:
-            _require(
+            require(
                 can_be_read_twice(dataset),
                 "rollout_selection='refill' reads train_dataset beside the training loop, but this iterable data set "
                 "can't be read twice (a second pass doesn't start where the first did). Build it from a function that "
@@ -645,26 +644,26 @@ class GRPOTrainer(GRPOSeams):
         if isinstance(curriculum, str | type):
             raise TypeError(f"curriculum={curriculum!r} is no object. Pass a DifficultyCurriculum(...).")
         column = curriculum.column
-        _require(
+        require(
             isinstance(dataset, Dataset) and given.get("environment_factory") is None,
             "curriculum chooses among the rows of train_dataset, which must be a datasets.Dataset: not streamed, not "
             "an environment's. Load it without streaming, or leave curriculum out.",
         )
-        _require(
+        require(
             config.refill_draws != "informed",
             "curriculum and refill_draws='informed' both choose the prompts. Leave one of them out.",
         )
         if column is not None:
-            _require(
+            require(
                 column in dataset.column_names,
                 f"The curriculum's column {column!r} is missing: train_dataset has only {dataset.column_names}.",
             )
-            _require(
+            require(
                 not config.remove_unused_columns,
                 f"The curriculum's column {column!r} is dropped by remove_unused_columns=True. Set it to False.",
             )
             curriculum.fit(dataset[column])
-        _require(
+        require(
             curriculum.start_completion_length is None or not given.get("tools"),
             "start_completion_length with tools: TRL counts a tool's tokens by max_completion_length. Leave it out.",
         )
@@ -672,7 +671,7 @@ class GRPOTrainer(GRPOSeams):
     @staticmethod
     def _check_images(config: GRPOConfig, dataset: Any, rollout_func: Any) -> None:
         columns = getattr(dataset, "column_names", None) or []
-        _require(
+        require(
             config.rollout_selection == "all" or rollout_func is None or not {"image", "images"} & set(columns),
             f"rollout_selection={config.rollout_selection!r} can't tell whose image is whose when a rollout_func "
             "generates. Set rollout_selection='all', or generate without rollout_func.",
@@ -681,7 +680,7 @@ class GRPOTrainer(GRPOSeams):
     @staticmethod
     def _check_outcome_names(config: GRPOConfig, names: list[str]) -> None:
         for name in config.outcome_reward_funcs or []:
-            _require(
+            require(
                 name in names, f"outcome_reward_funcs names {name!r}, but the reward functions are {', '.join(names)}."
             )
 

@@ -33,6 +33,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from ..errors import require, require_one_of
 from ..objectives.advantages import aggregate_rewards
 from ..objectives.gae import carried_back, gae, length_adaptive_lam
 from ..objectives.kl import KL_ESTIMATORS, KL_RULES, adapted_kl_coef, kl_estimate
@@ -43,7 +44,7 @@ from ..roles.critic import HEAD_KINDS, Critic, HeadCritic, ModelCritic
 from ..rollouts.prompts import with_tokenized_prompts
 from ..rollouts.replay import ReplayBuffer, append_rows
 from ..rollouts.stream import PromptStream
-from .grpo import GRPOConfig, _model_name, _require, _require_one_of
+from .grpo import GRPOConfig, _model_name
 from .seams.ppo import ActorCriticSeams
 
 
@@ -250,12 +251,14 @@ class PPOConfig(GRPOConfig):
 
     _estimators: ClassVar[tuple[str, ...]] = ("gae",)
 
-    def __post_init__(self) -> None:
+    def _resolve_method(self) -> None:
         self._take_over_names()
         self._check_credit()
         self._check_critic()
         self._check_kl()
         self._check_additions()
+
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_selection()
         if self.total_episodes is not None:
@@ -274,7 +277,7 @@ class PPOConfig(GRPOConfig):
         steps = self.steps_per_generation or self.gradient_accumulation_steps
         rows = self.generation_batch_size or self.per_device_train_batch_size * steps
         shown = rows if rows > 1 else int(os.environ.get("WORLD_SIZE", "1"))
-        _require(
+        require(
             shown > 1,
             "A generation batch of a single completion has nothing to whiten advantages with. Raise "
             "per_device_train_batch_size or gradient_accumulation_steps.",
@@ -292,21 +295,21 @@ class PPOConfig(GRPOConfig):
             value = getattr(self, old)
             if value is None:
                 continue
-            _require(
+            require(
                 getattr(self, new) in (defaults[new], value),
                 f"{old}={value} and {new}={getattr(self, new)} set the same thing. Set one of them.",
             )
             setattr(self, new, value)
         for name, instead in DROPPED.items():
             if getattr(self, name) is not None:
-                logger.warning(f"{name} has no effect: {instead}.")
+                self._notes.append(f"{name} has no effect: {instead}.")
         if self.num_mini_batches is not None:
             self._split_batch(self.num_mini_batches)
-        _require(
+        require(
             self.stop_token in (None, "eos"),
             f"stop_token={self.stop_token!r} is unknown. Choose 'eos', or set stop_token_id.",
         )
-        _require(
+        require(
             self.stop_token is None or self.stop_token_id is None,
             "stop_token and stop_token_id both end completions. Set one of them.",
         )
@@ -321,7 +324,7 @@ class PPOConfig(GRPOConfig):
             for name in ("steps_per_generation", "generation_batch_size", "updates_per_generation")
             if getattr(self, name) is not None
         ]
-        _require(
+        require(
             not set_otherwise,
             f"num_mini_batches={mini_batches} and {' and '.join(set_otherwise)} both split a generation batch. Set "
             "one of them.",
@@ -330,7 +333,7 @@ class PPOConfig(GRPOConfig):
         if accumulation % mini_batches == 0:
             self.steps_per_generation, self.gradient_accumulation_steps = accumulation, accumulation // mini_batches
             return
-        _require(
+        require(
             accumulation == 1 and rows % mini_batches == 0,
             f"num_mini_batches={mini_batches} divides neither gradient_accumulation_steps={accumulation} nor, with "
             f"gradient_accumulation_steps=1, per_device_train_batch_size={rows}. Change one of them.",
@@ -340,102 +343,102 @@ class PPOConfig(GRPOConfig):
     def _check_credit(self) -> None:
         for name in ("gamma", "lam", "critic_lam"):
             value = getattr(self, name)
-            _require(value is None or 0 <= value <= 1, f"{name}={value} must lie in [0, 1].")
-        _require(self.lam_alpha is None or self.lam_alpha > 0, f"lam_alpha={self.lam_alpha} must be positive.")
-        _require_one_of("reward_scaling", self.reward_scaling, REWARD_SCALINGS)
+            require(value is None or 0 <= value <= 1, f"{name}={value} must lie in [0, 1].")
+        require(self.lam_alpha is None or self.lam_alpha > 0, f"lam_alpha={self.lam_alpha} must be positive.")
+        require_one_of("reward_scaling", self.reward_scaling, REWARD_SCALINGS)
         for name in ("reward_clip", "missing_eos_penalty", "cliprange_value"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{name}={value} must be positive. None: none.")
-        _require(
+            require(value is None or value > 0, f"{name}={value} must be positive. None: none.")
+        require(
             self.scale_rewards in (None, "none", False),
             f"scale_rewards={self.scale_rewards!r} scales the advantages of groups. For a critic's, use "
             "whiten_advantages, and reward_scaling for the rewards.",
         )
-        _require(
+        require(
             self.multi_objective_aggregation == "sum_then_normalize",
             f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises within groups. With a "
             "critic, use 'sum_then_normalize' and reward_weights.",
         )
-        _require(
+        require(
             self.loss_type != "vespo",
             "loss_type='vespo' takes one advantage a completion; generalised advantages differ between tokens. Set "
             "loss_type='dapo'.",
         )
-        _require(
+        require(
             not (self.bootstrap_truncated and self.mask_truncated_completions),
             "bootstrap_truncated=True says what truncated completions are worth, mask_truncated_completions=True "
             "leaves them out. Set one of them.",
         )
 
     def _check_critic(self) -> None:
-        _require_one_of("critic", self.critic, CRITICS)
+        require_one_of("critic", self.critic, CRITICS)
         of_head, of_model = ("critic_head", "critic_trunk_grad"), ("critic_init",)
         for name in of_model if self.critic == "head" else of_head:
             value = getattr(self, name)
-            _require(value is None, f"{name}={value!r} has no effect with critic={self.critic!r}. Leave it out.")
-        _require_one_of("critic_head", self.critic_head, (None, *HEAD_KINDS))
-        _require_one_of("critic_init", self.critic_init, (None, *CRITIC_INITS))
-        _require(
+            require(value is None, f"{name}={value!r} has no effect with critic={self.critic!r}. Leave it out.")
+        require_one_of("critic_head", self.critic_head, (None, *HEAD_KINDS))
+        require_one_of("critic_init", self.critic_init, (None, *CRITIC_INITS))
+        require(
             self.critic_trunk_grad is None or 0 <= self.critic_trunk_grad <= 1,
             f"critic_trunk_grad={self.critic_trunk_grad} is a share: choose it in [0, 1].",
         )
         self._rate_left_open = self.critic_learning_rate is None
         if self.critic_learning_rate is None:
             self.critic_learning_rate = self.learning_rate * (100 if self.critic == "head" else 1)
-        _require(self.critic_learning_rate > 0, f"critic_learning_rate={self.critic_learning_rate} must be positive.")
-        _require(self.vf_coef > 0, f"vf_coef={self.vf_coef} must be positive: without it the critic learns nothing.")
-        _require(self.critic_warmup_steps >= 0, f"critic_warmup_steps={self.critic_warmup_steps} must be at least 0.")
-        _require(
+        require(self.critic_learning_rate > 0, f"critic_learning_rate={self.critic_learning_rate} must be positive.")
+        require(self.vf_coef > 0, f"vf_coef={self.vf_coef} must be positive: without it the critic learns nothing.")
+        require(self.critic_warmup_steps >= 0, f"critic_warmup_steps={self.critic_warmup_steps} must be at least 0.")
+        require(
             self.value_updates_per_policy_update >= 1,
             f"value_updates_per_policy_update={self.value_updates_per_policy_update} must be at least 1.",
         )
 
     def _check_kl(self) -> None:
-        _require_one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        require_one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         for name in ("kl_coef", "old_kl_coef"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0.")
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0.")
         if self.kl_rule is None:
             self.kl_rule = "fixed" if self.kl_target is None else "proportional"
-        _require_one_of("kl_rule", self.kl_rule, KL_RULES)
-        _require(
+        require_one_of("kl_rule", self.kl_rule, KL_RULES)
+        require(
             (self.kl_rule == "fixed") == (self.kl_target is None),
             f"kl_rule={self.kl_rule!r} with kl_target={self.kl_target}: a rule needs a target, and a target a rule. "
             "Set both, or neither.",
         )
         for name in ("kl_target", "old_kl_target", "kl_horizon", "kl_rate"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{name}={value} must be positive.")
-        _require(
+            require(value is None or value > 0, f"{name}={value} must be positive.")
+        require(
             self.kl_target is None or self.kl_coef > 0 or self.beta > 0,
             f"kl_target={self.kl_target} with kl_coef=0 and beta=0: there is no reference to keep close to. Set "
             "kl_coef (KL in the reward) or beta (KL in the loss) to where the coefficient starts.",
         )
-        _require(
+        require(
             not (self.kl_coef > 0 and self.beta > 0),
             f"kl_coef={self.kl_coef} and beta={self.beta} both punish the KL to the reference, in the reward and in "
             "the loss. Set one of them to 0.",
         )
-        _require(
+        require(
             self.old_kl_target is None or self.old_kl_coef > 0,
             f"old_kl_target={self.old_kl_target} needs a coefficient to start with. Set old_kl_coef.",
         )
 
     def _check_additions(self) -> None:
         for name in ("positive_nll_coef", "ptx_coef"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0.")
-        _require(self.ptx_max_length > 1, f"ptx_max_length={self.ptx_max_length} must be at least 2.")
-        _require(
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0.")
+        require(self.ptx_max_length > 1, f"ptx_max_length={self.ptx_max_length} must be at least 2.")
+        require(
             0 <= self.replay_ratio < 1, f"replay_ratio={self.replay_ratio} is a share of a step: choose it in [0, 1)."
         )
-        _require(self.replay_capacity >= 1, f"replay_capacity={self.replay_capacity} must be at least 1.")
+        require(self.replay_capacity >= 1, f"replay_capacity={self.replay_capacity} must be at least 1.")
 
     def _check_selection(self) -> None:
-        _require(
+        require(
             self.rollout_selection == "all" or (self.num_generations or 0) > 1,
             f"rollout_selection={self.rollout_selection!r} selects groups whose rewards differ: num_generations="
             f"{self.num_generations} makes none. Set num_generations to 2 or more, or rollout_selection='all'.",
         )
-        _require(
+        require(
             self.replay_ratio == 0 or self.replayed_rows > 0,
             f"replay_ratio={self.replay_ratio} of micro-batches of {self.per_device_train_batch_size} new rows is "
             "less than one. Raise per_device_train_batch_size or replay_ratio.",
@@ -532,7 +535,7 @@ class PPOTrainer(ActorCriticSeams):
         if data_collator is not None:
             logger.warning("data_collator has no effect: prompts are not padded before generation.")
         self._check_models(config, policy, ref_model, value_model, reward_model)
-        _require(
+        require(
             (given.get("optimizers") or (None, None))[1] is None,
             "`optimizers` holds a learning-rate schedule, which knows nothing of the critic's parameters. Pass "
             "(optimizer, None), and set lr_scheduler_type.",
@@ -567,12 +570,12 @@ class PPOTrainer(ActorCriticSeams):
 
     @staticmethod
     def _check_models(config: PPOConfig, policy: Any, ref_model: Any, value_model: Any, reward_model: Any) -> None:
-        _require(
+        require(
             ref_model is None or ref_model is not policy,
             "`model` and `ref_model` are the same object, so that the reference would be trained. Leave out "
             "ref_model: the policy as it is now is the default.",
         )
-        _require(
+        require(
             ref_model is None or config.kl_coef > 0 or config.beta > 0,
             "ref_model has no effect with kl_coef=0 and beta=0. Set one of them, or leave ref_model out.",
         )
@@ -580,49 +583,49 @@ class PPOTrainer(ActorCriticSeams):
             # As in TRL 1.12, whoever brings a value model means it
             for name in ("critic_head", "critic_trunk_grad"):
                 value = getattr(config, name)
-                _require(value is None, f"{name}={value!r} has no effect with a value_model. Leave one of them out.")
+                require(value is None, f"{name}={value!r} has no effect with a value_model. Leave one of them out.")
             config.critic = "model"
             if config._rate_left_open:
                 config.critic_learning_rate = config.learning_rate
-            _require(
+            require(
                 value_model is not reward_model or isinstance(value_model, str),
                 "`reward_model` and `value_model` are the same object, so that the reward would be trained. Load it "
                 "twice, or leave out value_model and set critic='model', critic_init='reward'.",
             )
-            _require(
+            require(
                 config.critic_init is None,
                 f"critic_init={config.critic_init!r} has no effect with a value_model. Leave one of them out.",
             )
-        _require(
+        require(
             config.critic_init != "reward" or reward_model is not None,
             "critic_init='reward' needs a reward_model to copy. Pass one, or set critic_init='policy'.",
         )
         vocabulary, name = _vocabulary(policy), "The policy"
         for other, its_name in ((value_model, "value_model"), (ref_model, "ref_model")):
             size = None if other is None else _vocabulary(other)
-            _require(
+            require(
                 size is None or vocabulary is None or size == vocabulary,
                 f"{name} has a vocabulary of {vocabulary} tokens, {its_name} one of {size}: they can't read the same "
                 "token ids. Use a model with the policy's tokenizer.",
             )
         outputs = getattr(getattr(value_model, "config", None), "num_labels", 1)
-        _require(outputs == 1, f"value_model has {outputs} outputs. Load it with num_labels=1: a value is one number.")
+        require(outputs == 1, f"value_model has {outputs} outputs. Load it with num_labels=1: a value is one number.")
 
     @staticmethod
     def _check_ptx(config: PPOConfig, dataset: Any) -> None:
-        _require(
+        require(
             (config.ptx_coef > 0) == (dataset is not None),
             f"ptx_coef={config.ptx_coef} {'without a' if dataset is None else 'with a'} ptx_dataset: the "
             "language-modelling term needs both. Set both, or neither.",
         )
         if isinstance(dataset, Dataset):
             columns = set(dataset.column_names)
-            _require(
+            require(
                 any(needed <= columns for needed in ({"text"}, {"input_ids"}, {"messages"}, {"prompt", "completion"})),
                 f"ptx_dataset has only the columns {sorted(columns)}. It needs `text`, `input_ids`, `messages`, or "
                 "`prompt` and `completion`.",
             )
-            _require(len(dataset) > 0, "ptx_dataset is empty.")
+            require(len(dataset) > 0, "ptx_dataset is empty.")
 
     def _set_up_data(self, given: dict[str, Any]) -> None:
         """Data sets of `input_ids`, as TRL 1.12's trainer took them."""
@@ -638,7 +641,7 @@ class PPOTrainer(ActorCriticSeams):
             self._tokenized |= name == "train_dataset"
             tokenized.append(name)
 
-        _require(
+        require(
             len(tokenized) != 1 or given.get("eval_dataset") is None,
             f"{tokenized} has `input_ids`, and the other data set has not. Bring both as ids, or both as `prompt`.",
         )
@@ -723,7 +726,7 @@ class PPOTrainer(ActorCriticSeams):
         if self._own_reference is not None:
             self.use_reference(self._own_reference)
         if config.sync_ref_model:
-            _require(
+            require(
                 self.needs_reference,
                 "sync_ref_model=True with kl_coef=0 and beta=0: there is no reference to refresh. Set one of them.",
             )
@@ -736,7 +739,7 @@ class PPOTrainer(ActorCriticSeams):
         self._check_vision()
 
     def _check_vision(self) -> None:
-        _require(
+        require(
             self.args.replay_ratio == 0 or not self._is_vlm,
             "replay_ratio with images: rows of earlier batches have other numbers of them. Set replay_ratio=0.",
         )

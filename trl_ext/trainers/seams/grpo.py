@@ -29,8 +29,10 @@ from ...rewards.ahead import RewardsAhead
 from ...rewards.guard import FAILED, RewardFunctionError, RewardGuard, guard
 from ...rewards.steps import is_by_step
 from ...roles.critic import ModelCritic, critic_of
+from ...rollouts.exactness import Savings, exact_savings, has_relative_positions
 from ...rollouts.exchange import RolloutExchange
-from ...rollouts.micro_batches import SOURCE_ROW, Savings, exact_savings, has_relative_positions, windows
+from ...rollouts.micro_batches import SOURCE_ROW
+from ...rollouts.packing import windows
 from ...rollouts.prompts import TokenizedPrompt
 from ...rollouts.rollout import Generation, Rollout, ScoredRound, generation_of, joined_generation, rollouts_of
 from ...rollouts.selection import GroupSelection
@@ -220,17 +222,16 @@ class GRPOSeams(trl.GRPOTrainer):
     @contextmanager
     def _limiting_completions(self, length: int | None) -> Iterator[None]:
         """Generate completions of at most `length` tokens. What TRL's losses and rewards divide by stays."""
-        limited: list[tuple[Any, str]] = [(self.generation_config, "max_new_tokens")]
-        if self.use_vllm:
-            limited = [(self.vllm_generation, "max_completion_length")]
-        before = [getattr(holder, name) for holder, name in limited]
+        # TRL's trainer has one of the two, by how it generates
+        holder: Any = self.vllm_generation if self.use_vllm else self.generation_config
+        name = "max_completion_length" if self.use_vllm else "max_new_tokens"
+        before = getattr(holder, name)
         try:
-            for holder, name in limited if length is not None else []:
+            if length is not None:
                 setattr(holder, name, length)
             yield
         finally:
-            for (holder, name), value in zip(limited, before, strict=True):
-                setattr(holder, name, value)
+            setattr(holder, name, before)
 
     # Hooks
 

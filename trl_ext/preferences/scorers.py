@@ -1,6 +1,6 @@
 """
-Scorers that are trained on preference pairs: what [`~trl_ext.curriculum.cleaning.clean_by_cross_fitting`] fits to each
-set of folds.
+Scorers that are trained on preference pairs: what [`~trl_ext.preferences.cleaning.clean_by_cross_fitting`] fits to
+each set of folds.
 
 A reward model reads a completion at its last token and has to learn from nothing what is good. DPO's implicit reward
 starts from what the policy already finds likely, and is right about more pairs where they are few.

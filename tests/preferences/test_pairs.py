@@ -11,8 +11,8 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from trl_ext import GRPOTrainer
-from trl_ext.curriculum.pairs import NoPairsError, Sample, make_pairs, pair_up
 from trl_ext.curriculum.partial import weights_key
+from trl_ext.preferences.pairs import NoPairsError, Sample, make_pairs, pair_up
 
 
 def sample(name: str, *rewards: float, score: float | None = None, ended: bool = True) -> Sample:

@@ -28,10 +28,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from trl.data_utils import _tokenize, common_prefix_length
 
+from ..curriculum.partial import roll_out_all
 from ..rollouts.prompts import TokenizedPrompt
 from ..rollouts.rollout import ScoredGroups
 from ..trainers.grpo import GRPOTrainer
-from .partial import roll_out_all
 
 
 STRATEGIES = ("best_worst", "margin", "majority")

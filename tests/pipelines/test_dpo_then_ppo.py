@@ -19,19 +19,19 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from curriculum.dpo_then_ppo_worker import dpo_args, lora, pairs, policy_settings, prompts, schedule
 from peft import get_peft_model, load_peft_weights
+from pipelines.dpo_then_ppo_worker import dpo_args, lora, pairs, policy_settings, prompts, schedule
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BitsAndBytesConfig, TrainerCallback
 
 import trl_ext
 from trl_ext import DAPOConfig, DAPOTrainer, DUPOConfig, DUPOTrainer, GSPOConfig, GSPOTrainer, PPOConfig
-from trl_ext.curriculum.cleaning import CleaningReport, clean_by_margin
-from trl_ext.curriculum.dpo_then_ppo import IMPLICIT_REWARD, DPOThenPPO, StageStoppedError, StaysAbove
-from trl_ext.curriculum.pairs import NoPairsError
 from trl_ext.curriculum.schedule import DifficultyCurriculum
-from trl_ext.curriculum.stages import whole_checkpoint
+from trl_ext.pipelines.dpo_then_ppo import IMPLICIT_REWARD, DPOThenPPO, StageStoppedError, StaysAbove
+from trl_ext.pipelines.stages import whole_checkpoint
+from trl_ext.preferences.cleaning import CleaningReport, clean_by_margin
+from trl_ext.preferences.pairs import NoPairsError
 from trl_ext.roles.trunk import load_adapter, save_adapter, sharing_weights, storages
 
 
@@ -188,7 +188,7 @@ class TestRun:
         """Among them sets of names, in an order that Python draws anew for every process."""
         code = (
             "import sys; sys.path[:0] = sys.argv[1:3]\n"
-            "from curriculum.dpo_then_ppo_worker import lora, schedule\n"
+            "from pipelines.dpo_then_ppo_worker import lora, schedule\n"
             "names = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj', 'gate_proj']\n"
             "schedule(sys.argv[3], peft_config=lora(target_modules=names)).file.save()\n"
         )

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from trl_ext.curriculum.noise import estimate_noise, wrong_label_probabilities
+from trl_ext.preferences.noise import estimate_noise, wrong_label_probabilities
 
 
 def margins(noise: float, slope: float, spread: float, count: int = 4000, seed: int = 0) -> np.ndarray:

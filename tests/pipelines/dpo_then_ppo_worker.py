@@ -15,7 +15,7 @@ import tiny
 from datasets import Dataset
 
 from trl_ext import DPOConfig, PPOConfig
-from trl_ext.curriculum.dpo_then_ppo import IMPLICIT_REWARD, DPOThenPPO
+from trl_ext.pipelines.dpo_then_ppo import IMPLICIT_REWARD, DPOThenPPO
 
 
 def lora(**overrides: Any) -> LoraConfig:

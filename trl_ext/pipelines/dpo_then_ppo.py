@@ -42,8 +42,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig as TRLDPOConfig
 
+from ..curriculum.schedule import DifficultyCurriculum
+from ..errors import require
 from ..evaluation.held_out import Estimate, HeldOut, evaluate_policy, read_estimates
 from ..monitors.health import PreferenceAccuracyCheck
+from ..preferences.cleaning import CleaningReport, clean_by_cross_fitting
+from ..preferences.noise import FEWEST_PAIRS
+from ..preferences.pairs import NoPairsError, make_pairs
+from ..preferences.scorers import ImplicitRewardFit, ImplicitRewardScorer
 from ..rewards.implicit import ImplicitReward
 from ..roles.critic import CRITIC
 from ..roles.trunk import ADAPTER, gathered, load_adapter, save_adapter, sharing_weights
@@ -51,11 +57,6 @@ from ..trainers.dpo import DPOConfig, DPOTrainer
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.ppo import PPOTrainer
 from ..trainers.seams.grpo import saved_state
-from .cleaning import CleaningReport, clean_by_cross_fitting
-from .noise import FEWEST_PAIRS
-from .pairs import NoPairsError, make_pairs
-from .schedule import DifficultyCurriculum
-from .scorers import ImplicitRewardFit, ImplicitRewardScorer
 from .stages import DATA, DPO, PAIRS, POLICY, START, StageFile, StageResult, fingerprint, settings_of, whole_checkpoint
 
 
@@ -144,13 +145,13 @@ class DPOThenPPO:
         eval_pairs ([`~datasets.Dataset`], *optional*):
             Held-out pairs, for `eval_strategy` of `dpo_args`. Their accuracy then decides when DPO ends.
         pair_settings (`Mapping[str, Any]`, *optional*):
-            Arguments of [`~trl_ext.curriculum.pairs.make_pairs`], and `prompts`, the number of prompts of a round,
+            Arguments of [`~trl_ext.preferences.pairs.make_pairs`], and `prompts`, the number of prompts of a round,
             drawn anew in each. `None`: `make_pairs`' defaults, all prompts.
         clean (`str` or `Callable[[Dataset], tuple[Dataset, report]]`, *optional*):
             Applied to pairs before DPO: `"cross_fitting"`, by
-            [`~trl_ext.curriculum.cleaning.clean_by_cross_fitting`] with scorers that `dpo_args` trains, each an
+            [`~trl_ext.preferences.cleaning.clean_by_cross_fitting`] with scorers that `dpo_args` trains, each an
             adapter on the same trunk; or a function, for example
-            [`~trl_ext.curriculum.cleaning.clean_by_margin`] with its scorer bound. What the report's `str` says is
+            [`~trl_ext.preferences.cleaning.clean_by_margin`] with its scorer bound. What the report's `str` says is
             printed and kept in `cleaning.txt`.
         dpo_kwargs (`Mapping[str, Any]`, *optional*):
             Further arguments of [`DPOTrainer`], such as `curriculum`: made pairs have a column `score_margin`.
@@ -256,73 +257,73 @@ class DPOThenPPO:
 
     def _check(self) -> None:
         adapted = isinstance(self.model, PeftModel)
-        _require(
+        require(
             adapted != (self.peft_config is not None),
             "`peft_config` and a model that has an adapter: pass one of them."
             if adapted
             else "`peft_config` is missing: what DPO hands to the next stage is an adapter. Pass a LoraConfig.",
         )
-        _require(
+        require(
             not adapted or any(weight.requires_grad for weight in self.model.parameters()),
             "Nothing of the model's adapter can be trained. Load it with PeftModel.from_pretrained(..., "
             "is_trainable=True).",
         )
-        _require(
+        require(
             not adapted or list(self.model.peft_config) == [ADAPTER],
             f"The model has the adapters {list(getattr(self.model, 'peft_config', {}))}. Bring one, {ADAPTER!r}.",
         )
-        _require(
+        require(
             self.reference in (BASE, DPO_POLICY),
             f"reference={self.reference!r} is unknown. Choose {BASE!r} or {DPO_POLICY!r}.",
         )
-        _require(
+        require(
             self.reference == DPO_POLICY or not self.policy_args.sync_ref_model,
             f"sync_ref_model refreshes a copy of the adapter, and reference={BASE!r} has none. Set "
             f"reference={DPO_POLICY!r}.",
         )
-        _require(
+        require(
             not isinstance(self.clean, str) or self.clean == CROSS_FITTING,
             f"clean={self.clean!r} is unknown. Choose {CROSS_FITTING!r}, or pass a function.",
         )
-        _require(self.rounds >= 1, f"rounds={self.rounds} must be at least 1.")
-        _require(not self.output_dir.is_file(), f"output_dir={str(self.output_dir)!r} is a file. Name a folder.")
-        _require(
+        require(self.rounds >= 1, f"rounds={self.rounds} must be at least 1.")
+        require(not self.output_dir.is_file(), f"output_dir={str(self.output_dir)!r} is a file. Name a folder.")
+        require(
             self.accuracy_threshold is None or 0 < self.accuracy_threshold < 1,
             f"accuracy_threshold={self.accuracy_threshold} is a share of pairs and must be in (0, 1), or None.",
         )
-        _require(self.accuracy_logs >= 1, f"accuracy_logs={self.accuracy_logs} must be at least 1.")
-        _require(
+        require(self.accuracy_logs >= 1, f"accuracy_logs={self.accuracy_logs} must be at least 1.")
+        require(
             self.dpo_args.eval_strategy == "no" or self.eval_pairs is not None,
             "eval_strategy of dpo_args needs eval_pairs. Pass them, or set it to 'no'.",
         )
-        _require(
+        require(
             self.eval_pairs is None or self.dpo_args.eval_strategy != "no",
             "eval_pairs are there, but dpo_args never evaluates. Set its eval_strategy, or leave them out.",
         )
-        _require(
+        require(
             self.accuracy_threshold is None or self.dpo_args.logging_strategy != "no",
             "accuracy_threshold is compared with logs, and logging_strategy of dpo_args is 'no'. Set it to 'steps', "
             "or accuracy_threshold to None.",
         )
         for name, args in (("dpo_args", self.dpo_args), ("policy_args", self.policy_args)):
-            _require(
+            require(
                 not args.save_only_model,
                 f"save_only_model of {name}: nothing could go on from such a checkpoint. Set it to False.",
             )
-            _require(
+            require(
                 not args.load_best_model_at_end,
                 f"load_best_model_at_end of {name}: a stage hands on what it has at its end. Set it to False.",
             )
-        _require(
+        require(
             self.policy_args.eval_strategy == "no" or self.policy_kwargs.get("eval_dataset") is not None,
             "eval_strategy of policy_args needs an eval_dataset in policy_kwargs. Pass it, or set it to 'no'.",
         )
-        _require(
+        require(
             not (self.policy_args.fsdp or self.dpo_args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")),
             "FSDP wraps a model for good, so that no second trainer can have it. Use DeepSpeed or DDP, or run the "
             "recipes one after the other.",
         )
-        _require(
+        require(
             not is_deepspeed_zero3_enabled()
             or not (IMPLICIT_REWARD in self.reward_funcs or self.clean == CROSS_FITTING),
             f"{IMPLICIT_REWARD!r} and clean={CROSS_FITTING!r} score with whole adapters, and ZeRO-3 spreads them over "
@@ -331,7 +332,7 @@ class DPOThenPPO:
 
     def _check_data_and_rewards(self) -> None:
         samples_pairs = self.pairs is None or self.rounds > 1
-        _require(
+        require(
             self._judges or not (samples_pairs or self.held_out is not None),
             f"{IMPLICIT_REWARD!r} is what DPO learns from pairs: it can't judge those it learns from, nor the "
             "start. Pass pairs (and rounds=1, no held_out), or another reward.",
@@ -343,15 +344,15 @@ class DPOThenPPO:
             ("eval_pairs", self.eval_pairs, {"chosen", "rejected"}),
             ("held_out", self.held_out, {"prompt"}),
         ):
-            _require(
+            require(
                 dataset is None or isinstance(dataset, Dataset),
                 f"{name} is a {type(dataset).__name__}, which can't be read again after a kill. Load it as a Dataset.",
             )
             missing = columns - set(dataset.column_names) if dataset is not None else set()
-            _require(not missing, f"{name} lacks the columns {sorted(missing)}.")
-            _require(dataset is None or len(dataset) > 0, f"{name} has no rows.")
+            require(not missing, f"{name} lacks the columns {sorted(missing)}.")
+            require(dataset is None or len(dataset) > 0, f"{name} has no rows.")
         few = self.clean == CROSS_FITTING and self.pairs is not None and len(self.pairs) < FEWEST_PAIRS
-        _require(
+        require(
             not few,
             f"clean={CROSS_FITTING!r} tells the share of wrong labels from {FEWEST_PAIRS} pairs on. Pass more, or "
             "leave it out.",
@@ -359,10 +360,10 @@ class DPOThenPPO:
         known = {"prompts", *inspect.signature(make_pairs).parameters}
         known -= {"trainer", "dataset", "partial_results", "on_progress"}
         unknown = sorted(self.pair_settings.keys() - known)
-        _require(not unknown, f"pair_settings has {unknown}. Choose of {', '.join(sorted(known))}.")
+        require(not unknown, f"pair_settings has {unknown}. Choose of {', '.join(sorted(known))}.")
         weights = self.policy_args.reward_weights
         count = len(self.reward_funcs) + (self._reward_model is not None)
-        _require(
+        require(
             weights is None or len(weights) == count,
             f"reward_weights of policy_args has {len(weights or [])} numbers for {count} rewards.",
         )
@@ -806,11 +807,6 @@ def _copy_model(source: Path, target: Path) -> None:
 
 def _own(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: copy.deepcopy(value) if name == "curriculum" else value for name, value in arguments.items()}
-
-
-def _require(held: bool, message: str) -> None:
-    if not held:
-        raise ValueError(message)
 
 
 def _said(value: Any) -> Any:

@@ -10,7 +10,7 @@ import tiny
 from datasets import Dataset
 from peft import LoraConfig
 
-from trl_ext.curriculum.cleaning import (
+from trl_ext.preferences.cleaning import (
     clean_by_agreement,
     clean_by_cross_fitting,
     clean_by_margin,
@@ -18,7 +18,7 @@ from trl_ext.curriculum.cleaning import (
     pair_margins,
     turn_around,
 )
-from trl_ext.curriculum.scorers import ImplicitRewardFit, RewardModelFit
+from trl_ext.preferences.scorers import ImplicitRewardFit, RewardModelFit
 
 
 def by_number(prompts, completions):

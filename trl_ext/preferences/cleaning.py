@@ -243,7 +243,7 @@ def cross_fitted_margins(
         pairs ([`~datasets.Dataset`]):
             With `prompt`, `chosen` and `rejected`.
         fit (`Callable[[Dataset], Scorer]`):
-            Trains a scorer on pairs, e.g. [`~trl_ext.curriculum.scorers.RewardModelFit`].
+            Trains a scorer on pairs, e.g. [`~trl_ext.preferences.scorers.RewardModelFit`].
         folds (`int`, *optional*, defaults to `5`):
             K. Each scorer trains on (K − 1)/K of the pairs.
         seed (`int`, *optional*, defaults to `0`):

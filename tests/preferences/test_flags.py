@@ -5,7 +5,7 @@ import random
 import pytest
 from datasets import Dataset
 
-from trl_ext.curriculum.flags import flag_pairs
+from trl_ext.preferences.flags import flag_pairs
 
 
 def pairs(*rows: tuple[str, str, str]) -> Dataset:

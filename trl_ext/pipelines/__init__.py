@@ -1,0 +1,1 @@
+"""Several trainers one after the other on one trunk."""

@@ -1,0 +1,1 @@
+"""Preference pairs: made from a policy, judged, cleaned."""
