@@ -44,7 +44,7 @@ from scipy import stats
 from task import ROOT
 
 from recipes.tasks import sort_digits
-from trl_ext.curriculum import cleaning, noise, pairs, scorers
+from trl_ext.preferences import cleaning, noise, pairs, scorers
 from trl_ext.preferences.cleaning import Scorer, clean_by_cross_fitting, pair_margins, turn_around
 from trl_ext.preferences.scorers import ImplicitRewardFit
 from trl_ext.rewards import implicit

@@ -237,9 +237,9 @@ def recorded(trainer_class: type[GRPOTrainer]) -> Any:
             finally:
                 self._generating = False
 
-        def on_rollouts(self, output: dict[str, Any], selection: Any, rounds: Any) -> None:
-            super().on_rollouts(output, selection, rounds)
-            self.batches.append(TrainedBatch(dict(output), selection, list(rounds)))
+        def on_rollouts(self, output: dict[str, Any], batch: Any) -> None:
+            super().on_rollouts(output, batch)
+            self.batches.append(TrainedBatch(dict(output), batch.selection, list(batch.rounds)))
 
         def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
             loss: torch.Tensor = super()._compute_loss(model, inputs)

@@ -17,7 +17,8 @@ from .roles.critic import load_critic
 from .trainers.dapo import DAPOConfig, DAPOTrainer
 from .trainers.dpo import DPOConfig, DPOTrainer
 from .trainers.dupo import DUPOConfig, DUPOTrainer
-from .trainers.grpo import GRPOConfig, GRPOTrainer
+from .trainers.grpo import GRPOTrainer
+from .trainers.grpo_config import GRPOConfig
 from .trainers.gspo import GSPOConfig, GSPOTrainer
 from .trainers.ppo import NonFiniteLossError, PPOConfig, PPOTrainer
 

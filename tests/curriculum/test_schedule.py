@@ -44,7 +44,7 @@ def test_what_nothing_scored_teaches_nothing():
 def test_a_column_counts_by_its_rank():
     curriculum = DifficultyCurriculum(column="level")
     levels = [100, 1, 1, 10_000]
-    curriculum.fit(levels)
+    curriculum.read_column(levels)
     found = [curriculum.prior(row) for row in rows(4, level=levels)]
     assert found == [0.625, 0.25, 0.25, 0.875]
     assert curriculum.prior({"prompt": "w1", "level": None}) == 0.5
@@ -52,30 +52,30 @@ def test_a_column_counts_by_its_rank():
 
 def test_a_pass_rate_is_its_own_measure():
     curriculum = DifficultyCurriculum(column="pass_rate")
-    curriculum.fit([0.0, 0.9])
+    curriculum.read_column([0.0, 0.9])
     assert curriculum.prior({"prompt": "w1", "pass_rate": 0.9}) == pytest.approx(0.1)
 
 
 def test_with_a_minus_more_is_easier():
     curriculum = DifficultyCurriculum(column="-margin")
     assert curriculum.column == "margin"
-    curriculum.fit([100, 1, 1, 10_000])
+    curriculum.read_column([100, 1, 1, 10_000])
     found = [curriculum.prior(row) for row in rows(4, margin=[100, 1, 1, 10_000])]
     assert found == [0.375, 0.75, 0.75, 0.125] == curriculum.priors([100, 1, 1, 10_000])
     assert curriculum.priors([5, None, 4]) == [0.25, 0.5, 0.75]
 
 
 def test_pass_rates_know_their_direction_and_their_range():
-    with pytest.raises(ValueError, match="more is easier already"):
+    with pytest.raises(ValueError, match="a larger pass rate means easier already"):
         DifficultyCurriculum(column="-pass_rate")
     with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
-        DifficultyCurriculum(column="pass_rate").fit([0.5, 50])
+        DifficultyCurriculum(column="pass_rate").read_column([0.5, 50])
 
 
 @pytest.mark.parametrize(("values", "told"), [(["a", 1], "finite"), ([1, float("inf")], "finite"), ([2, 2], "same")])
 def test_a_column_that_says_nothing_is_refused(values, told):
     with pytest.raises(ValueError, match=told):
-        DifficultyCurriculum(column="level").fit(values)
+        DifficultyCurriculum(column="level").read_column(values)
 
 
 # Choice
@@ -84,7 +84,7 @@ def test_a_column_that_says_nothing_is_refused(values, told):
 def with_levels(schedule: str, **settings: Any) -> tuple[DifficultyCurriculum, list[dict[str, Any]]]:
     """Eight rows, the hardest first."""
     curriculum = DifficultyCurriculum(schedule, column="level", **settings)
-    curriculum.fit(range(8))
+    curriculum.read_column(range(8))
     return curriculum, rows(8, level=list(range(7, -1, -1)))
 
 
@@ -247,14 +247,15 @@ def test_easy_prompts_come_before_hard_ones(column, tmp_path):
 @pytest.mark.parametrize("selection", ["all", "refill", "duplicate"])
 def test_pass_rates_follow_the_rollouts(selection, tmp_path):
     curriculum = DifficultyCurriculum("frontier", memory=1.0)
-    _, judge = trained(tmp_path, curriculum, rollout_selection=selection)
+    trainer, judge = trained(tmp_path, curriculum, rollout_selection=selection)
     right = {row["prompt"]: row["easy"] for row in data()}
     seen = set(judge.asked)
-    assert len(curriculum.state_dict()["seen"]) == len(seen) > 8
+    assert len(trainer.chooser.state_dict()["seen"]) == len(seen) > 8
+    assert not curriculum.state_dict()["seen"]  # what the user passed stays as it was
     for prompt in seen:
         times = judge.asked.count(prompt)
         failed = times * (1 - right[prompt] / 4)
-        assert curriculum.difficulty({"prompt": prompt}) == pytest.approx(
+        assert trainer.chooser.difficulty({"prompt": prompt}) == pytest.approx(
             (PRIOR_COMPLETIONS * 0.5 + failed) / (PRIOR_COMPLETIONS + times)
         )
 
@@ -262,7 +263,7 @@ def test_pass_rates_follow_the_rollouts(selection, tmp_path):
 def test_ppo_learns_pass_rates_from_single_completions(tmp_path):
     curriculum = DifficultyCurriculum("mixed")
     trainer, judge = trained(tmp_path, curriculum, PPOTrainer, num_generations=1, num_iterations=1)
-    assert len(curriculum.state_dict()["seen"]) == len(set(judge.asked)) > 16
+    assert len(trainer.chooser.state_dict()["seen"]) == len(set(judge.asked)) > 16
     assert "curriculum/prompts_replaced" in trainer.state.log_history[0]
 
 
@@ -286,7 +287,7 @@ def test_a_resumed_run_sees_what_the_other_saw(tmp_path):
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert again.asked == judge.asked[len(judge.asked) // 2 :]
-    assert resumed.curriculum.state_dict() == whole.curriculum.state_dict()
+    assert resumed.chooser.state_dict() == whole.chooser.state_dict()
     for ours, theirs in zip(tiny.weights(resumed.model).values(), tiny.weights(whole.model).values(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -313,7 +314,7 @@ def test_what_a_curriculum_cannot_work_with(curriculum, settings, dataset, told,
 
 @pytest.mark.parametrize("curriculum", ["frontier", DifficultyCurriculum])
 def test_a_curriculum_is_an_object(curriculum, tmp_path):
-    with pytest.raises(TypeError, match=r"is no object. Pass a DifficultyCurriculum\(\.\.\.\)"):
+    with pytest.raises(TypeError, match=r"is not a prompt chooser. Pass a DifficultyCurriculum\(\.\.\.\)"):
         tiny.trainer(GRPOTrainer, tmp_path, Judge(), {"train_dataset": data(), "curriculum": curriculum})
 
 
@@ -327,7 +328,7 @@ def test_refill_looks_as_far_ahead_as_the_curriculum_says(tmp_path):
         rollout_selection="refill",
         max_steps=2,
     )
-    stream, looked = trainer._refill_stream, []
+    stream, looked = trainer.prompt_stream, []
 
     def draw(count, exclude, choose=None, lookahead=None):
         looked.append((choose is not None, lookahead))

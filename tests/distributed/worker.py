@@ -145,8 +145,8 @@ def rare_success(prompts: list[str], completion_ids: list[list[int]], **kwargs: 
 class Recorder(trl_ext.GRPOTrainer):
     """Keeps the completions of the rows that enter the loss, and the advantage of each."""
 
-    def on_rollouts(self, output: Any, selection: Any, rounds: Any) -> None:
-        super().on_rollouts(output, selection, rounds)
+    def on_rollouts(self, output: Any, batch: Any) -> None:
+        super().on_rollouts(output, batch)
         self.trained = getattr(self, "trained", [])
         for ids, mask, advantage in zip(
             output["completion_ids"], output["completion_mask"], output["advantages"], strict=True

@@ -16,7 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from trl_ext import DUPOTrainer, GRPOTrainer
 from trl_ext.monitors.verify import KeptForBackward, verify, without_dropout
 from trl_ext.rollouts.micro_batches import Saved
-from trl_ext.trainers.seams.grpo import random_states
+from trl_ext.trainers.seams.checkpoints import random_states
+from trl_ext.trainers.seams.probes import deal_apart
 
 
 def ragged(count: int = 32) -> Dataset:
@@ -70,7 +71,7 @@ def test_the_gradient_is_the_same(settings, tmp_path):
 
 def test_slots_rows_and_memory_are_those_of_the_step(tmp_path):
     trainer = trainer_of(tmp_path, updates_per_generation=2)
-    dealt = trainer.deal_apart()[:4]
+    dealt = deal_apart(trainer)[:4]
     found = verify(trainer, repetitions=1, quiet=True)
     slots = sum(batch["prompt_ids"].numel() + batch["completion_ids"].numel() for batch in dealt)
     assert found.trl.token_slots == slots

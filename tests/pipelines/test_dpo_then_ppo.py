@@ -484,7 +484,7 @@ class TestPairs:
 
     def test_the_order_of_pairs(self, tmp_path: Path) -> None:
         curriculum = DifficultyCurriculum("easy_to_hard", column="-score_margin")
-        looks = Looks(lambda trainer: trainer.curriculum)
+        looks = Looks(lambda trainer: trainer.chooser)
         short(tmp_path, pairs=None, dpo_kwargs={"curriculum": curriculum}, prepare=looks).train()
         assert repr(looks.seen["dpo"]) == repr(curriculum) and looks.seen["dpo"] is not curriculum
         assert looks.seen["ppo"] is None

@@ -355,6 +355,6 @@ def test_a_curriculum_and_health_checks_by_name(task):
     """The arguments of every recipe that samples; the checks are in the log."""
     argv = policy(task, "in_order", "--health_checks", "true", "--curriculum", "frontier", "--held_out_prompts", "0")
     trainer = common.train_policy(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, argv)
-    assert trainer.curriculum.schedule == "frontier"
+    assert trainer.chooser.schedule == "frontier"
     logged = {key for entry in trainer.state.log_history for key in entry}
     assert {"curriculum/difficulty", "health/entropy"} <= logged

@@ -26,6 +26,7 @@ import trl_ext
 from trl_ext.rollouts.exactness import Savings, exact_savings, has_relative_positions
 from trl_ext.rollouts.micro_batches import FIT, SOURCE_ROW, Saved, cut, describe, fit_window, fitted_pass
 from trl_ext.rollouts.packing import FILLER, RowSizes, Width, deal, pack, windows
+from trl_ext.trainers.seams.probes import deal_apart
 
 
 # How rows are dealt
@@ -1014,7 +1015,7 @@ def rollouts(tmp_path_factory):
                 updates_per_generation=2,
                 max_completion_length=12,
             )
-            made[loss_type] = trainer, trainer.deal_apart()[:4]
+            made[loss_type] = trainer, deal_apart(trainer)[:4]
             trainer.current_gradient_accumulation_steps = 4
             assert len(made[loss_type][1]) == 4
         trainer, dealt = made[loss_type]

@@ -16,7 +16,7 @@ from trl_ext.rollouts.outlook import (
     PRIOR_PROMPTS,
     AdaptiveOutlook,
     PromptOutlook,
-    fit_beta,
+    beta_from_moments,
     mixed_probability,
 )
 from trl_ext.rollouts.selection import has_variance
@@ -67,15 +67,17 @@ class TestMixedProbability:
 
 class TestFitBeta:
     def test_by_hand(self):
-        assert fit_beta(1 / 2, 1 / 3) == pytest.approx((1, 1))
+        assert beta_from_moments(1 / 2, 1 / 3) == pytest.approx((1, 1))
         # Beta(2, 1) has E[p] = 2/3 and E[p²] = 1/2
-        assert fit_beta(2 / 3, 1 / 2) == pytest.approx((2, 1))
+        assert beta_from_moments(2 / 3, 1 / 2) == pytest.approx((2, 1))
 
     def test_bounds(self):
         low, high = CONCENTRATION
-        assert fit_beta(0.25, 0.25) == pytest.approx((0.25 * low, 0.75 * low))  # p is 0 or 1: p² = p
-        assert fit_beta(0.25, 0.25**2) == pytest.approx((0.25 * high, 0.75 * high))  # one p for all
-        assert fit_beta(0.25, 0.05) == pytest.approx((0.25 * high, 0.75 * high))  # less spread than draws have
+        assert beta_from_moments(0.25, 0.25) == pytest.approx((0.25 * low, 0.75 * low))  # p is 0 or 1: p² = p
+        assert beta_from_moments(0.25, 0.25**2) == pytest.approx((0.25 * high, 0.75 * high))  # one p for all
+        assert beta_from_moments(0.25, 0.05) == pytest.approx(
+            (0.25 * high, 0.75 * high)
+        )  # less spread than draws have
 
 
 # With two completions, E[1 − p² − (1 − p)²] = 2 (E[p] − E[p²]): the moments are all that counts for a new prompt
@@ -324,18 +326,18 @@ class TestBuckets:
     )
     def test_many_numbers_are_cut_at_deciles(self, seen, other, alike):
         predictor = outlook(columns=["level"])
-        predictor.fit_bins({"level": [*range(100), None, NAN, math.inf], "unused": ["a"]})
+        predictor.set_bins({"level": [*range(100), None, NAN, math.inf], "unused": ["a"]})
         assert self.alike(predictor, seen, other) == alike
 
     def test_few_numbers_stand_for_themselves(self):
         for seen, other in ((34, 27), (30, 34)):
             predictor = outlook(columns=["level"])
-            predictor.fit_bins({"level": [27, 34, 30, None] * 20})
+            predictor.set_bins({"level": [27, 34, 30, None] * 20})
             assert not self.alike(predictor, seen, other)
 
     def test_skewed_numbers(self):
         predictor = outlook(columns=["level"])
-        predictor.fit_bins({"level": [0.0] * 95 + [float(i) for i in range(1, 21)]})
+        predictor.set_bins({"level": [0.0] * 95 + [float(i) for i in range(1, 21)]})
         assert not self.alike(predictor, 0.0, 20.0)
 
     def test_all_columns_count(self):
@@ -415,14 +417,14 @@ class TestChoose:
         rows = list(reversed(candidates(12)))  # 8 dead, then 4 live
         seen = set()
         for _ in range(60):
-            chosen = predictor.choose(rows, 4, reserved=3)
+            chosen = predictor.choose(rows, 4, dealt=3)
             assert len(chosen) == 4
             assert len([i for i in chosen if i >= 8]) == 2
             seen.update(i for i in chosen if i < 8)
         assert seen == {0, 1, 2}
         # More than there are are not reserved
-        assert len(predictor.choose(rows, 4, reserved=1)) == 4
-        assert len(predictor.choose(rows, 4, reserved=99)) == 4
+        assert len(predictor.choose(rows, 4, dealt=1)) == 4
+        assert len(predictor.choose(rows, 4, dealt=99)) == 4
 
     def test_seed_decides(self):
         def chosen(seed: int) -> list[list[int]]:
@@ -451,7 +453,7 @@ class TestState:
     @staticmethod
     def fresh() -> PromptOutlook:
         predictor = outlook(4, columns=["level"], memory=0.9, seed=3)
-        predictor.fit_bins({"level": list(range(30))})
+        predictor.set_bins({"level": list(range(30))})
         return predictor
 
     @pytest.mark.parametrize("copied", [lambda state: pickle.loads(pickle.dumps(state)), copy.deepcopy])

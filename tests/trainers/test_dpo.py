@@ -244,7 +244,7 @@ def test_the_order_is_the_curriculums(schedule, column, tmp_path):
 def test_a_curriculum_of_another_trainer_stays_as_it_was(tmp_path):
     """The same object may choose another trainer's prompts, and know rollouts."""
     curriculum = easy_to_hard()
-    curriculum.fit([1, 2, 3])
+    curriculum.read_column([1, 2, 3])
     curriculum.observe([{"prompt": "w0 w1 w0"}], torch.zeros(1, 4))
     before = dict(vars(curriculum))
     hard = [100 * i for i in range(8, 0, -1)]

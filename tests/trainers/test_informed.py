@@ -15,7 +15,9 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from trl_ext import DAPOTrainer, GRPOConfig, RewardFunctionError
+from trl_ext.rollouts.choosers import PromptChooser
 from trl_ext.rollouts.stream import prompt_key
+from trl_ext.trainers.seams.probes import deal_apart
 
 
 # `target` of prompts with variance, and of those without
@@ -232,7 +234,7 @@ class TestSimilarPrompts:
 class TestBlindByDefault:
     def test_a_blind_run_keeps_no_outlook(self, blind):
         trainer, _ = blind
-        assert trainer._outlook is None
+        assert type(trainer.chooser) is PromptChooser
         assert "outlook" not in trainer.run_state()
         assert all("selection/prompts_replaced" not in entry for entry in tiny.history(trainer))
 
@@ -246,7 +248,7 @@ class TestBlindByDefault:
             processing_class=tiny.tokenizer(),
         )
         assert (trainer.args.rollout_selection, trainer.args.refill_draws) == ("refill", "blind")
-        assert trainer._outlook is None
+        assert type(trainer.chooser) is PromptChooser
 
     def test_our_configuration_for_another_method(self):
         plain = GRPOConfig(
@@ -304,7 +306,7 @@ def halfway(tmp_path) -> Any:
     [
         lambda trainer: trainer.evaluate(),
         lambda trainer: trainer.roll_out([QUARTER[0], QUARTER[1]], 2, seed=1),
-        lambda trainer: trainer.deal_apart(),
+        lambda trainer: deal_apart(trainer),
     ],
     ids=["evaluate", "roll_out", "deal_apart"],
 )

@@ -146,7 +146,7 @@ def test_stream_goes_on_in_a_later_pass(tmp_path):
     # 4 live prompts of 32 and 3 rounds a batch: the stream has passed its end before the last checkpoint
     full = build(DAPOTrainer, tmp_path / "full", tiny.LiveFor({4, 5}), max_refill_rounds=4)
     full.train()
-    assert full._refill_stream.epoch > 0
+    assert full.prompt_stream.epoch > 0
     resumed = build(DAPOTrainer, tmp_path / "resumed", tiny.LiveFor({4, 5}), max_refill_rounds=4)
     resumed.train(resume_from_checkpoint=str(tmp_path / "full" / "checkpoint-5"))
     assert_same_state(full, resumed)

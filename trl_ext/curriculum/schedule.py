@@ -6,14 +6,19 @@ the policy solves about half of the time are those whose outcomes have the most 
 teach (https://huggingface.co/papers/2504.03380).
 """
 
+import copy
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import torch
+from datasets import Dataset
 
+from ..errors import require, require_one_of
+from ..rollouts.choosers import PromptChooser
+from ..rollouts.generation_batch import GenerationBatch
 from ..rollouts.stream import prompt_key
 from .difficulty import PASS_RATE
 
@@ -23,7 +28,7 @@ SCHEDULES = ("easy_to_hard", "frontier", "mixed")
 PRIOR_COMPLETIONS = 2.0
 
 
-class DifficultyCurriculum:
+class DifficultyCurriculum(PromptChooser):
     """
     Says what is trained on next, by difficulty. Every trainer takes one as `curriculum`. Those that roll out let it
     choose, for every generation batch, among the prompts that are dealt and the next ones of the data set.
@@ -66,6 +71,8 @@ class DifficultyCurriculum:
         ValueError: for a schedule that isn't known, or a number out of its range.
     """
 
+    key = "curriculum"
+
     def __init__(
         self,
         schedule: str = "frontier",
@@ -76,10 +83,8 @@ class DifficultyCurriculum:
         memory: float = 0.5,
         start_completion_length: int | None = None,
     ) -> None:
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule={schedule!r} is unknown. Choose one of {', '.join(map(repr, SCHEDULES))}.")
-        if lookahead < 2:
-            raise ValueError(f"lookahead={lookahead} leaves nothing to choose from. Set 2 or more.")
+        require_one_of("schedule", schedule, SCHEDULES)
+        require(lookahead >= 2, f"lookahead={lookahead} leaves nothing to choose from. Set 2 or more.")
         for name, value, allowed in (
             ("until", until, 0 < until <= 1),
             ("share", share, 0 < share < 1),
@@ -90,14 +95,16 @@ class DifficultyCurriculum:
                 start_completion_length is None or start_completion_length > 0,
             ),
         ):
-            if not allowed:
-                raise ValueError(f"{name}={value} is out of range; see DifficultyCurriculum's documentation.")
-        if column == f"-{PASS_RATE}":
-            raise ValueError(f"column={column!r}: of pass rates, more is easier already. Set {PASS_RATE!r}.")
+            require(allowed, f"{name}={value} is out of range; see DifficultyCurriculum's documentation.")
+        require(
+            column != f"-{PASS_RATE}",
+            f"column={column!r}: a larger pass rate means easier already. Set {PASS_RATE!r}, without the minus.",
+        )
         self.column = None if column is None else column.removeprefix("-")
         self.more_is_easier = column == PASS_RATE or column != self.column
         self.schedule, self.lookahead, self.until = schedule, lookahead, until
         self.share, self.memory, self.start_completion_length = share, memory, start_completion_length
+        self.success_threshold = 0.5  # of the trainer, see `prepared`
         self._column = column
         self._sorted: list[float] = []  # the column's numbers
         self._seen: dict[str, tuple[float, float]] = {}  # by prompt: faded failures, faded completions
@@ -107,14 +114,37 @@ class DifficultyCurriculum:
         settings = {"column": self._column, **{name: getattr(self, name) for name in names}}
         return f"DifficultyCurriculum({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
-    # Difficulty
-
-    def fit(self, values: Sequence[float | None]) -> None:
+    def prepared(self, dataset: Any, config: Any) -> Self:
         """
-        Tell what numbers the column has, once, before training: they count by their rank.
+        The curriculum of one run.
 
         Raises:
-            ValueError: if something in it is not a number, or all are alike.
+            ValueError: if the column is missing, is dropped before training, holds something that is not a number, or
+                holds the same number everywhere.
+        """
+        own = copy.copy(self)
+        own._seen, own.success_threshold = dict(self._seen), config.success_threshold
+        if self.column is not None:
+            assert isinstance(dataset, Dataset)
+            require(
+                self.column in dataset.column_names,
+                f"The curriculum's column {self.column!r} is missing: train_dataset has only {dataset.column_names}.",
+            )
+            require(
+                not config.remove_unused_columns,
+                f"The curriculum's column {self.column!r} is dropped by remove_unused_columns=True. Set it to False.",
+            )
+            own.read_column(dataset[self.column])
+        return own
+
+    # Difficulty
+
+    def read_column(self, values: Sequence[float | None]) -> None:
+        """
+        Take in all numbers of the column, once, before training: they count by their rank.
+
+        Raises:
+            ValueError: if one of them is not a number, or all are equal.
         """
         self._sorted = self._in_order(values)
 
@@ -148,7 +178,7 @@ class DifficultyCurriculum:
         The [`prior`] of rows that the column gives these values, of which they are all that count.
 
         Raises:
-            ValueError: as [`fit`].
+            ValueError: as [`read_column`].
         """
         in_order = self._in_order(values)
         return [self._of_value(value, in_order) for value in values]
@@ -158,39 +188,40 @@ class DifficultyCurriculum:
         failures, completions = self._seen.get(prompt_key(row), (0.0, 0.0))
         return (PRIOR_COMPLETIONS * self.prior(row) + failures) / (PRIOR_COMPLETIONS + completions)
 
-    def observe(self, rows: Sequence[dict[str, Any]], solved: torch.Tensor) -> None:
+    def observe(self, rows: Sequence[dict[str, Any]], outcomes: torch.Tensor, live: Sequence[bool] = ()) -> None:
         """
-        Learn from rollouts.
+        Learn from a round of generation. A completion solves its prompt from an outcome reward of
+        `success_threshold` on.
 
         Args:
             rows (`list[dict]`):
                 One for each group.
-            solved (`torch.Tensor` of shape `(P, G)`):
-                1 where a completion solved its prompt, 0 where not, NaN where nothing could say it.
+            outcomes (`torch.Tensor` of shape `(P, G)`):
+                Outcome rewards by group, NaN = not applicable.
+            live (`list[bool]`, *optional*):
+                Has no effect.
         """
-        known = ~solved.isnan()
+        known = ~outcomes.isnan()
         tried = known.sum(dim=1).tolist()
-        failed = ((1 - solved) * known).nan_to_num(nan=0.0).sum(dim=1).tolist()
+        failed = ((outcomes < self.success_threshold) & known).float().sum(dim=1).tolist()
         for row, failures, completions in zip(rows, failed, tried, strict=True):
             if completions:
                 key = prompt_key(row)
                 before = self._seen.get(key, (0.0, 0.0))
                 self._seen[key] = (self.memory * before[0] + failures, self.memory * before[1] + completions)
 
+    def end(self, trainer: Any, batch: GenerationBatch) -> None:
+        """Logs how hard the chosen prompts are, how many dealt ones were replaced, and how long completions may be."""
+        metrics, difficulties = trainer.train_metrics, [self.difficulty(row) for row in batch.groups]
+        metrics["curriculum/difficulty"].append(sum(difficulties) / len(difficulties))
+        metrics["curriculum/prompts_replaced"].append(batch.replaced)
+        if self.start_completion_length is not None:
+            metrics["curriculum/completion_length"].append(trainer.completion_length())
+
     # Choice
 
-    def choose(self, rows: Sequence[dict[str, Any]], count: int, progress: float) -> list[int]:
-        """
-        Positions of `count` rows, in the order in which they stand.
-
-        Args:
-            rows (`list[dict]`):
-                Candidates, those that are dealt first.
-            count (`int`):
-                How many.
-            progress (`float`):
-                Share of the run that is over, in [0, 1].
-        """
+    def choose(self, rows: Sequence[dict[str, Any]], count: int, progress: float = 0.0, dealt: int = 0) -> list[int]:
+        """See [`PromptChooser.choose`]. The result depends on the arguments and on what was observed alone."""
         if len(rows) <= count:
             return list(range(len(rows)))
         hard = [self.difficulty(row) for row in rows]

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..rollouts.micro_batches import MicroBatch, Saved
 from ..trainers.grpo import GRPOTrainer
+from ..trainers.seams.probes import deal_apart
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def verify(trainer: GRPOTrainer, repetitions: int = 3, quiet: bool = False) -> V
     trainer.current_gradient_accumulation_steps = count
     model.train()
     try:
-        dealt = trainer.deal_apart()[:count]
+        dealt = deal_apart(trainer)[:count]
         saved = Saved()
         fitted = trainer.fit(dealt, [(0, count)], saved)
         sides = {"trl": dealt, "trl_ext": fitted}

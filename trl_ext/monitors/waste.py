@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..rollouts.exactness import Savings
 from ..rollouts.micro_batches import MicroBatch, Saved, fit_window
 from ..trainers.grpo import GRPOTrainer
-from ..trainers.seams.grpo import generation_is_used_up, last_micro_batch, savings_of
+from ..trainers.seams.probes import generation_is_used_up, last_micro_batch, savings_of
 
 
 class WasteCallback(TrainerCallback):

@@ -1,12 +1,18 @@
 """
-Outcome advantages that TRL's GRPO does not have: leave-one-out and REINFORCE.
+Advantages from one reward per completion, and the table of estimators: `ESTIMATORS`.
 
-The group-relative advantage of GRPO stays TRL's own. Everything here takes one reward per completion, groups of
-`num_generations` standing side by side, and treats NaN as TRL does: "not applicable", advantage 0.
+The group-relative advantage of GRPO stays TRL's own. Everything here takes groups of `num_generations` completions
+standing side by side, and treats NaN as TRL does: "not applicable", advantage 0.
 """
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from trl.trainer.utils import nanstd
+
+from ..errors import require, require_one_of
 
 
 # TRL's guard against a zero standard deviation; the same here, so that scaled advantages compare.
@@ -127,3 +133,69 @@ def scale_advantages(
         std = nanstd(rewards.view(-1, num_generations), dim=1).nan_to_num(nan=0.0).repeat_interleave(num_generations)
     # Rewards that are all equal have no scale to divide by
     return torch.where(std > 0, advantages / (std + STD_EPSILON), advantages)
+
+
+# What a trainer can give to an estimator beside the rewards
+GIVEN = ("num_generations", "baseline")
+COMPUTED_BY = ("function", "trl", "critic")
+
+
+@dataclass(frozen=True)
+class AdvantageEstimator:
+    """
+    An entry of `ESTIMATORS`: the function, and what it needs.
+
+    Args:
+        function (`Callable`, *optional*):
+            From rewards `(N,)`, and what `needs` names, to advantages `(N,)` before they are scaled.
+        needs (`tuple[str, ...]`):
+            Of `"num_generations"` (size of a group) and `"baseline"` (running mean of earlier rewards, `None` before
+            the first): keyword arguments of `function`.
+        computed_by (`str`):
+            `"function"`; `"trl"`: TRL's own advantages are left as they are; `"critic"`: the trainer has a critic,
+            which gives one advantage per token.
+        scale_rewards (`str`):
+            TRL's `scale_rewards` where the user leaves it open.
+        refused_scales (`dict[str, str]`):
+            Values of `scale_rewards` that make no sense with it, and why.
+
+    Raises:
+        ValueError: for an entry that is only half written.
+    """
+
+    function: Callable[..., torch.Tensor] | None = None
+    needs: tuple[str, ...] = ()
+    computed_by: str = "function"
+    scale_rewards: str = "none"
+    refused_scales: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_one_of("computed_by", self.computed_by, COMPUTED_BY)
+        require(
+            (self.function is not None) == (self.computed_by == "function"),
+            f"An estimator with computed_by={self.computed_by!r} and function={self.function!r} is half written: one "
+            "that is computed by a function has one, the others have none.",
+        )
+        for name in self.needs:
+            require_one_of("needs", name, GIVEN)
+        if self.function is not None:
+            wanted = list(inspect.signature(self.function).parameters)[1:]
+            require(
+                set(wanted) == set(self.needs),
+                f"{self.function.__name__} takes {wanted} beside the rewards, but its entry needs {self.needs}.",
+            )
+
+
+# A new estimator is a function above and an entry here.
+ESTIMATORS = {
+    "group": AdvantageEstimator(computed_by="trl", scale_rewards="group"),
+    "leave_one_out": AdvantageEstimator(leave_one_out, needs=("num_generations",)),
+    "reinforce": AdvantageEstimator(
+        reinforce,
+        needs=("baseline",),
+        refused_scales={
+            "group": "it divides by the deviation within a group, which is zero where all of its rewards are equal"
+        },
+    ),
+    "gae": AdvantageEstimator(computed_by="critic"),
+}

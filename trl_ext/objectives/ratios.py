@@ -1,8 +1,14 @@
 """
-Importance ratios that TRL's loss does not have: GSPO-token (https://huggingface.co/papers/2507.18071, eq. 13–14).
+Importance ratios that TRL's loss does not have: GSPO-token (https://huggingface.co/papers/2507.18071, eq. 13–14), and
+the table of levels: `IMPORTANCE_LEVELS`.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
+
+from ..errors import require_one_of
 
 
 def mean_log_ratio(
@@ -42,3 +48,37 @@ def sequence_token_old_logps(
     """
     logps = per_token_logps.detach()
     return logps - mean_log_ratio(logps, old_per_token_logps, mask)
+
+
+@dataclass(frozen=True)
+class ImportanceLevel:
+    """
+    An entry of `IMPORTANCE_LEVELS`: how TRL's loss gets to its ratio.
+
+    Args:
+        of (`str`):
+            Whose ratio it is: `"token"` or `"sequence"`. It says which clip ranges make sense.
+        trl_level (`str`):
+            TRL's `importance_sampling_level` under which TRL's loss runs.
+        old_logps (`Callable`, *optional*):
+            From log-probabilities, old log-probabilities and mask, all `(B, T)`, to the old log-probabilities that
+            TRL's loss is given. `None`: those that there are.
+
+    Raises:
+        ValueError: for an entry that is only half written.
+    """
+
+    of: str
+    trl_level: str
+    old_logps: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("of", "trl_level"):
+            require_one_of(name, getattr(self, name), ("token", "sequence"))
+
+
+IMPORTANCE_LEVELS = {
+    "token": ImportanceLevel(of="token", trl_level="token"),
+    "sequence": ImportanceLevel(of="sequence", trl_level="sequence"),
+    "sequence_token": ImportanceLevel(of="sequence", trl_level="token", old_logps=sequence_token_old_logps),
+}

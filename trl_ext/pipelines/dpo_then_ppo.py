@@ -56,7 +56,7 @@ from ..roles.trunk import ADAPTER, gathered, load_adapter, save_adapter, sharing
 from ..trainers.dpo import DPOConfig, DPOTrainer
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.ppo import PPOTrainer
-from ..trainers.seams.grpo import saved_state
+from ..trainers.seams.checkpoints import saved_state
 from .stages import DATA, DPO, PAIRS, POLICY, START, StageFile, StageResult, fingerprint, settings_of, whole_checkpoint
 
 

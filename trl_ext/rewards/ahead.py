@@ -165,6 +165,14 @@ class RewardsAhead:
         self.faults = []
         return [self._rewards(index, calls) for index, calls in enumerate(by_func)]
 
+    def faults_by_function(self) -> list[float]:
+        """How many calls of each function are in `faults`."""
+        names = [func.__name__ for func in self.funcs]
+        counts = [0.0] * len(names)
+        for fault in self.faults:
+            counts[names.index(fault.name)] += 1
+        return counts
+
     def discard(self) -> None:
         """Drop everything that was submitted; the next batch starts clean. Threads that still run are left behind."""
         with self._changed:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
+from torch import nn
 from trl.trainer.utils import is_async_callable
 
 from .steps import is_by_step, read_step_rewards
@@ -179,3 +181,31 @@ def guard(func: Callable[..., Any], name: str) -> RewardGuard:
     if isinstance(func, RewardGuard):
         return func
     return AsyncRewardGuard(func, name) if is_async_callable(func) else RewardGuard(func, name)
+
+
+def raise_reward_faults(rewards: torch.Tensor, funcs: list[Any], names: list[str]) -> None:
+    """
+    Raise if a reward function or model failed. All ranks see the same rewards, so that all of them raise or none does.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, F)`):
+            Rewards of all ranks.
+        funcs (`list`):
+            Guarded functions and reward models.
+        names (`list[str]`):
+            Their names.
+
+    Raises:
+        RewardFunctionError: naming the function or model and the completion.
+    """
+    from_model = torch.tensor([isinstance(func, nn.Module) for func in funcs], device=rewards.device)
+    bad = (rewards == FAILED) | (~rewards.isfinite() & from_model)
+    if not bad.any():
+        return
+    column = int(bad.any(dim=0).nonzero()[0])
+    func, row = funcs[column], int(bad[:, column].nonzero()[0])
+    faults = [func.fault] if isinstance(func, RewardGuard) and func.fault else []
+    where = f"completion {row} of {len(rewards)} (counted over all processes)"
+    raise RewardFunctionError(
+        [*gather_object(faults), f"The reward model `{names[column]}` returned NaN or infinity for {where}."][0]
+    )

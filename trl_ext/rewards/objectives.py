@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from ..errors import require
+from ..rollouts.choosers import RolloutObserver
+from ..rollouts.generation_batch import GenerationBatch
 
 
 SHAPES = ("linear", "cosine", "steps")
-RUN_STATE_KEY = "reward_objectives"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class RewardConstraint:
         return raised if self.maximum is None else min(raised, self.maximum)
 
 
-class RewardObjectives:
+class RewardObjectives(RolloutObserver):
     """
     Schedules and constraints for the reward functions of a trainer of `trl_ext`, whichever its method.
 
@@ -175,6 +176,8 @@ class RewardObjectives:
     ```
     """
 
+    key = "reward_objectives"
+
     def __init__(
         self,
         schedules: Mapping[str, "ObjectiveSchedule | float"] | None = None,
@@ -197,6 +200,7 @@ class RewardObjectives:
         self.normalize = normalize
         self.multipliers = {name: constraint.initial for name, constraint in self.constraints.items()}
         self._base: dict[str, float] = {}
+        self._trainer: Any = None
 
     def weights(self, names: Sequence[str], share: float) -> list[float]:
         """
@@ -220,7 +224,7 @@ class RewardObjectives:
             TypeError: for a trainer that isn't one of `trl_ext`, which can't tell when a generation batch begins.
             ValueError: for a name that no reward function has, or several; and if the trainer has objectives already.
         """
-        if not all(hasattr(trainer, hook) for hook in ("rows_to_generate", "on_rollouts", "run_state")):
+        if not hasattr(trainer, "add_observer"):
             raise TypeError(
                 f"RewardObjectives needs a trainer of trl_ext, not {type(trainer).__name__}: change the import, keep "
                 "the rest."
@@ -232,48 +236,37 @@ class RewardObjectives:
                 f"{name!r} must be the name of one reward function, but they are {', '.join(names)}.",
             )
         require(
-            "rows_to_generate" not in vars(trainer),
+            self.key not in [observer.key for observer in trainer.observers],
             "This trainer has objectives already. Put all schedules and constraints into one RewardObjectives.",
         )
         self.multipliers = {name: constraint.initial for name, constraint in self.constraints.items()}
         self._base = dict(zip(names, trainer.reward_weights.tolist(), strict=True))
-        generate, finish = trainer.rows_to_generate, trainer.on_rollouts
-        save, load = trainer.run_state, trainer.load_run_state
-
-        # The engine's hooks, on this trainer only: they see each generation batch of training, and nothing else
-
-        def rows_to_generate(rows: Any) -> Any:
-            share = trainer.state.global_step / max(trainer.state.max_steps, 1)
-            trainer.reward_weights = torch.tensor(self.weights(names, share), dtype=torch.float32)
-            return generate(rows)
-
-        def on_rollouts(*args: Any, **kwargs: Any) -> None:
-            finish(*args, **kwargs)
-            self._after_batch(names, trainer.reward_weights.tolist(), trainer.train_metrics)
-
-        def run_state() -> dict[str, Any]:
-            own = {"multipliers": dict(self.multipliers), "weights": trainer.reward_weights.tolist()}
-            return {**save(), RUN_STATE_KEY: own}
-
-        def load_run_state(state: dict[str, Any]) -> None:
-            load(state)
-            own = state.get(RUN_STATE_KEY)
-            if own is not None:
-                self.multipliers |= {name: own["multipliers"].get(name, v) for name, v in self.multipliers.items()}
-                # Those of the batch in use, which an evaluation before the next one reads
-                if len(own["weights"]) == len(names):
-                    trainer.reward_weights = torch.tensor(own["weights"], dtype=torch.float32)
-
-        trainer.rows_to_generate, trainer.on_rollouts = rows_to_generate, on_rollouts
-        trainer.run_state, trainer.load_run_state = run_state, load_run_state
+        self._trainer = trainer
+        trainer.add_observer(self)
         return self
 
-    def _after_batch(self, names: Sequence[str], weights: Sequence[float], metrics: Any) -> None:
-        """Log what a batch was weighed with, and move λ for the next."""
-        for name, weight in zip(names, weights, strict=True):
+    def begin(self, trainer: Any) -> None:
+        """Sets the weights of the batch."""
+        names = trainer.reward_func_names
+        trainer.reward_weights = torch.tensor(self.weights(names, trainer.progress), dtype=torch.float32)
+
+    def end(self, trainer: Any, batch: GenerationBatch) -> None:
+        """Logs what the batch was weighed with, and moves λ for the next."""
+        metrics = trainer.train_metrics
+        for name, weight in zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True):
             metrics[f"rewards/{name}/weight"].append(weight)
         for name, constraint in self.constraints.items():
             mean = metrics[f"rewards/{name}/mean"][-1]
             metrics[f"rewards/{name}/multiplier"].append(self.multipliers[name])
             metrics[f"rewards/{name}/shortfall"].append(constraint.floor - mean)
             self.multipliers[name] = constraint.updated(self.multipliers[name], mean)
+
+    def state_dict(self) -> dict[str, Any]:
+        """λ, and the weights of the batch in use."""
+        return {"multipliers": dict(self.multipliers), "weights": self._trainer.reward_weights.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of [`state_dict`]. The weights are those that an evaluation before the next batch reads."""
+        self.multipliers |= {name: state["multipliers"].get(name, value) for name, value in self.multipliers.items()}
+        if len(state["weights"]) == len(self._trainer.reward_func_names):
+            self._trainer.reward_weights = torch.tensor(state["weights"], dtype=torch.float32)

@@ -14,13 +14,16 @@ rules out p = 0 and hardly speaks for p = 1. Here the prediction fades, from the
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from statistics import quantiles
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
+from datasets import Dataset
 
+from .choosers import PromptChooser
+from .generation_batch import GenerationBatch
 from .stream import prompt_key
 
 
@@ -38,7 +41,7 @@ Bucket = tuple[str | float | bool | None, ...]
 EVERYTHING: Bucket = ()
 
 
-def fit_beta(mean: float, second_moment: float) -> tuple[float, float]:
+def beta_from_moments(mean: float, second_moment: float) -> tuple[float, float]:
     """
     Parameters of the Beta distribution with these moments: with m = E[p] and q = E[p²],
     a + b = (m − q) / (q − m²) and a = m (a + b).
@@ -118,7 +121,7 @@ class PromptOutlook:
     Every rank holds one and calls it with the same arguments: then all predict and choose alike.
 
     Prompts with equal values in `columns` share a bucket. A number stands for a range of its like: the decile it lies
-    in where [`fit_bins`] has seen the column, and else what is left of it at one significant digit (34 and 0.27 count
+    in where [`set_bins`] has seen the column, and else what is left of it at one significant digit (34 and 0.27 count
     as 30 and 0.3), which needs no look ahead and so works for iterable data sets. `None` and NaN are a value too.
 
     A bucket counts each of its prompts once, by its latest group, so that a prompt chosen often doesn't pass for many.
@@ -163,7 +166,7 @@ class PromptOutlook:
 
     # Similarity
 
-    def fit_bins(self, values_by_column: Mapping[str, Sequence[Any]]) -> None:
+    def set_bins(self, values_by_column: Mapping[str, Sequence[Any]]) -> None:
         """
         Cut numeric columns with more than `MAX_DISTINCT` distinct values at their deciles; values of the others stand
         for themselves. Call it before anything is observed.
@@ -209,7 +212,7 @@ class PromptOutlook:
         """What is left of evidence as of `tick`: looked up when it is read, so that a tick costs nothing."""
         return self.memory ** (self._now - tick)
 
-    def observe(self, rows: list[dict[str, Any]], outcomes: torch.Tensor, live: list[bool]) -> None:
+    def observe(self, rows: Sequence[dict[str, Any]], outcomes: torch.Tensor, live: list[bool]) -> None:
         """
         Learn from a round of generation.
 
@@ -292,7 +295,7 @@ class PromptOutlook:
             mean = (seen.pass_rate + PRIOR_PROMPTS * mean) / weight
             second_moment = (seen.pair_rate + PRIOR_PROMPTS * second_moment) / weight
             constant_live = (seen.constant_live + PRIOR_PROMPTS * constant_live) / (seen.constant + PRIOR_PROMPTS)
-        a, b = fit_beta(mean, second_moment)
+        a, b = beta_from_moments(mean, second_moment)
         like_new = self._live_probability(a, b, constant_live)
         own = self._prompts.get(prompt_key(row))
         if own is None:
@@ -306,31 +309,21 @@ class PromptOutlook:
         mixed = mixed_probability(a, b, self.num_generations)
         return mixed + (1 - mixed) * constant_live
 
-    def choose(self, candidates: list[dict[str, Any]], count: int, reserved: int = 0) -> list[int]:
+    def choose(self, rows: Sequence[dict[str, Any]], count: int, progress: float = 0.0, dealt: int = 0) -> list[int]:
         """
-        Choose prompts to generate for: a share `exploration` blindly, so that no prompt is given up for good and
-        buckets are judged by more than their best, the others by their probability of being live.
-
-        Args:
-            candidates (`list[dict]`):
-                Data set rows.
-            count (`int`):
-                How many to choose.
-            reserved (`int`, *optional*, defaults to `0`):
-                Draw the blind ones from the first so many candidates; 0 draws them from all.
-
-        Returns:
-            `list[int]`: positions in `candidates`, ascending. Of equally probable ones the first are chosen.
+        See [`PromptChooser.choose`]: a share `exploration` is chosen blindly (from the dealt candidates, where there
+        are any), so that no prompt is given up for good and buckets are judged by more than their best; the others by
+        their probability of being live. Of equally probable ones the first are chosen.
         """
-        if count >= len(candidates):
-            return list(range(len(candidates)))
+        if count >= len(rows):
+            return list(range(len(rows)))
         # Rounded up or down at random: the share holds on average even where a single prompt is chosen
         chance = torch.rand((), dtype=torch.float64, generator=self._generator).item()
         share = min(math.floor(self.exploration * count + chance), count)
-        pool = min(reserved or len(candidates), len(candidates))
+        pool = min(dealt or len(rows), len(rows))
         blind = torch.randperm(pool, generator=self._generator)[:share].tolist()
-        rest = sorted(set(range(len(candidates))) - set(blind))
-        rest.sort(key=lambda i: -self.live_probability(candidates[i]))
+        rest = sorted(set(range(len(rows))) - set(blind))
+        rest.sort(key=lambda i: -self.live_probability(rows[i]))
         return sorted(blind + rest[: count - len(blind)])
 
     # Checkpoints
@@ -359,7 +352,7 @@ MEMORIES = (0.8, 0.95, 0.99)
 TRUST_MEMORY = 0.9
 
 
-class AdaptiveOutlook:
+class AdaptiveOutlook(PromptChooser):
     """
     Several [`PromptOutlook`]s that forget at different speeds: the one that foretold best which groups were live in
     the recent past predicts and chooses. A fast policy makes old evidence wrong, a slow one makes forgetting a waste;
@@ -369,6 +362,9 @@ class AdaptiveOutlook:
         columns, num_generations, success_threshold, seed, exploration:
             See [`PromptOutlook`].
     """
+
+    key = "outlook"
+    lookahead = 8
 
     def __init__(
         self,
@@ -384,15 +380,32 @@ class AdaptiveOutlook:
         ]
         self._log_likelihoods = [0.0] * len(MEMORIES)
 
+    @classmethod
+    def for_run(cls, dataset: Any, config: Any) -> Self:
+        """The outlook of a run, from a trainer's data set and [`~trl_ext.GRPOConfig`]."""
+        columns = config.similar_prompts_columns or []
+        exploration = config.refill_exploration
+        own = cls(columns, config.num_generations, config.success_threshold, config.seed, exploration=exploration)
+        if isinstance(dataset, Dataset):
+            own.set_bins({column: dataset[column] for column in columns})
+        return own
+
     @property
     def best(self) -> PromptOutlook:
         """The one to listen to; of equals, the one that remembers longest."""
         return max(reversed(self.outlooks), key=lambda outlook: self._log_likelihoods[self.outlooks.index(outlook)])
 
-    def fit_bins(self, values_by_column: Mapping[str, Sequence[Any]]) -> None:
-        """See [`PromptOutlook.fit_bins`]."""
+    def set_bins(self, values_by_column: Mapping[str, Sequence[Any]]) -> None:
+        """See [`PromptOutlook.set_bins`]."""
         for outlook in self.outlooks:
-            outlook.fit_bins(values_by_column)
+            outlook.set_bins(values_by_column)
+
+    def begin(self, trainer: Any) -> None:
+        self.tick()
+
+    def end(self, trainer: Any, batch: GenerationBatch) -> None:
+        """Logs how many of the prompts that the loader dealt were replaced."""
+        trainer.train_metrics["selection/prompts_replaced"].append(batch.replaced)
 
     def tick(self) -> None:
         """See [`PromptOutlook.tick`]."""
@@ -400,7 +413,7 @@ class AdaptiveOutlook:
         for outlook in self.outlooks:
             outlook.tick()
 
-    def observe(self, rows: list[dict[str, Any]], outcomes: torch.Tensor, live: list[bool]) -> None:
+    def observe(self, rows: Sequence[dict[str, Any]], outcomes: torch.Tensor, live: list[bool]) -> None:
         """See [`PromptOutlook.observe`]. What each had predicted is counted before it learns."""
         for i, outlook in enumerate(self.outlooks):
             for row, is_live in zip(rows, live, strict=True):
@@ -413,9 +426,9 @@ class AdaptiveOutlook:
         """See [`PromptOutlook.live_probability`]."""
         return self.best.live_probability(row)
 
-    def choose(self, candidates: list[dict[str, Any]], count: int, reserved: int = 0) -> list[int]:
+    def choose(self, rows: Sequence[dict[str, Any]], count: int, progress: float = 0.0, dealt: int = 0) -> list[int]:
         """See [`PromptOutlook.choose`]."""
-        return self.best.choose(candidates, count, reserved)
+        return self.best.choose(rows, count, progress, dealt)
 
     def state_dict(self) -> dict[str, Any]:
         """All that was learned. Later calls leave it alone."""
@@ -431,3 +444,11 @@ class AdaptiveOutlook:
 def _number(value: Any) -> float:
     """A numeric value as a float, NaN for what is no number."""
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+
+
+# Which prompts refilling generates for: from the data set and the configuration of a trainer to a chooser. A new way
+# is a chooser and an entry here.
+REFILL_DRAWS: dict[str, Callable[[Any, Any], PromptChooser]] = {
+    "blind": lambda dataset, config: PromptChooser(),
+    "informed": AdaptiveOutlook.for_run,
+}

@@ -1,16 +1,19 @@
 """
-Which groups of a generation batch are trained on. Pure decisions on rewards that every rank sees alike: no
-collectives, no tensors of the batch.
+Which groups of a generation batch are trained on, and the table of selections: `SELECTIONS`. Pure decisions on
+rewards that every rank sees alike: no collectives, no tensors of the batch.
 
 A *group* is the G completions of one prompt. It is *live* if its outcome rewards differ, *dead* if they are all equal:
 then every group-relative advantage is zero (DAPO, https://huggingface.co/papers/2503.14476, section 3.2).
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from ..errors import require
 
 
 def outcome_rewards(rewards: torch.Tensor, weights: torch.Tensor, is_outcome: torch.Tensor) -> torch.Tensor:
@@ -225,3 +228,72 @@ class GroupSelection:
         """Global rows of slots, group by group."""
         size = self.num_generations
         return [slot * size + i for slot in slots for i in range(size)]
+
+
+@dataclass(frozen=True)
+class FurtherRound:
+    """
+    A round of generation after the first.
+
+    Args:
+        index (`int`):
+            Its number, from 1.
+        live (`list[bool]`):
+            Which of its groups are live.
+        rows_per_rank (`int`):
+            Rows of the round on each rank.
+    """
+
+    index: int
+    live: list[bool]
+    rows_per_rank: int
+
+
+def duplicate(selection: GroupSelection, rounds: Iterable[FurtherRound], generator: torch.Generator) -> None:
+    """DUPO: copies of live groups in the slots of dead ones, see [`GroupSelection.duplicate`]."""
+    selection.duplicate(generator)
+
+
+def refill(selection: GroupSelection, rounds: Iterable[FurtherRound], generator: torch.Generator) -> None:
+    """DAPO's dynamic sampling: groups of new prompts in the slots of dead ones; copies in what is left over."""
+    for further in rounds:
+        selection.fill(further.index, further.live, further.rows_per_rank)
+    selection.duplicate(generator)
+
+
+@dataclass(frozen=True)
+class RolloutSelection:
+    """
+    An entry of `SELECTIONS`: the function, and what it needs.
+
+    Args:
+        fill (`Callable`, *optional*):
+            Changes a [`GroupSelection`], given the further rounds of generation (made as they are asked for, and as
+            long as slots are dead) and a generator in the same state on every rank. `None`: groups are trained on as
+            they are dealt.
+        draws_prompts (`bool`):
+            Whether it asks for further rounds, so that new prompts are drawn from the data set.
+        mostly_copies (`bool`):
+            Whether dead slots hold copies as a rule, so that computing them once is worth metrics over fewer rows.
+
+    Raises:
+        ValueError: for an entry that is only half written.
+    """
+
+    fill: Callable[[GroupSelection, Iterable[FurtherRound], torch.Generator], None] | None = None
+    draws_prompts: bool = False
+    mostly_copies: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.fill is not None or not (self.draws_prompts or self.mostly_copies),
+            "A selection without `fill` trains on groups as they are dealt: it draws no prompts and makes no copies.",
+        )
+
+
+# A new selection is a function above and an entry here.
+SELECTIONS = {
+    "all": RolloutSelection(),
+    "refill": RolloutSelection(refill, draws_prompts=True),
+    "duplicate": RolloutSelection(duplicate, mostly_copies=True),
+}

@@ -8,6 +8,7 @@ from trl.trainer.utils import nanstd
 
 from .exactness import Savings
 from .micro_batches import Fit
+from .rollout import ScoredRound
 
 
 # What TRL appends once for every call of `_generate`
@@ -81,6 +82,34 @@ def reward_statistics(
         "reward_std": nanstd(total).item(),
         "frac_reward_zero_std": torch.isclose(std, torch.zeros_like(std)).float().mean().item(),
     }
+
+
+def restate_rounds(
+    metrics: dict[str, list[float]],
+    rounds: list[ScoredRound],
+    weights: torch.Tensor,
+    names: list[str],
+    num_generations: int,
+    zero_std: bool,
+) -> None:
+    """
+    State TRL's last metrics over everything that was generated, not over its last round or what was selected.
+
+    Args:
+        metrics (`dict[str, list[float]]`):
+            Metric lists; changed in place.
+        rounds (`list[ScoredRound]`):
+            Rounds of generation.
+        weights, names, num_generations:
+            As in [`reward_statistics`].
+        zero_std (`bool`):
+            Whether `frac_reward_zero_std` is restated, too.
+    """
+    pool_rounds(metrics, [len(scored.rewards) for scored in rounds])
+    rewards = torch.cat([scored.rewards for scored in rounds])
+    for key, value in reward_statistics(rewards, weights, names, num_generations).items():
+        if key != "frac_reward_zero_std" or zero_std:
+            metrics[key][-1] = value
 
 
 # What TRL appends once for every micro-batch: means over tokens (over rows where a ratio is the sequence's) ...

@@ -13,7 +13,8 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .grpo import GRPOConfig, GRPOTrainer
+from .grpo import GRPOTrainer
+from .grpo_config import GRPOConfig
 
 
 @dataclass

@@ -44,7 +44,8 @@ from ..roles.critic import HEAD_KINDS, Critic, HeadCritic, ModelCritic
 from ..rollouts.prompts import with_tokenized_prompts
 from ..rollouts.replay import ReplayBuffer, append_rows
 from ..rollouts.stream import PromptStream
-from .grpo import GRPOConfig, _model_name
+from .grpo import model_name
+from .grpo_config import GRPOConfig
 from .seams.ppo import ActorCriticSeams
 
 
@@ -249,7 +250,7 @@ class PPOConfig(GRPOConfig):
     ref_adapter_name: str | None = field(default=None, metadata={"help": "TRL 1.12's; no effect."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "TRL 1.12's; no effect."})
 
-    _estimators: ClassVar[tuple[str, ...]] = ("gae",)
+    _has_critic: ClassVar[bool] = True
 
     def _resolve_method(self) -> None:
         self._take_over_names()
@@ -528,7 +529,7 @@ class PPOTrainer(ActorCriticSeams):
         given = inspect.signature(trl.GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
         given.pop("self")
         if given.get("args") is None:
-            given["args"] = self.config_class(f"{_model_name(given['model'])}-{self._name}")
+            given["args"] = self.config_class(f"{model_name(given['model'])}-{self._name}")
         config = given["args"] = self.config_class.adopt(given["args"])
         assert isinstance(config, PPOConfig)
         policy = given["model"]
@@ -667,7 +668,7 @@ class PPOTrainer(ActorCriticSeams):
                 model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
             pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
             size = given["args"].per_device_train_batch_size
-            self._reward_model = RewardModelOnIds(model, _model_name(model), pad, size)
+            self._reward_model = RewardModelOnIds(model, model_name(model), pad, size)
         given["reward_funcs"] = [*funcs, self._reward_model or model]
         given["reward_processing_classes"] = [*classes, None if isinstance(model, str) else tokenizer]
 
@@ -772,8 +773,8 @@ class PPOTrainer(ActorCriticSeams):
         if self.args.positive_nll_coef:
             outcomes = self.group_outcomes(rewards, 1).squeeze(1)
             output["is_right"] = (outcomes.nan_to_num(nan=-math.inf) >= self.args.success_threshold).float()
-        if not self._credits_late:
-            row_means = self._estimate(output, self._extras[0], training)
+        if not self.batch.credits_late:
+            row_means = self._estimate(output, self.batch.extras[0], training)
             self._relog("advantages", self.accelerator.gather(row_means).tolist())
 
     def credit_late(
@@ -836,7 +837,7 @@ class PPOTrainer(ActorCriticSeams):
         lengths = output["completion_mask"].sum(dim=1)
         earned = torch.zeros_like(output["completion_ids"], dtype=torch.float32)
         final = (rewards * self.reward_weights.to(rewards)).nan_to_num(nan=0.0)  # (B, F)
-        for row, by_column in enumerate(self._step_rewards):
+        for row, by_column in enumerate(self.batch.step_rewards):
             for column, reward in by_column.items():
                 final[row, column] = 0.0
                 for position, value in reward.steps:

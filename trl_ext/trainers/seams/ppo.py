@@ -173,7 +173,7 @@ class ActorCriticSeams(GRPOTrainer):
 
     def pass_without_loss(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Once a generation batch: not in the pass of the reference
-        self.critic.active = not self._extras and not self._credits_late
+        self.critic.active = not self.batch.extras and not self.batch.credits_late
         try:
             return super().pass_without_loss(forward, *args, **kwargs)
         finally:

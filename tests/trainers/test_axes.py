@@ -1,0 +1,93 @@
+"""
+The tables of the three axes: a new entry is one function and one entry and reaches training; an unknown or
+half-written one is an error at construction.
+"""
+
+from dataclasses import fields
+
+import pytest
+import tiny
+import torch
+
+from trl_ext import GRPOConfig, GRPOTrainer, PPOConfig
+from trl_ext.objectives.advantages import ESTIMATORS, AdvantageEstimator, leave_one_out
+from trl_ext.objectives.ratios import IMPORTANCE_LEVELS, ImportanceLevel
+from trl_ext.rollouts.selection import SELECTIONS, RolloutSelection
+
+
+def test_a_new_estimator_is_a_function_and_an_entry(tmp_path, monkeypatch):
+    def above_the_best_other(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
+        grouped = rewards.view(-1, num_generations)
+        best = torch.stack([grouped[:, [j for j in range(num_generations) if j != i]].amax(1) for i in range(4)], 1)
+        return (grouped - best).view(-1)
+
+    entry = AdvantageEstimator(above_the_best_other, needs=("num_generations",))
+    monkeypatch.setitem(ESTIMATORS, "best_other", entry)
+    reward = tiny.Remembering(tiny.hashed)
+    trainer = tiny.trainer(tiny.recorded(GRPOTrainer), tmp_path, reward, advantage_estimator="best_other", max_steps=1)
+    trainer.train()
+    rewards = torch.tensor(reward.calls[0].rewards)
+    assert torch.allclose(trainer.batches[0].output["advantages"], above_the_best_other(rewards, 4))
+    assert trainer.scale_rewards == "none"
+
+
+def test_a_new_selection_is_a_function_and_an_entry(tmp_path, monkeypatch):
+    def first_live(selection, rounds, generator) -> None:
+        """The first live group in every slot of a dead one."""
+        for slot in selection.dead_slots:
+            selection.sources[slot] = selection.live.index(True)
+
+    monkeypatch.setitem(SELECTIONS, "first_live", RolloutSelection(first_live, mostly_copies=True))
+    trainer = tiny.trainer(
+        tiny.recorded(GRPOTrainer), tmp_path, tiny.LiveFor({4, 5, 6, 7, 8, 9}), rollout_selection="first_live"
+    )
+    trainer.train()
+    selection = next(batch.selection for batch in trainer.batches if not all(batch.selection.live))
+    first = selection.live.index(True)
+    assert selection.sources == [slot if live else first for slot, live in enumerate(selection.live)]
+    assert trainer.savings.weigh_copies
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        (lambda: AdvantageEstimator(), "half written"),
+        (lambda: AdvantageEstimator(leave_one_out, computed_by="trl"), "half written"),
+        (lambda: AdvantageEstimator(leave_one_out), "takes .'num_generations'. beside the rewards"),
+        (lambda: AdvantageEstimator(leave_one_out, needs=("baseline",)), "takes .'num_generations'. beside"),
+        (lambda: AdvantageEstimator(leave_one_out, needs=("group_size",)), "needs='group_size' is unknown"),
+        (lambda: AdvantageEstimator(computed_by="hand"), "computed_by='hand' is unknown"),
+        (lambda: RolloutSelection(draws_prompts=True), "without `fill`"),
+        (lambda: RolloutSelection(mostly_copies=True), "without `fill`"),
+        (lambda: ImportanceLevel(of="word", trl_level="token"), "of='word' is unknown"),
+        (lambda: ImportanceLevel(of="token", trl_level="word"), "trl_level='word' is unknown"),
+    ],
+)
+def test_an_entry_that_is_half_written(entry, told):
+    with pytest.raises(ValueError, match=told):
+        entry()
+
+
+@pytest.mark.parametrize(
+    "name", ["rollout_selection", "advantage_estimator", "importance_sampling_level", "refill_draws"]
+)
+@pytest.mark.parametrize("config_class", [GRPOConfig, PPOConfig])
+def test_an_unknown_name(config_class, name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}='reinforced' is unknown. Choose one of "):
+        config_class(**tiny.cpu_settings(tmp_path, **{name: "reinforced"}))
+
+
+def test_estimators_with_and_without_a_critic(tmp_path):
+    critics = {name for name, entry in ESTIMATORS.items() if entry.computed_by == "critic"}
+    assert critics == {"gae"}
+    with pytest.raises(ValueError, match="'gae' needs a critic"):
+        GRPOConfig(**tiny.cpu_settings(tmp_path, advantage_estimator="gae"))
+    with pytest.raises(ValueError, match="advantage_estimator='group' is unknown"):
+        PPOConfig(**tiny.cpu_settings(tmp_path, advantage_estimator="group"))
+
+
+def test_defaults_are_in_the_tables():
+    defaults = {field.name: field.default for field in fields(GRPOConfig)}
+    assert defaults["advantage_estimator"] in ESTIMATORS
+    assert defaults["rollout_selection"] in SELECTIONS
+    assert defaults["importance_sampling_level"] in IMPORTANCE_LEVELS
