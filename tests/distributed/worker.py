@@ -207,7 +207,7 @@ def fit(case: dict[str, Any], output_dir: Path, processes: int, fitted: bool) ->
     )
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    return {"gradients": gradients.steps, "saved": trainer.saved, "logs": logs}
+    return {"gradients": gradients.steps, "saved": trainer.saved_compute, "logs": logs}
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:

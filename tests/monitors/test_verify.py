@@ -15,9 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_ext import DUPOTrainer, GRPOTrainer
 from trl_ext.monitors.verify import KeptForBackward, verify, without_dropout
-from trl_ext.rollouts.micro_batches import Saved
+from trl_ext.rollouts.micro_batches import SavedCompute
 from trl_ext.trainers.seams.checkpoints import random_states
-from trl_ext.trainers.seams.probes import deal_apart
+from trl_ext.trainers.seams.probes import preview_micro_batches
 
 
 def ragged(count: int = 32) -> Dataset:
@@ -71,7 +71,7 @@ def test_the_gradient_is_the_same(settings, tmp_path):
 
 def test_slots_rows_and_memory_are_those_of_the_step(tmp_path):
     trainer = trainer_of(tmp_path, updates_per_generation=2)
-    dealt = deal_apart(trainer)[:4]
+    dealt = preview_micro_batches(trainer)[:4]
     found = verify(trainer, repetitions=1, quiet=True)
     slots = sum(batch["prompt_ids"].numel() + batch["completion_ids"].numel() for batch in dealt)
     assert found.trl.token_slots == slots
@@ -79,7 +79,7 @@ def test_slots_rows_and_memory_are_those_of_the_step(tmp_path):
     assert found.rows == 16
     assert found.skipped_rows == (advantages == 0).sum() > 0
     assert found.merged_rows == 0
-    fitted = trainer.fit(dealt, [(0, 4)], Saved())
+    fitted = trainer.fit(dealt, [(0, 4)], SavedCompute())
     assert found.trl_ext.token_slots == sum(b["prompt_ids"].numel() + b["completion_ids"].numel() for b in fitted)
     # The largest micro-batch decides, and that of TRL's is as wide as the whole generation
     assert 0 < found.memory_ratio < 1

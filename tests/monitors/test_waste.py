@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 import trl_ext
 from trl_ext.monitors.waste import WasteCallback, waste_shares
-from trl_ext.rollouts.micro_batches import Saved
+from trl_ext.rollouts.micro_batches import SavedCompute
 
 
 KEYS = {"waste/share", "waste/padding", "waste/dead_rows", "waste/slots_of_trl_ext"}
@@ -122,7 +122,7 @@ def test_each_log_has_the_shares_since_the_last(tmp_path):
         assert useful / slots <= log["waste/slots_of_trl_ext"] < 1
     rows = [entry for entry in trainer.state.log_history if KEYS & entry.keys()]
     assert rows == [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert callback.since_log == Saved()
+    assert callback.since_log == SavedCompute()
 
 
 def test_trackers_that_come_after_it_see_them(tmp_path):
@@ -178,7 +178,7 @@ def test_the_comparison_is_with_what_trl_ext_computes(settings, tmp_path):
         if callback:
             trainer.add_callback(callback)
         trainer.train()
-        made.append(callback.total if callback else trainer.saved)
+        made.append(callback.total if callback else trainer.saved_compute)
     theirs, ours = made
     # TRL's trainer counts each use of a generation, ours each generation, in whole
     names = ("token_slots", "token_slots_trl", "useful_tokens", "dead_slots", "rows", "skipped_rows")
@@ -207,7 +207,7 @@ def test_the_summary(tmp_path, capsys):
 
 def test_by_hand():
     # 100 slots, 20 of them of dead rows; 30 tokens that matter; 40 are computed
-    saved = Saved(token_slots=40, token_slots_trl=100, useful_tokens=30, dead_slots=20)
+    saved = SavedCompute(token_slots=40, token_slots_trl=100, useful_tokens=30, dead_slots=20)
     assert waste_shares(saved) == pytest.approx(
         {"waste/share": 0.7, "waste/padding": 0.5, "waste/dead_rows": 0.2, "waste/slots_of_trl_ext": 0.4}
     )
@@ -216,7 +216,7 @@ def test_by_hand():
 def test_only_the_main_process_speaks(tmp_path, capsys):
     trainer = trainer_of(tmp_path)
     callback = WasteCallback(trainer)
-    callback.total = Saved(token_slots=40, token_slots_trl=100, useful_tokens=30, dead_slots=20, rows=1)
+    callback.total = SavedCompute(token_slots=40, token_slots_trl=100, useful_tokens=30, dead_slots=20, rows=1)
     trainer.state.is_world_process_zero = False
     callback.on_train_end(trainer.args, trainer.state, trainer.control)
     assert capsys.readouterr().out == ""
@@ -238,7 +238,7 @@ def test_a_training_that_was_broken_off_is_not_mixed_into_the_next(tmp_path):
         trainer.train()
     assert len(callback.micro_batches) == 2
     trainer.breaks, trainer._step, trainer._buffered_inputs = False, 0, None
-    callback.total = Saved()
+    callback.total = SavedCompute()
     trainer.losses.clear()
     trainer.train()
     assert callback.total.token_slots_trl == recount(trainer.losses)[0]

@@ -45,7 +45,7 @@ def test_costs_are_those_counted(run):
     assert summary["generated_tokens"] == last["selection/generated_tokens"]
     assert summary["trained_tokens"] == last["selection/trained_tokens"]
     assert summary["generation_rounds"] == last["selection/generation_rounds"] > 3
-    assert summary["compute_saved"] == pytest.approx(trainer.saved.share, abs=5e-5)
+    assert summary["compute_saved"] == pytest.approx(trainer.saved_compute.share, abs=5e-5)
     assert summary["parameters"] == sum(p.numel() for p in tiny.qwen2().parameters())
     machine = summary["machine"]
     assert (machine["device"], machine["processes"], machine["cpus"]) == ("cpu", 1, os.cpu_count())

@@ -23,10 +23,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import trl_ext
-from trl_ext.rollouts.exactness import Savings, exact_savings, has_relative_positions
-from trl_ext.rollouts.micro_batches import FIT, SOURCE_ROW, Saved, cut, describe, fit_window, fitted_pass
-from trl_ext.rollouts.packing import FILLER, RowSizes, Width, deal, pack, windows
-from trl_ext.trainers.seams.probes import deal_apart
+from trl_ext.rollouts.exactness import ExactSavings, exact_savings, has_relative_positions
+from trl_ext.rollouts.micro_batches import FIT, SOURCE_ROW, SavedCompute, cut, describe, fit_step, fitted_pass
+from trl_ext.rollouts.packing import FILLER, RowSizes, Width, deal, pack, step_slices
+from trl_ext.trainers.seams.probes import preview_micro_batches
 
 
 # How rows are dealt
@@ -198,7 +198,7 @@ class TestDeal:
         assert [len(batch) for batch in dealt[0]] == [len(batch) for batch in dealt[1]]
 
 
-class TestWindows:
+class TestStepSlices:
     @pytest.mark.parametrize(
         ("arguments", "expected"),
         [
@@ -225,7 +225,7 @@ class TestWindows:
         ],
     )
     def test_by_hand(self, arguments, expected):
-        assert windows(*arguments) == expected
+        assert step_slices(*arguments) == expected
 
     @pytest.mark.parametrize("seed", range(60))
     def test_neighbours_share_a_window_if_they_share_all_their_updates(self, seed):
@@ -238,7 +238,7 @@ class TestWindows:
             update = 0 if since < until_update else 1 + (since - until_update) // accumulation
             updates[since % length].append(update)
         cuts = [0, *(i for i in range(1, length) if updates[i] != updates[i - 1]), length]
-        assert windows(length, step, until_update, accumulation, iterations) == list(pairwise(cuts))
+        assert step_slices(length, step, until_update, accumulation, iterations) == list(pairwise(cuts))
 
 
 # Rows and their tensors
@@ -397,19 +397,22 @@ class Rank:
         return gathered
 
 
-EVERYTHING = Savings(trim_prompts=True, regroup=True, skip_dead=True, weigh_copies=True)
+EVERYTHING = ExactSavings(trim_prompts=True, regroup=True, skip_dead=True, weigh_copies=True)
 
 
 def fitted_on(
-    of_ranks: list[list[dict[str, Any]]], savings: Savings = EVERYTHING, loss_type: str = "dapo", multiple: int = 1
-) -> tuple[list[list[dict[str, Any]]], Saved]:
+    of_ranks: list[list[dict[str, Any]]],
+    savings: ExactSavings = EVERYTHING,
+    loss_type: str = "dapo",
+    multiple: int = 1,
+) -> tuple[list[list[dict[str, Any]]], SavedCompute]:
     """Fitted micro-batches of each rank, and what was saved (the same on all)."""
-    barrier, shared, counts = threading.Barrier(len(of_ranks)), {}, [Saved() for _ in of_ranks]
+    barrier, shared, counts = threading.Barrier(len(of_ranks)), {}, [SavedCompute() for _ in of_ranks]
 
     def fit(rank: int) -> list[dict[str, Any]]:
         accelerator: Any = Rank(rank, len(of_ranks), barrier, shared)
         try:
-            return fit_window(of_ranks[rank], savings, accelerator, loss_type, multiple, counts[rank])
+            return fit_step(of_ranks[rank], savings, accelerator, loss_type, multiple, counts[rank])
         except BaseException:
             barrier.abort()
             raise
@@ -570,7 +573,7 @@ class TestFitWindow:
     @pytest.mark.parametrize("ranks", [1, 2])
     def test_where_rows_keep_their_micro_batch(self, ranks):
         of_ranks, lengths, _ = random_window(random.Random(3), ranks)
-        fitted, saved = fitted_on(of_ranks, Savings(True, False, False, False))
+        fitted, saved = fitted_on(of_ranks, ExactSavings(True, False, False, False))
         for rank, of_rank in enumerate(fitted):
             for i, batch in enumerate(of_rank):
                 rows = range(12 * rank + 4 * i, 12 * rank + 4 * i + 4)
@@ -587,7 +590,7 @@ class TestFitWindow:
         """TRL counts positions from the first column of the rank's own padding: every row keeps its prompt width."""
         of_ranks, lengths, advantages = random_window(random.Random(seed), ranks)
         before = [as_tuple(of_rank[0])[0] for of_rank in of_ranks]
-        fitted, _ = fitted_on(of_ranks, Savings(False, regroup, regroup, regroup))
+        fitted, _ = fitted_on(of_ranks, ExactSavings(False, regroup, regroup, regroup))
         found = []
         for of_rank in fitted:
             for batch in of_rank:
@@ -640,7 +643,7 @@ def as_tuple(batch: dict[str, Any]) -> tuple[int, int]:
 class TestExactSavings:
     LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
-    def exact(self, loss_type: str, relative_positions: bool = True, **terms: bool) -> Savings:
+    def exact(self, loss_type: str, relative_positions: bool = True, **terms: bool) -> ExactSavings:
         terms = {"kl": False, "entropy_terms": False, "aux_loss": False, **terms}
         return exact_savings(loss_type, relative_positions=relative_positions, **terms)
 
@@ -651,11 +654,11 @@ class TestExactSavings:
 
     @pytest.mark.parametrize("loss_type", [loss for loss in LOSSES if loss != "bnpo"])
     def test_all_but_bnpo_give_everything(self, loss_type):
-        assert self.exact(loss_type) == Savings(True, True, True, True, ())
+        assert self.exact(loss_type) == ExactSavings(True, True, True, True, ())
 
     def test_bnpo_divides_by_its_own_tokens(self):
         savings = self.exact("bnpo")
-        assert savings == Savings(True, False, False, False, savings.reasons)
+        assert savings == ExactSavings(True, False, False, False, savings.reasons)
         assert savings.reasons == (
             "rows keep their micro-batch, and all are computed: loss_type='bnpo' divides by the tokens of its "
             "micro-batch",
@@ -664,7 +667,7 @@ class TestExactSavings:
     @pytest.mark.parametrize("loss_type", [loss for loss in LOSSES if loss != "bnpo"])
     def test_kl_moves_rows_without_advantage(self, loss_type):
         savings = self.exact(loss_type, kl=True)
-        assert savings == Savings(True, True, False, False, savings.reasons)
+        assert savings == ExactSavings(True, True, False, False, savings.reasons)
         assert len(savings.reasons) == 1 and "KL term (beta)" in savings.reasons[0]
 
     @pytest.mark.parametrize("loss_type", LOSSES)
@@ -672,13 +675,13 @@ class TestExactSavings:
     @pytest.mark.parametrize(("term", "reason"), [("entropy_terms", "entropy"), ("aux_loss", "auxiliary")])
     def test_terms_over_a_micro_batch_keep_it_together(self, loss_type, kl, term, reason):
         savings = self.exact(loss_type, kl=kl, **{term: True})
-        assert savings == Savings(True, False, False, False, savings.reasons)
+        assert savings == ExactSavings(True, False, False, False, savings.reasons)
         assert len(savings.reasons) == 1 and reason in savings.reasons[0]
         assert ("bnpo" in savings.reasons[0]) == (loss_type == "bnpo")
 
     def test_absolute_positions_keep_the_padding_of_prompts(self):
         savings = self.exact("dapo", relative_positions=False)
-        assert savings == Savings(False, True, True, True, savings.reasons)
+        assert savings == ExactSavings(False, True, True, True, savings.reasons)
         assert len(savings.reasons) == 1 and "left padding" in savings.reasons[0]
         assert len(self.exact("bnpo", relative_positions=False, aux_loss=True).reasons) == 2
 
@@ -1015,7 +1018,7 @@ def rollouts(tmp_path_factory):
                 updates_per_generation=2,
                 max_completion_length=12,
             )
-            made[loss_type] = trainer, deal_apart(trainer)[:4]
+            made[loss_type] = trainer, preview_micro_batches(trainer)[:4]
             trainer.current_gradient_accumulation_steps = 4
             assert len(made[loss_type][1]) == 4
         trainer, dealt = made[loss_type]
@@ -1040,7 +1043,7 @@ def test_the_gradient_stays(name, loss_type, rollouts, monkeypatch):
     generator = torch.Generator().manual_seed(2)
     for batch in batches:
         perturb(batch, generator)
-    theirs, saved = gradient(trainer, batches), Saved()
+    theirs, saved = gradient(trainer, batches), SavedCompute()
     fitted = trainer.fit(batches, [(0, 4)], saved)
     assert saved.skipped_rows and saved.regrouped_rows and saved.token_slots < saved.token_slots_trl
     assert relative_error(gradient(trainer, fitted), theirs) <= 1e-5
@@ -1053,7 +1056,7 @@ def test_copies_of_a_row_are_its_weight(name, loss_type, rollouts, monkeypatch):
     """The last micro-batch repeats the first: 16 rows, 12 of them different."""
     perturb, attributes = PERTURBED[name]
     trainer, batches = rollouts(loss_type)
-    for attribute, value in {**attributes, "savings": EVERYTHING}.items():
+    for attribute, value in {**attributes, "exact_savings": EVERYTHING}.items():
         monkeypatch.setattr(trainer, attribute, value)
     generator = torch.Generator().manual_seed(2)
     for batch in batches:
@@ -1061,7 +1064,7 @@ def test_copies_of_a_row_are_its_weight(name, loss_type, rollouts, monkeypatch):
     batches[3] = dict(batches[0])
     for i, batch in enumerate(batches):
         batch[SOURCE_ROW] = torch.arange(4) + 4 * (i % 3)
-    saved = Saved()
+    saved = SavedCompute()
     fitted = trainer.fit(batches, [(0, 4)], saved)
     assert saved.merged_rows > 0
     assert relative_error(gradient(trainer, fitted), gradient(trainer, batches)) <= 1e-5
@@ -1074,7 +1077,7 @@ def test_an_environments_unlikely_tokens_do_not_spoil_rows_without_weight(rollou
         batch["advantages"] = -batch["advantages"].abs() * 0
         batch["old_per_token_logps"] = torch.full_like(batch["old_per_token_logps"], -200.0)
     batches[0]["advantages"] = torch.tensor([-1.0, 0.0, 0.0, 0.0])
-    fitted = trainer.fit(batches, [(0, 4)], Saved())
+    fitted = trainer.fit(batches, [(0, 4)], SavedCompute())
     assert sum(batch[FIT].fillers for batch in fitted) == 3
     for batch in fitted[1:]:
         assert trainer.compute_loss(trainer.model, batch) == 0

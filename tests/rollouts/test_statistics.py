@@ -8,7 +8,7 @@ from itertools import chain
 import pytest
 import torch
 
-from trl_ext.rollouts.exactness import Savings
+from trl_ext.rollouts.exactness import ExactSavings
 from trl_ext.rollouts.micro_batches import Fit
 from trl_ext.rollouts.statistics import pool_rounds, restate_loss_metrics, reward_statistics
 
@@ -114,12 +114,12 @@ class TestRestateLossMetrics:
     tokens, rows = [5, 1], [2, 1]
     dealt = fits(tokens, rows, fillers=[0, 1], all_tokens=16, all_rows=7)
     whole = fits(tokens, rows, fillers=[0, 0], all_tokens=6, all_rows=3)
-    skipping = Savings(True, True, skip_dead=True, weigh_copies=False)
-    merging = Savings(True, True, skip_dead=True, weigh_copies=True)
-    keeping = Savings(True, True, skip_dead=False, weigh_copies=False)
+    skipping = ExactSavings(True, True, skip_dead=True, weigh_copies=False)
+    merging = ExactSavings(True, True, skip_dead=True, weigh_copies=True)
+    keeping = ExactSavings(True, True, skip_dead=False, weigh_copies=False)
 
     def restated(
-        self, key: str, values: list[float], savings: Savings, by_row: bool = False, fits: list[Fit] | None = None
+        self, key: str, values: list[float], savings: ExactSavings, by_row: bool = False, fits: list[Fit] | None = None
     ) -> dict[str, float]:
         """What TRL logs after a step: means over what stands in each list."""
         metrics: dict[str, list[float]] = {"reward": [0.5]}

@@ -45,7 +45,7 @@ def test_a_new_selection_is_a_function_and_an_entry(tmp_path, monkeypatch):
     selection = next(batch.selection for batch in trainer.batches if not all(batch.selection.live))
     first = selection.live.index(True)
     assert selection.sources == [slot if live else first for slot, live in enumerate(selection.live)]
-    assert trainer.savings.weigh_copies
+    assert trainer.exact_savings.weigh_copies
 
 
 @pytest.mark.parametrize(

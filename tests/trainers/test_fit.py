@@ -18,7 +18,7 @@ from peft import LoraConfig
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, TrainerCallback
 
 import trl_ext
-from trl_ext.rollouts.micro_batches import SOURCE_ROW, Saved
+from trl_ext.rollouts.micro_batches import SOURCE_ROW, SavedCompute
 
 
 TOLERANCE = 1e-5
@@ -196,7 +196,7 @@ def relative_errors(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> lis
     return [((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True)]
 
 
-def used(saved: Saved) -> set[str]:
+def used(saved: SavedCompute) -> set[str]:
     names = {"skip": saved.skipped_rows, "regroup": saved.regrouped_rows}
     cut = saved.token_slots < saved.token_slots_trl - saved.dead_slots
     return {name for name, count in names.items() if count} | ({"trim"} if cut else set())
@@ -219,8 +219,8 @@ def test_the_gradient_is_trls(pair):
 
 def test_what_is_exact_is_saved_and_nothing_else(pair):
     case, _, (trainer, _) = pair
-    assert used(trainer.saved) == case.saves
-    assert trainer.saved.token_slots < trainer.saved.token_slots_trl
+    assert used(trainer.saved_compute) == case.saves
+    assert trainer.saved_compute.token_slots < trainer.saved_compute.token_slots_trl
 
 
 def test_the_loss_is_trls(pair):
@@ -263,7 +263,7 @@ def test_no_forward_more_than_trls(tmp_path):
 
 def test_prompts_keep_their_padding_where_positions_are_absolute(tmp_path, caplog):
     trainer, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["absolute_positions"], tmp_path)
-    assert not trainer.savings.trim_prompts
+    assert not trainer.exact_savings.trim_prompts
     assert "positions may be absolute" in caplog.text
 
 
@@ -274,7 +274,7 @@ def test_a_trainer_says_what_it_cannot_save(tmp_path, caplog):
 
 def test_switched_off_nothing_is_saved(tmp_path):
     trainer, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["dapo"], tmp_path, fit_micro_batches=False)
-    assert trainer.saved == Saved()
+    assert trainer.saved_compute == SavedCompute()
     assert all("compute/saved" not in log for log in trainer.state.log_history)
 
 
@@ -337,7 +337,7 @@ def test_computed_entropy_is_the_token_mean_of_computed_rows(tmp_path):
                 logits = model(torch.cat([prompt, completion]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
             total += torch.distributions.Categorical(logits=logits).entropy().sum().item()
             count += len(completion)
-    assert trainer.saved.skipped_rows
+    assert trainer.saved_compute.skipped_rows
     assert tiny.history(trainer)[0]["computed/entropy"] == pytest.approx(total / count, rel=1e-4)
 
 
@@ -358,7 +358,7 @@ def test_copies_in_one_step_are_weights(tmp_path):
         gradients.append(steps)
         trainers.append(trainer)
     assert max(relative_errors(gradients[1], gradients[0])) <= TOLERANCE
-    assert trainers[1].saved.merged_rows > 0
+    assert trainers[1].saved_compute.merged_rows > 0
     assert any("computed/clip_ratio/region_mean" in log for log in tiny.history(trainers[1]))
 
 
@@ -371,7 +371,7 @@ def test_copies_are_weights_in_every_loss(loss_type, tmp_path):
         for fit in (False, True)
     ]
     assert max(relative_errors(runs[1][1], runs[0][1])) <= TOLERANCE
-    assert runs[1][0].saved.merged_rows > 0
+    assert runs[1][0].saved_compute.merged_rows > 0
 
 
 def test_copies_are_computed_where_a_term_forbids_weights(tmp_path):
@@ -381,7 +381,7 @@ def test_copies_are_computed_where_a_term_forbids_weights(tmp_path):
         for fit in (False, True)
     ]
     assert max(relative_errors(runs[1][1], runs[0][1])) <= TOLERANCE
-    assert runs[1][0].saved.merged_rows == 0
+    assert runs[1][0].saved_compute.merged_rows == 0
     assert any(SOURCE_ROW in batch for batch in runs[1][0]._buffered_inputs)
 
 
@@ -405,7 +405,7 @@ def test_a_step_without_advantages_leaves_the_weights(tmp_path):
         runs.append((trainer, before))
     trainer, before = runs[1]
     assert all(torch.equal(value, before[name]) for name, value in tiny.weights(trainer.model).items())
-    assert trainer.saved.skipped_rows == trainer.saved.rows == 32
+    assert trainer.saved_compute.skipped_rows == trainer.saved_compute.rows == 32
     # Two columns of completion and one of prompt, for each of four micro-batches
-    assert trainer.saved.token_slots == 4 * 3
+    assert trainer.saved_compute.token_slots == 4 * 3
     assert tiny.history(trainer)[0]["loss"] == 0

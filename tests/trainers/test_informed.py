@@ -17,7 +17,7 @@ from PIL import Image
 from trl_ext import DAPOTrainer, GRPOConfig, RewardFunctionError
 from trl_ext.rollouts.choosers import PromptChooser
 from trl_ext.rollouts.stream import prompt_key
-from trl_ext.trainers.seams.probes import deal_apart
+from trl_ext.trainers.seams.probes import preview_micro_batches
 
 
 # `target` of prompts with variance, and of those without
@@ -306,9 +306,9 @@ def halfway(tmp_path) -> Any:
     [
         lambda trainer: trainer.evaluate(),
         lambda trainer: trainer.roll_out([QUARTER[0], QUARTER[1]], 2, seed=1),
-        lambda trainer: deal_apart(trainer),
+        lambda trainer: preview_micro_batches(trainer),
     ],
-    ids=["evaluate", "roll_out", "deal_apart"],
+    ids=["evaluate", "roll_out", "preview_micro_batches"],
 )
 def test_neither_draws_nor_observes(halfway, beside: Callable[[Any], Any]):
     halfway.model.train()

@@ -421,7 +421,10 @@ def test_micro_batches_that_fit_train_the_same_weights(settings, tmp_path):
 
     for critic in (True, False):
         assert (moved(fitted, critic) - moved(plain, critic)).norm() <= 1e-5 * moved(plain, critic).norm()
-    assert runs[0].saved.regrouped_rows > 0 and runs[0].saved.token_slots <= runs[0].saved.token_slots_trl
+    assert (
+        runs[0].saved_compute.regrouped_rows > 0
+        and runs[0].saved_compute.token_slots <= runs[0].saved_compute.token_slots_trl
+    )
 
 
 # The first pass of the loss, in place of the old policy's

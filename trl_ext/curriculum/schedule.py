@@ -212,7 +212,7 @@ class DifficultyCurriculum(PromptChooser):
 
     def end(self, trainer: Any, batch: GenerationBatch) -> None:
         """Logs how hard the chosen prompts are, how many dealt ones were replaced, and how long completions may be."""
-        metrics, difficulties = trainer.train_metrics, [self.difficulty(row) for row in batch.groups]
+        metrics, difficulties = trainer.train_metrics, [self.difficulty(row) for row in batch.group_rows]
         metrics["curriculum/difficulty"].append(sum(difficulties) / len(difficulties))
         metrics["curriculum/prompts_replaced"].append(batch.replaced)
         if self.start_completion_length is not None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..rollouts.micro_batches import MicroBatch, Saved
+from ..rollouts.micro_batches import MicroBatch, SavedCompute
 from ..trainers.grpo import GRPOTrainer
-from ..trainers.seams.probes import deal_apart
+from ..trainers.seams.probes import preview_micro_batches
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,8 @@ def verify(trainer: GRPOTrainer, repetitions: int = 3, quiet: bool = False) -> V
     trainer.current_gradient_accumulation_steps = count
     model.train()
     try:
-        dealt = deal_apart(trainer)[:count]
-        saved = Saved()
+        dealt = preview_micro_batches(trainer)[:count]
+        saved = SavedCompute()
         fitted = trainer.fit(dealt, [(0, count)], saved)
         sides = {"trl": dealt, "trl_ext": fitted}
         with without_dropout(model), checkpointing_as_in_training(trainer):
@@ -272,7 +272,7 @@ def verify(trainer: GRPOTrainer, repetitions: int = 3, quiet: bool = False) -> V
         skipped_rows=saved.skipped_rows,
         merged_rows=saved.merged_rows,
         title=f"{name}, loss_type={trainer.loss_type}, {weights.device} {dtype}",
-        reasons=trainer.savings.reasons,
+        reasons=trainer.exact_savings.reasons,
     )
     if not quiet and trainer.is_world_process_zero():
         print(result, flush=True)

@@ -7,8 +7,8 @@ from typing import Any
 import trl
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..rollouts.exactness import Savings
-from ..rollouts.micro_batches import MicroBatch, Saved, fit_window
+from ..rollouts.exactness import ExactSavings
+from ..rollouts.micro_batches import MicroBatch, SavedCompute, fit_step
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.seams.probes import generation_is_used_up, last_micro_batch, savings_of
 
@@ -47,10 +47,10 @@ class WasteCallback(TrainerCallback):
                 "`compute/saved` in its logs, or call trl_ext.verify(trainer)."
             )
         self.trainer = trainer
-        self.total = Saved()
-        self.since_log = Saved()
+        self.total = SavedCompute()
+        self.since_log = SavedCompute()
         self.micro_batches: list[MicroBatch] = []  # of the optimizer step and the generation under way
-        self.savings: Savings | None = None
+        self.savings: ExactSavings | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.micro_batches = []  # of a training that was broken off
@@ -68,8 +68,8 @@ class WasteCallback(TrainerCallback):
         if self.savings is None:
             self.savings = savings_of(trainer)
         multiple = int(trainer.pad_to_multiple_of or 1)
-        saved = Saved()
-        fit_window(self.micro_batches, self.savings, trainer.accelerator, trainer.loss_type, multiple, saved)
+        saved = SavedCompute()
+        fit_step(self.micro_batches, self.savings, trainer.accelerator, trainer.loss_type, multiple, saved)
         self.total += saved
         self.since_log += saved
         self.micro_batches = []
@@ -96,7 +96,7 @@ class WasteCallback(TrainerCallback):
         shares = waste_shares(self.since_log)
         logs |= shares  # for trackers that come after this callback
         state.log_history[-1] |= shares
-        self.since_log = Saved()
+        self.since_log = SavedCompute()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -117,7 +117,7 @@ class WasteCallback(TrainerCallback):
         )
 
 
-def waste_shares(saved: Saved) -> dict[str, float]:
+def waste_shares(saved: SavedCompute) -> dict[str, float]:
     """Metrics of [`WasteCallback`] from what fitting would have saved."""
     slots = saved.token_slots_trl
     share, dead = 1 - saved.useful_tokens / slots, saved.dead_slots / slots

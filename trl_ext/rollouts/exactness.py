@@ -24,7 +24,7 @@ RELATIVE_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
-class Savings:
+class ExactSavings:
     """
     Which savings leave the gradient as it is.
 
@@ -57,7 +57,7 @@ def exact_savings(
     aux_loss: bool,
     relative_positions: bool,
     value_loss: bool = False,
-) -> Savings:
+) -> ExactSavings:
     """
     Which savings are exact for a loss.
 
@@ -90,7 +90,7 @@ def exact_savings(
         term = "KL term (beta)" if kl else "value loss"
         reasons.append(f"rows without advantage are computed, copies too: the {term} gives them a gradient")
     policy_only = not bound and not kl and not value_loss
-    return Savings(relative_positions, not bound, policy_only, policy_only, tuple(reasons))
+    return ExactSavings(relative_positions, not bound, policy_only, policy_only, tuple(reasons))
 
 
 def has_relative_positions(model: nn.Module) -> bool:

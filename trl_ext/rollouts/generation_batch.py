@@ -32,7 +32,7 @@ class GenerationBatch:
             Whether it is a further round of another batch.
         credits_late (`bool`):
             Whether the first pass of the loss stands for the old policy's.
-        groups (`list[dict]`):
+        group_rows (`list[dict]`):
             The rows of all ranks, one for each group; empty where nobody needs them.
         replaced (`int`):
             How many of the prompts that the loader dealt were replaced.
@@ -55,7 +55,7 @@ class GenerationBatch:
     round_only: bool = False
     further: bool = False
     credits_late: bool = False
-    groups: Rows = field(default_factory=list)
+    group_rows: Rows = field(default_factory=list)
     replaced: int = 0
     rounds: list[ScoredRound] = field(default_factory=list)
     selection: GroupSelection | None = None

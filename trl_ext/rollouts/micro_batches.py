@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .exactness import ROW_MEAN_LOSSES, Savings
+from .exactness import ROW_MEAN_LOSSES, ExactSavings
 from .packing import FEWEST_COLUMNS, FILLER, RowSizes, Width, deal, pack
 
 
@@ -157,7 +157,7 @@ class Fit:
 
 
 @dataclass
-class Saved:
+class SavedCompute:
     """
     What fitting changed, in totals over all processes.
 
@@ -181,8 +181,8 @@ class Saved:
     merged_rows: int = 0
     regrouped_rows: int = 0
 
-    def __add__(self, other: "Saved") -> "Saved":
-        return Saved(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: "SavedCompute") -> "SavedCompute":
+        return SavedCompute(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def share(self) -> float:
@@ -224,13 +224,13 @@ def _take(joined: MicroBatch, rows: list[int]) -> MicroBatch:
     return taken
 
 
-def fit_window(
+def fit_step(
     batches: list[MicroBatch],
-    savings: Savings,
+    savings: ExactSavings,
     accelerator: Accelerator,
     loss_type: str,
     multiple: int,
-    saved: Saved,
+    saved: SavedCompute,
 ) -> list[MicroBatch]:
     """
     Deal the micro-batches of one optimizer step anew. Called on every rank, with equally many micro-batches.
@@ -238,7 +238,7 @@ def fit_window(
     Args:
         batches (`list[dict]`):
             TRL's micro-batches, all padded alike.
-        savings ([`Savings`]):
+        savings ([`ExactSavings`]):
             What may be done.
         accelerator ([`~accelerate.Accelerator`]):
             The trainer's.
@@ -246,7 +246,7 @@ def fit_window(
             TRL's.
         multiple (`int`):
             Prompts and completions are padded to a multiple of this.
-        saved ([`Saved`]):
+        saved ([`SavedCompute`]):
             Counts what was saved; changed in place.
 
     Returns:
@@ -315,7 +315,7 @@ def fit_window(
 
 
 def _cut_in_place(
-    batches: list[MicroBatch], sizes: RowSizes, per_batch: int, accelerator: Accelerator, saved: Saved
+    batches: list[MicroBatch], sizes: RowSizes, per_batch: int, accelerator: Accelerator, saved: SavedCompute
 ) -> list[MicroBatch]:
     """Every micro-batch keeps its rows and loses its padding."""
     fitted, per_rank = [], per_batch * len(batches)

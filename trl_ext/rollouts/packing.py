@@ -200,7 +200,9 @@ def deal(
     return dealt
 
 
-def windows(length: int, step: int, until_update: int, accumulation: int, iterations: int) -> list[tuple[int, int]]:
+def step_slices(
+    length: int, step: int, until_update: int, accumulation: int, iterations: int
+) -> list[tuple[int, int]]:
     """
     Stretches of a generation batch's micro-batches whose optimizer step is the same each time they are used.
 

@@ -6,7 +6,7 @@ when an optimizer step was dealt to other micro-batches, a mean over tokens stay
 import torch
 from trl.trainer.utils import nanstd
 
-from .exactness import Savings
+from .exactness import ExactSavings
 from .micro_batches import Fit
 from .rollout import ScoredRound
 
@@ -129,7 +129,7 @@ ROW_MEANS = {"vespo/phi_seq_mean": 1.0}
 COMPUTED = "computed/"
 
 
-def restate_loss_metrics(metrics: dict[str, list[float]], fit: Fit, by_row: bool, savings: Savings) -> None:
+def restate_loss_metrics(metrics: dict[str, list[float]], fit: Fit, by_row: bool, savings: ExactSavings) -> None:
     """
     Weigh the last entries of TRL's metrics of the loss, so that their mean over the micro-batches of a step, which TRL
     logs, is the mean over the tokens (or rows) of the step however they were dealt.
@@ -144,7 +144,7 @@ def restate_loss_metrics(metrics: dict[str, list[float]], fit: Fit, by_row: bool
             What the micro-batch stands for.
         by_row (`bool`):
             Whether ratios are the sequence's, so that clip ratios count rows instead of tokens.
-        savings ([`Savings`]):
+        savings ([`ExactSavings`]):
             Which rows may be left out.
     """
     for key in LOSS_MEANS:

@@ -28,7 +28,7 @@ from ..objectives.ratios import IMPORTANCE_LEVELS
 from ..rewards.guard import RewardFunctionError
 from ..rollouts.choosers import PromptChooser, RolloutObserver
 from ..rollouts.generation_batch import GenerationBatch, Rows
-from ..rollouts.micro_batches import FIT, Saved, fit_window, fitted_pass
+from ..rollouts.micro_batches import FIT, SavedCompute, fit_step, fitted_pass
 from ..rollouts.outlook import REFILL_DRAWS
 from ..rollouts.rollout import ScoredGroups
 from ..rollouts.selection import (
@@ -45,7 +45,7 @@ from ..rollouts.stream import PromptStream, prompt_key
 from .data_checks import check_curriculum, check_data, check_images, check_outcome_names
 from .grpo_config import GRPOConfig
 from .seams.grpo import GRPOSeams
-from .seams.probes import apart_from_training, savings_of
+from .seams.probes import savings_of, without_trace
 
 
 logger = get_logger(__name__)
@@ -142,7 +142,7 @@ class GRPOTrainer(GRPOSeams):
         self.estimator = ESTIMATORS[config.advantage_estimator]
         self.level = IMPORTANCE_LEVELS[config.importance_sampling_level]
         self.card_sections: list[Callable[[], str]] = []
-        self.counters, self.saved = Counters(), Saved()
+        self.counters, self.saved_compute = Counters(), SavedCompute()
         self._acceptance = AcceptanceRate()
         self._baseline: float | None = None
         self._duplicates = torch.Generator().manual_seed(config.seed)
@@ -166,9 +166,9 @@ class GRPOTrainer(GRPOSeams):
     def _set_up_micro_batches(self, config: GRPOConfig) -> None:
         exact = savings_of(self)
         # Where refilling falls back on copies they are computed: metrics over all rows are worth more there
-        self.savings = replace(exact, weigh_copies=exact.skip_dead and self.rollout_selection.mostly_copies)
+        self.exact_savings = replace(exact, weigh_copies=exact.skip_dead and self.rollout_selection.mostly_copies)
         if config.fit_micro_batches:
-            for reason in self.savings.reasons:
+            for reason in self.exact_savings.reasons:
                 logger.warning(
                     f"Not all compute that TRL spends on padding and dead rows can be saved here: {reason}."
                 )
@@ -225,9 +225,9 @@ class GRPOTrainer(GRPOSeams):
         )
         chosen = self.chooser.choose(dealt + others, len(dealt), self.progress, dealt=len(dealt))
         stays, comes = set(chosen), iter([others[i - len(dealt)] for i in chosen if i >= len(dealt)])
-        self.batch.groups = [row if i in stays else next(comes) for i, row in enumerate(dealt)]
+        self.batch.group_rows = [row if i in stays else next(comes) for i, row in enumerate(dealt)]
         self.batch.replaced = sum(i not in stays for i in range(len(dealt)))
-        return self._local_rows(self.batch.groups, self.num_generations)
+        return self._local_rows(self.batch.group_rows, self.num_generations)
 
     def _local_rows(self, rows: Rows, num_generations: int) -> Rows:
         """This rank's part of `rows`, each repeated for its completions; copies, since rollouts write into them."""
@@ -262,7 +262,7 @@ class GRPOTrainer(GRPOSeams):
 
     def select_groups(self) -> GroupSelection:
         first = self.batch.rounds[0]
-        live = self._observe(self.batch.groups, self.group_outcomes(first.rewards, self.num_generations))
+        live = self._observe(self.batch.group_rows, self.group_outcomes(first.rewards, self.num_generations))
         self._acceptance.observe(sum(live), len(live))
         selection = GroupSelection(live, self.num_generations, rows_per_rank=len(first.rollouts))
         assert self.rollout_selection.fill is not None
@@ -336,10 +336,10 @@ class GRPOTrainer(GRPOSeams):
         if self.args.token_normalization == "mini_batch":
             self._normalize_by_mini_batch(micro_batches)
         if self.args.fit_micro_batches:
-            saved = Saved()
-            micro_batches[:] = self.fit(micro_batches, self.windows_of_buffer(), saved)
+            saved = SavedCompute()
+            micro_batches[:] = self.fit(micro_batches, self.buffer_step_slices(), saved)
             self.train_metrics["compute/saved"].append(saved.share)
-            self.saved += saved
+            self.saved_compute += saved
 
     def _normalize_by_mini_batch(self, micro_batches: list[dict[str, Any]]) -> None:
         window = self.args.gradient_accumulation_steps
@@ -350,7 +350,7 @@ class GRPOTrainer(GRPOSeams):
             batch["num_items_in_batch"] = tokens[i // window] * (len(micro_batches) / window)
 
     def fit(
-        self, micro_batches: list[dict[str, Any]], windows: list[tuple[int, int]], saved: Saved
+        self, micro_batches: list[dict[str, Any]], windows: list[tuple[int, int]], saved: SavedCompute
     ) -> list[dict[str, Any]]:
         """
         Deal TRL's micro-batches anew. Every process must make the call.
@@ -360,7 +360,7 @@ class GRPOTrainer(GRPOSeams):
                 As TRL dealt them; left as they are.
             windows (`list[tuple[int, int]]`):
                 Stretches of them that share an optimizer step.
-            saved ([`Saved`]):
+            saved ([`SavedCompute`]):
                 Counts what that saves.
 
         Returns:
@@ -369,7 +369,7 @@ class GRPOTrainer(GRPOSeams):
         fitted: list[dict[str, Any]] = []
         for start, stop in windows:
             window, multiple = micro_batches[start:stop], self.columns_multiple
-            fitted += fit_window(window, self.savings, self.accelerator, self.loss_type, multiple, saved)
+            fitted += fit_step(window, self.exact_savings, self.accelerator, self.loss_type, multiple, saved)
         return fitted
 
     @property
@@ -379,7 +379,7 @@ class GRPOTrainer(GRPOSeams):
 
     def pass_without_loss(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.args.fit_micro_batches:
-            forward = partial(fitted_pass, forward, self.savings.trim_prompts, self.columns_multiple)
+            forward = partial(fitted_pass, forward, self.exact_savings.trim_prompts, self.columns_multiple)
         return super().pass_without_loss(forward, *args, **kwargs)
 
     def restate_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
@@ -387,7 +387,7 @@ class GRPOTrainer(GRPOSeams):
         if fit is None:
             return loss
         by_row = self.importance_sampling_level == "sequence"
-        restate_loss_metrics(self.train_metrics, fit, by_row=by_row, savings=self.savings)
+        restate_loss_metrics(self.train_metrics, fit, by_row=by_row, savings=self.exact_savings)
         return loss * fit.scale
 
     # Metrics, checkpoints
@@ -408,7 +408,7 @@ class GRPOTrainer(GRPOSeams):
             observer.end(self, batch)
         if batch.selection is None:  # else every round was observed when it was scored
             assert batch.rewards is not None
-            self._observe(batch.groups, self.group_outcomes(batch.rewards, self.num_generations))
+            self._observe(batch.group_rows, self.group_outcomes(batch.rewards, self.num_generations))
 
     def _log_selection(self, batch: GenerationBatch, selection: GroupSelection) -> None:
         metrics = self.train_metrics
@@ -425,7 +425,7 @@ class GRPOTrainer(GRPOSeams):
     def run_state(self) -> dict[str, Any]:
         state = {
             "counters": asdict(self.counters),
-            "saved": asdict(self.saved),
+            "saved": asdict(self.saved_compute),
             "acceptance": asdict(self._acceptance),
             "baseline": self._baseline,
             "duplicates": self._duplicates.get_state(),
@@ -436,7 +436,7 @@ class GRPOTrainer(GRPOSeams):
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         self.counters = Counters(**state["counters"])
-        self.saved = Saved(**state["saved"])
+        self.saved_compute = SavedCompute(**state["saved"])
         self._acceptance = AcceptanceRate(**state["acceptance"])
         self._baseline = state["baseline"]
         self._duplicates.set_state(state["duplicates"].cpu())
@@ -480,7 +480,7 @@ class GRPOTrainer(GRPOSeams):
         together = processes // math.gcd(processes, num_generations)
         padded = rows + rows[:1] * (-len(rows) % together)
         try:
-            with apart_from_training(self, num_generations, seed):
+            with without_trace(self, num_generations, seed):
                 scored = self.score_round(self._local_rows(padded, num_generations))
         except RewardFunctionError as error:  # on every rank
             self.save_before_stopping(error)

@@ -47,7 +47,7 @@ from ...rewards.steps import is_by_step
 from ...rollouts.exchange import RolloutExchange
 from ...rollouts.generation_batch import GenerationBatch, Rows
 from ...rollouts.micro_batches import SOURCE_ROW
-from ...rollouts.packing import windows
+from ...rollouts.packing import step_slices
 from ...rollouts.prompts import TokenizedPrompt
 from ...rollouts.rollout import Generation, Rollout, ScoredRound, generation_of, joined_generation, rollouts_of
 from ...rollouts.selection import GroupSelection
@@ -91,7 +91,7 @@ class GRPOSeams(CheckpointSeams):
         self._loss_inputs: dict[str, Any] | None = None
         self._dealt_inputs: dict[str, Any] = {}  # those of the loss, as the buffer has them
         self._loss_pass: tuple[Any, ...] = ()
-        self.dealt_apart: list[dict[str, Any]] | None = None  # see `seams.probes.deal_apart`
+        self.previewed: list[dict[str, Any]] | None = None  # see `seams.probes.preview_micro_batches`
         with self._asking_for_passes(kwargs["args"]):
             super().__init__(*args, **kwargs)
         self.beta = self.args.beta
@@ -352,7 +352,7 @@ class GRPOSeams(CheckpointSeams):
         self.batch = batch = GenerationBatch(training=training)
         try:
             batch.rows = self.rows_to_generate(inputs) if training else inputs
-            batch.credits_late = training and self.may_credit_late and self.dealt_apart is None
+            batch.credits_late = training and self.may_credit_late and self.previewed is None
             length = self.completion_length() if training else None
             with self._asking_for_passes(self), self._limiting_completions(length):
                 output: dict[str, Any] = super()._generate_and_score_completions(batch.rows)
@@ -417,18 +417,18 @@ class GRPOSeams(CheckpointSeams):
         before = self._buffered_inputs
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         if self.model.training and self._buffered_inputs is not before:
-            if self.dealt_apart is not None:
-                self.dealt_apart.extend(self._buffered_inputs)
+            if self.previewed is not None:
+                self.previewed.extend(self._buffered_inputs)
                 return inputs
             self.on_new_buffer(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
 
-    def windows_of_buffer(self) -> list[tuple[int, int]]:
-        """Stretches of a new buffer's micro-batches that always share an optimizer step; see [`windows`]."""
+    def buffer_step_slices(self) -> list[tuple[int, int]]:
+        """Stretches of a new buffer's micro-batches that always share an optimizer step; see [`step_slices`]."""
         accumulation = self.args.gradient_accumulation_steps
         until_update = self.current_gradient_accumulation_steps - (self._step - self._window[1])
-        return windows(self.args.steps_per_generation, self._step, until_update, accumulation, self.num_iterations)
+        return step_slices(self.args.steps_per_generation, self._step, until_update, accumulation, self.num_iterations)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.with_extras(super()._get_per_token_logps_and_entropies)

@@ -12,12 +12,12 @@ import torch
 import trl
 
 from ...roles.critic import ModelCritic, critic_of
-from ...rollouts.exactness import Savings, exact_savings, has_relative_positions
+from ...rollouts.exactness import ExactSavings, exact_savings, has_relative_positions
 from .checkpoints import random_states, set_random_states
 from .grpo import GRPOSeams
 
 
-def savings_of(trainer: trl.GRPOTrainer) -> Savings:
+def savings_of(trainer: trl.GRPOTrainer) -> ExactSavings:
     """Which savings of compute are exact for the loss and the models of a trainer, TRL's or ours."""
     unwrap: Any = trainer.accelerator.unwrap_model
     critic = critic_of(unwrap(trainer.model))
@@ -46,18 +46,18 @@ def generation_is_used_up(trainer: trl.GRPOTrainer) -> bool:
     return int(trainer._step) % (args.steps_per_generation * trainer.num_iterations) == 0
 
 
-def deal_apart(trainer: GRPOSeams) -> list[dict[str, Any]]:
+def preview_micro_batches(trainer: GRPOSeams) -> list[dict[str, Any]]:
     """The micro-batches that TRL would deal for the first generation batch of an epoch. Leaves no trace."""
     kept = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
     before = {name: copy.deepcopy(getattr(trainer, name)) for name in kept}
     before |= {name: getattr(trainer, name) for name in ("_step", "_buffered_inputs", "_window", "_before_window")}
     states, run, tokens = random_states(), copy.deepcopy(trainer.run_state()), trainer.state.num_input_tokens_seen
-    trainer._step, trainer._buffered_inputs, trainer.dealt_apart = 0, None, []
+    trainer._step, trainer._buffered_inputs, trainer.previewed = 0, None, []
     try:
         trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        return trainer.dealt_apart
+        return trainer.previewed
     finally:
-        trainer.dealt_apart = None
+        trainer.previewed = None
         for name, value in before.items():
             setattr(trainer, name, value)
         set_random_states(states)
@@ -66,7 +66,7 @@ def deal_apart(trainer: GRPOSeams) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def apart_from_training(trainer: GRPOSeams, num_generations: int, seed: int | None) -> Iterator[None]:
+def without_trace(trainer: GRPOSeams, num_generations: int, seed: int | None) -> Iterator[None]:
     """Evaluation mode that leaves no trace in random states, metrics and logs."""
     training, generations = trainer.model.training, trainer.num_generations_eval
     metrics, pending = trainer._metrics["eval"], copy.deepcopy(trainer._pending_metrics)
