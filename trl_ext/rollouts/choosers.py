@@ -1,9 +1,10 @@
 """
-Who sees the rollouts of a run, and who chooses its prompts: the two protocols that trainers call.
+Two protocols that trainers call: [`RolloutObserver`] sees the rollouts of a run, [`PromptChooser`] also chooses its
+prompts.
 
-Both are called on every rank with the same arguments, in the order of the run, and in training only, so that all ranks
-decide alike and a resumed run decides as the uninterrupted one. A trainer keeps its observers in `trainer.observers`;
-its prompt chooser is the first of them.
+Trainers call their methods on every rank with the same arguments, in the order of the run, and in training only. All
+ranks therefore decide alike, and a resumed run decides as the uninterrupted one would. A trainer keeps its observers
+in `trainer.observers`; the first of them is its prompt chooser.
 """
 
 from collections.abc import Sequence
@@ -16,45 +17,45 @@ from .generation_batch import GenerationBatch
 
 class RolloutObserver:
     """
-    Sees every generation batch of training. Does nothing here: a subclass overrides what it needs.
+    Sees every generation batch of training. The methods do nothing here: a subclass overrides those that it needs.
 
     Attributes:
         key (`str`):
-            Under which a checkpoint holds the state. Empty: there is none.
+            Key of the observer's state in checkpoints. Empty: the observer has no state.
     """
 
     key: ClassVar[str] = ""
 
     def begin(self, trainer: Any) -> None:
-        """A generation batch begins: no prompt has been chosen for it yet."""
+        """Called when a generation batch begins, before its prompts are chosen."""
 
     def observe(self, rows: Sequence[dict[str, Any]], outcomes: torch.Tensor, live: list[bool]) -> None:
         """
-        Groups have been scored. Called once for each round of generation.
+        Called once for each round of generation, when its groups have been scored.
 
         Args:
             rows (`list[dict]`):
-                Data set rows of all ranks, one for each group. Empty where nothing of the trainer needs to know them
-                (see [`PromptChooser.needs_rows`]).
+                Data set rows of all ranks, one for each group. For the first round of a batch the list is empty,
+                unless the trainer's chooser needs the rows ([`PromptChooser.needs_rows`]).
             outcomes (`torch.Tensor` of shape `(P, G)`):
                 Outcome rewards by group, NaN = not applicable.
             live (`list[bool]`):
-                Which groups have reward variance.
+                For each group, whether its rewards differ.
         """
 
     def end(self, trainer: Any, batch: GenerationBatch) -> None:
         """
-        A generation batch is ready to be trained on, and TRL's metrics of it are in `trainer.train_metrics`.
+        Called when a generation batch is ready to be trained on. TRL's metrics of it are in `trainer.train_metrics`.
 
         Args:
             trainer ([`~trl_ext.GRPOTrainer`]):
                 The trainer.
             batch ([`~trl_ext.rollouts.generation_batch.GenerationBatch`]):
-                What it was made of.
+                The generation batch.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold. Later calls leave the result alone."""
+        """The state that a checkpoint must hold. It doesn't change when the observer is called again."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -63,24 +64,24 @@ class RolloutObserver:
 
 class PromptChooser(RolloutObserver):
     """
-    Chooses the prompts that are generated for. This one is blind: it takes the prompts that the loader deals, and to
-    refill the next ones of a shuffled stream.
+    Chooses the prompts for which completions are generated. This one doesn't look at them: it takes the prompts that
+    the loader deals, and for refilling the next ones of a shuffled stream.
 
     Attributes:
         lookahead (`int`):
-            Candidates for every prompt that is chosen. 1: there is nothing to choose from.
+            Number of candidates for each prompt that is chosen. 1: there is no choice.
     """
 
     lookahead: int = 1
 
     @property
     def needs_rows(self) -> bool:
-        """Whether rows have to be gathered from all ranks for it."""
+        """Whether the chooser needs the data set rows of all ranks."""
         return self.lookahead > 1
 
     def prepared(self, dataset: Any, config: Any) -> Self:
         """
-        The chooser of one run: a copy that knows the data set and the settings. What the user passed stays as it is.
+        The chooser of one run: a copy that knows the data set and the settings. The user's own object is not changed.
 
         Args:
             dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -95,17 +96,17 @@ class PromptChooser(RolloutObserver):
 
     def choose(self, rows: Sequence[dict[str, Any]], count: int, progress: float = 0.0, dealt: int = 0) -> list[int]:
         """
-        Choose the prompts to generate for.
+        Choose the prompts for which completions are generated.
 
         Args:
             rows (`list[dict]`):
-                Candidates.
+                Data set rows of the candidates.
             count (`int`):
-                How many to choose.
+                Number of prompts to choose.
             progress (`float`, *optional*, defaults to `0.0`):
                 Share of the run that is over, in [0, 1].
             dealt (`int`, *optional*, defaults to `0`):
-                So many of the first candidates were dealt by the loader. 0: the choice is for a further round.
+                How many candidates, from the first on, were dealt by the loader. 0: the choice is for a further round.
 
         Returns:
             `list[int]`: positions in `rows`, ascending.
@@ -113,5 +114,16 @@ class PromptChooser(RolloutObserver):
         return list(range(min(count, len(rows))))
 
     def completion_length(self, longest: int, progress: float) -> int:
-        """Tokens that a completion may have now, where `longest` is the trainer's setting."""
+        """
+        Longest completion that may be generated now.
+
+        Args:
+            longest (`int`):
+                The trainer's `max_completion_length`, in tokens.
+            progress (`float`):
+                Share of the run that is over, in [0, 1].
+
+        Returns:
+            `int`: tokens.
+        """
         return longest

@@ -1,5 +1,5 @@
 """
-Which savings of compute leave the gradient as it is, for which loss and which model.
+Which savings of compute are exact, which means that they leave the gradient unchanged, for a loss and a model.
 """
 
 from dataclasses import dataclass
@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 
-# Losses whose value is a mean over the rows of a micro-batch: with other rows in it, it is scaled back
+# Losses that are a mean over the rows of a micro-batch. If the number of rows changes, the loss has to be rescaled.
 ROW_MEAN_LOSSES = ("grpo", "sapo", "luspo", "dr_grpo")
-# Divides by the tokens of its own micro-batch
+# Losses that divide by the number of tokens of their own micro-batch
 MICRO_BATCH_MEAN_LOSSES = ("bnpo",)
 
-# Rotary position embeddings that depend on differences of positions only; `dynamic` and `longrope` read the length
+# Rotary position embeddings that depend on differences of positions alone. (`dynamic` and `longrope` depend on the
+# length of the sequence too.)
 RELATIVE_ROPE = ("default", "linear", "llama3", "yarn")
 ROPE_KEYS = {
     *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"),
@@ -26,20 +27,20 @@ RELATIVE_LAYERS = {"full_attention", "sliding_attention"}
 @dataclass(frozen=True)
 class ExactSavings:
     """
-    Which savings leave the gradient as it is.
+    Which savings of compute are exact. Cutting the right padding of completions always is.
 
     Args:
         trim_prompts (`bool`):
-            Left padding may be cut; right padding of completions always may.
+            Whether the left padding of prompts may be cut.
         regroup (`bool`):
-            Rows may change their micro-batch inside an optimizer step, and rows without a token in the loss be left
-            out.
+            Whether rows may move to a different micro-batch of their optimizer step, and rows without a token in the
+            loss may be left out.
         skip_dead (`bool`):
-            Rows whose advantage is zero may be left out.
+            Whether rows whose advantage is zero may be left out.
         weigh_copies (`bool`):
-            Copies of a row in one optimizer step may be computed once, with their number as weight.
+            Whether copies of a row in one optimizer step may be computed once, weighted by their number.
         reasons (`tuple[str]`):
-            Why not, for each that is not exact.
+            For each saving that is not exact, why.
     """
 
     trim_prompts: bool
@@ -63,53 +64,60 @@ def exact_savings(
 
     Args:
         loss_type (`str`):
-            TRL's.
+            TRL's `loss_type`.
         kl (`bool`):
-            Whether the loss has a KL term: it moves rows without advantage too.
+            Whether the loss has a KL term, which gives rows without advantage a gradient.
         entropy_terms (`bool`):
-            Whether an entropy bonus or entropy quantile is taken over each micro-batch.
+            Whether an entropy bonus or an entropy quantile is computed over each micro-batch.
         aux_loss (`bool`):
-            Whether experts are balanced over each micro-batch.
+            Whether an auxiliary loss balances experts over each micro-batch.
         relative_positions (`bool`):
-            Whether left padding doesn't move the model's outputs ([`has_relative_positions`]).
+            Whether the model's outputs don't depend on left padding ([`has_relative_positions`]).
         value_loss (`bool`):
-            Whether a critic learns from rows without advantage too.
+            Whether a critic learns, which gives rows without advantage a gradient.
     """
     reasons = []
     if not relative_positions:
         reasons.append("the left padding of prompts is kept: the model's positions may be absolute")
-    composed = {
+    taken_over_micro_batch = {
         f"loss_type='{loss_type}' divides by the tokens of its micro-batch": loss_type in MICRO_BATCH_MEAN_LOSSES,
-        "the entropy term is taken over each micro-batch": entropy_terms,
+        "the entropy term is computed over each micro-batch": entropy_terms,
         "the auxiliary loss balances experts over each micro-batch": aux_loss,
     }
-    bound = [reason for reason, holds in composed.items() if holds]
-    if bound:
-        reasons.append(f"rows keep their micro-batch, and all are computed: {' and '.join(bound)}")
+    fixed_because = [reason for reason, holds in taken_over_micro_batch.items() if holds]
+    if fixed_because:
+        reasons.append(f"rows keep their micro-batch, and all are computed: {' and '.join(fixed_because)}")
     elif kl or value_loss:
         term = "KL term (beta)" if kl else "value loss"
-        reasons.append(f"rows without advantage are computed, copies too: the {term} gives them a gradient")
-    policy_only = not bound and not kl and not value_loss
-    return ExactSavings(relative_positions, not bound, policy_only, policy_only, tuple(reasons))
+        reasons.append(f"rows without advantage and copies are computed: the {term} gives them a gradient")
+    regroup = not fixed_because
+    only_policy_terms = regroup and not kl and not value_loss
+    return ExactSavings(
+        trim_prompts=relative_positions,
+        regroup=regroup,
+        skip_dead=only_policy_terms,
+        weigh_copies=only_policy_terms,
+        reasons=tuple(reasons),
+    )
 
 
 def has_relative_positions(model: nn.Module) -> bool:
     """
-    Whether cutting left padding leaves a model's outputs as they are. TRL passes no positions, so that they count from
-    the first column, padding included. Known to be so for rotary embeddings that depend on differences only;
-    everything else (learned positions, recurrent or convolutional layers, chunked attention, scales that depend on the
-    position) counts as not.
+    Whether cutting left padding leaves a model's outputs unchanged. TRL passes no positions, so that the model counts
+    them from the first column, padding included. The answer is yes for rotary embeddings that depend on differences of
+    positions alone, and no for everything else: learned positions, recurrent or convolutional layers, chunked
+    attention, scales that depend on the position.
     """
-    unknown: Any = getattr(model, "config", None)
-    if unknown is None:
+    model_config: Any = getattr(model, "config", None)
+    if model_config is None:
         return False
-    config = unknown.get_text_config()
+    config = model_config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     per_layer_type = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    rotary = bool(rope) and all(
+    relative_rope = bool(rope) and all(
         settings.get("rope_type") in RELATIVE_ROPE and settings.keys() <= ROPE_KEYS for settings in per_layer_type
     )
-    layers = set(getattr(config, "layer_types", None) or ()) <= RELATIVE_LAYERS
-    scaled = bool(getattr(config, "attn_temperature_tuning", False))
-    recurrent = any(isinstance(module, nn.Conv1d) for module in model.modules())
-    return rotary and layers and not scaled and not recurrent
+    relative_layers = set(getattr(config, "layer_types", None) or ()) <= RELATIVE_LAYERS
+    scaled_by_position = bool(getattr(config, "attn_temperature_tuning", False))
+    convolutional = any(isinstance(module, nn.Conv1d) for module in model.modules())
+    return relative_rope and relative_layers and not scaled_by_position and not convolutional

@@ -1,5 +1,5 @@
 """
-Moves rollouts to the ranks that train on them: only rows that a rank needs and doesn't have travel.
+Moves rollouts to the ranks that train on them. A rollout is sent only if its rank is not the one that needs it.
 """
 
 from accelerate.utils import gather_object
@@ -7,19 +7,19 @@ from accelerate.utils import gather_object
 from .rollout import Rollout, ScoredRound
 
 
-# (round, global row of that round)
+# Where a rollout comes from: the round, and its number among all ranks' rollouts of that round
 RowKey = tuple[int, int]
 
 
 class RolloutExchange:
     """
-    Fetches rows of the rounds of one generation batch.
+    Fetches rollouts of the rounds of one generation batch.
 
     Args:
         rounds (`list[ScoredRound]`):
             The rounds, each with the rollouts of this rank.
         process_index, num_processes (`int`):
-            This rank, and how many there are.
+            This rank, and the number of ranks.
     """
 
     def __init__(self, rounds: list[ScoredRound], process_index: int, num_processes: int) -> None:
@@ -36,20 +36,20 @@ class RolloutExchange:
 
     def fetch(self, rows: list[RowKey]) -> list[Rollout]:
         """
-        Rollouts for the rows of this rank. Called on every rank with the same argument.
+        The rollouts for this rank's rows. Must be called on every rank with the same argument.
 
         Args:
             rows (`list[RowKey]`):
-                The rows of all ranks in global order, equally many for each.
+                The rows of all ranks in global order, the same number for each rank.
 
         Returns:
-            `list[Rollout]`: this rank's part, in order.
+            `list[Rollout]`: those of this rank's rows, in order.
         """
         per_rank = len(rows) // self.num_processes
-        travelling = {key for i, key in enumerate(rows) if self._owner(key) != i // per_rank}
+        sent = {key for i, key in enumerate(rows) if self._owner(key) != i // per_rank}
         received: dict[RowKey, Rollout] = {}
-        if travelling:  # alike on every rank, so that all take part or none
-            mine = sorted(key for key in travelling if self._owner(key) == self.process_index)
+        if sent:  # the same on every rank, so that all ranks take part in the collective or none does
+            mine = sorted(key for key in sent if self._owner(key) == self.process_index)
             received = dict(gather_object([(key, self._own(key)) for key in mine]))
         local = rows[self.process_index * per_rank : (self.process_index + 1) * per_rank]
         return [self._own(key) if self._owner(key) == self.process_index else received[key] for key in local]

@@ -1,5 +1,5 @@
 """
-What one generation batch carries between the hooks of a trainer, from the rows that are generated for to TRL's
+What the hooks of a trainer hand to each other while a generation batch is made: from its data set rows to TRL's
 tensors.
 """
 
@@ -18,36 +18,36 @@ Rows = list[dict[str, Any]]
 @dataclass
 class GenerationBatch:
     """
-    A generation batch, or one further round of it, in the making. A trainer makes one when a batch begins, and drops
-    it when TRL's tensors are ready.
+    A generation batch that is being made, or a single round of generation. A trainer creates one when a batch begins
+    and drops it when TRL's tensors are ready.
 
     Args:
         rows (`list[dict]`):
-            Rows of this rank that are generated for, one for each completion.
+            Data set rows for which this rank generates, one for each completion.
         training (`bool`):
-            Whether it is trained on.
+            Whether this is a whole batch of training, and not of evaluation or a single round.
         round_only (`bool`):
-            Whether TRL's method is left as soon as the completions are scored.
+            Whether this is a single round, for which TRL's method is left as soon as the completions are scored.
         further (`bool`):
-            Whether it is a further round of another batch.
+            Whether this is a further round of a batch that already has one.
         credits_late (`bool`):
-            Whether the first pass of the loss stands for the old policy's.
+            Whether the old policy's pass over the batch is left out, and the first pass of the loss stands for it.
         group_rows (`list[dict]`):
-            The rows of all ranks, one for each group; empty where nobody needs them.
+            Data set rows of all ranks, one for each group. Empty if the prompt chooser doesn't need them.
         replaced (`int`):
             How many of the prompts that the loader dealt were replaced.
         rounds (`list[ScoredRound]`):
-            Rounds of generation, where groups are selected.
+            The rounds of generation. Empty if groups are not selected.
         selection ([`~trl_ext.rollouts.selection.GroupSelection`], *optional*):
-            What stands in its slots.
+            Which groups fill the slots of the batch. `None` if groups are not selected.
         rewards (`torch.Tensor` of shape `(N, F)`, *optional*):
-            Rewards of the batch that TRL logs, of all ranks.
+            Rewards of all ranks for the completions that TRL logs.
         step_rewards (`list[dict]`):
-            Rewards by step, for each row of this rank that is trained on: by column of the rewards.
+            For each of this rank's completions that are trained on, the step rewards by column of `rewards`.
         logged_prompts (`list`, *optional*):
-            The prompts to log, where TRL was given different ones to render.
+            This rank's prompts to log, if TRL was given different ones to render.
         extras (`tuple[torch.Tensor, ...]`):
-            What the policy's pass over the batch gave beside TRL's three tensors.
+            Tensors that the policy's pass over the batch returned after TRL's three.
     """
 
     rows: Rows = field(default_factory=list)

@@ -1,16 +1,17 @@
 """
-The micro-batches in which selected rollouts travel to the loss.
+The micro-batches in which selected rollouts enter the loss.
 
 TRL pads every micro-batch to the longest prompt and completion of the whole generation batch, and computes rows that
-can't move the policy. Here the rows of one optimizer step are sorted by length and dealt again, over its micro-batches
-and over the processes, so that all carry about equally many tokens; each micro-batch is cut to its own longest row;
-rows that contribute nothing are left out, and copies inside a step become weights. The gradient stays TRL's: a row
-never leaves the optimizer step that TRL dealt it to, and what is not exact for a loss is not done ([`exact_savings`]).
+can't move the policy. Here the rows of one optimizer step are sorted by length and dealt again over its micro-batches
+and over the processes, so that all micro-batches have about the same number of tokens. Each micro-batch is cut to its
+own longest row, rows that contribute nothing are left out, and copies within a step become weights. The gradient is
+TRL's: a row never leaves the optimizer step to which TRL dealt it, and nothing is done that is not exact for the loss
+([`exact_savings`]).
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,29 +24,29 @@ from .packing import FEWEST_COLUMNS, FILLER, RowSizes, Width, deal, pack
 
 MicroBatch = dict[str, Any]
 
-# Under which a micro-batch carries its [`Fit`], and rows the number of the row they are a copy of
+# Keys of a micro-batch: its [`Fit`], and for each row the number of the row that it is a copy of
 FIT, SOURCE_ROW = "fit", "source_row"
-# A row without weight has no token in the loss. Its prompt may be cut, so that its ratios are made 1: an infinite one
-# times a mask of 0 would not be 0
+# Values that make a filler of a row: no token is in the loss. Ratios become 1 because the filler's prompt may be cut:
+# an infinite ratio times a mask of 0 would not be 0.
 NEUTRAL = {"completion_mask": 0, "old_per_token_logps": 0, "importance_sampling_ratio": 1}
 
 
 # Rows and their tensors
 
 
-class Rows(NamedTuple):
+class RowSummary(NamedTuple):
     """
-    What the deal depends on, by row.
+    What of each row decides to which micro-batch it is dealt.
 
     Args:
         prompt, completion (`torch.Tensor` of shape `(N,)`):
             Columns that the row needs.
         tokens (`torch.Tensor` of shape `(N,)`):
-            Tokens in the loss.
+            Number of its tokens in the loss.
         contributes (`torch.Tensor` of shape `(N,)`):
-            1 where the row can move the policy.
+            1 if the row can move the policy.
         source (`torch.Tensor` of shape `(N,)`):
-            Equal for copies of one row, −1 where there are none.
+            The same number for all copies of a row; −1 if nothing was copied.
     """
 
     prompt: torch.Tensor
@@ -60,20 +61,20 @@ def _needed(mask: torch.Tensor) -> torch.Tensor:
     return (mask.bool() * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(dim=1)
 
 
-def describe(batch: MicroBatch, skip_dead: bool) -> Rows:
+def describe(batch: MicroBatch, skip_dead: bool) -> RowSummary:
     """
     Sizes of the rows of a micro-batch, and which of them the loss needs: those with a token in the loss and, if
-    `skip_dead`, an advantage that is not exactly zero.
+    `skip_dead`, with an advantage that is not exactly zero.
     """
     mask = batch["completion_mask"]
     loss_mask = mask * batch["tool_mask"] if "tool_mask" in batch else mask
     contributes = loss_mask.any(dim=1)
     if skip_dead:
         advantages = batch["advantages"]
-        live = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
-        contributes = ((live != 0) & (loss_mask != 0)).any(dim=1)
+        per_token = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
+        contributes = ((per_token != 0) & (loss_mask != 0)).any(dim=1)
     source = batch.get(SOURCE_ROW)
-    return Rows(
+    return RowSummary(
         prompt=_needed(batch["prompt_mask"].flip(1)),
         completion=_needed(mask),
         tokens=loss_mask.sum(dim=1),
@@ -104,18 +105,18 @@ def _width(batch: MicroBatch) -> Width:
 
 
 def padded(name: str, rows: torch.Tensor, width: Width, widest: Width) -> torch.Tensor:
-    """A tensor of rows of a micro-batch of `width`, as it is in one of `widest`."""
+    """The tensor `name` of a micro-batch of `width`, padded to the columns of a micro-batch of width `widest`."""
     is_prompt = name.startswith("prompt_")
     if not is_prompt and not (rows.dim() == 2 and rows.size(1) == width.completion):
         return rows
     missing = widest.prompt - width.prompt if is_prompt else widest.completion - width.completion
-    # A ratio of 1 is what TRL has in padding
-    filler = 1 if name == "importance_sampling_ratio" else 0
-    return nn.functional.pad(rows, (missing, 0) if is_prompt else (0, missing), value=filler)
+    # In padding, TRL's ratios are 1
+    value = 1 if name == "importance_sampling_ratio" else 0
+    return nn.functional.pad(rows, (missing, 0) if is_prompt else (0, missing), value=value)
 
 
 def _joined(batches: list[MicroBatch], accelerator: Accelerator, widest: Width) -> MicroBatch:
-    """The rows of several micro-batches, and of all ranks, in one."""
+    """The rows of several micro-batches of all ranks, in one micro-batch."""
     first, width = batches[0], _width(batches[0])
     joined: MicroBatch = {}
     for name, value in first.items():
@@ -132,17 +133,19 @@ def _joined(batches: list[MicroBatch], accelerator: Accelerator, widest: Width) 
 @dataclass(frozen=True)
 class Fit:
     """
-    What a micro-batch stands for, over all ranks.
+    What a fitted micro-batch stands for, counted over all ranks. [`restate_loss_metrics`] needs it.
 
     Args:
         scale (`float`):
-            Factor on a loss that is a mean over rows: rows here over rows of TRL's micro-batch.
+            Factor on a loss that is a mean over rows: rows of this micro-batch over rows of TRL's.
         tokens, rows, fillers (`int`):
-            Loss tokens, rows, and rows that only keep collectives alive.
-        computed_tokens, computed_rows, all_tokens, all_rows (`int`):
-            Of the micro-batches it was dealt with, without and with the rows that were left out; copies count there.
+            Of this micro-batch: tokens in the loss, rows, and rows that are only there to keep collectives alive.
+        computed_tokens, computed_rows (`int`):
+            Of all micro-batches that were dealt together: tokens in the loss, and rows, of what is computed.
+        all_tokens, all_rows (`int`):
+            The same including rows that were left out and all copies.
         micro_batches (`int`):
-            How many those are.
+            Number of micro-batches that were dealt together, on each rank.
     """
 
     scale: float
@@ -159,17 +162,22 @@ class Fit:
 @dataclass
 class SavedCompute:
     """
-    What fitting changed, in totals over all processes.
+    How much less is computed than by TRL, in totals over all processes.
+
+    A *token slot* is a place in a micro-batch, rows × columns, whether it holds a token or padding.
 
     Args:
         token_slots, token_slots_trl (`int`):
-            Tokens that forward and backward pass of the loss compute, padding included: here, and in TRL's
-            micro-batches.
-        useful_tokens, dead_slots (`int`):
-            Of TRL's slots: tokens of rows that the loss needs, without padding; and slots of the other rows.
-        rows, skipped_rows, merged_rows, regrouped_rows (`int`):
-            Rows of the generation batches, and how many of them were left out, weighed as copies, and computed in
-            another micro-batch than TRL's.
+            Token slots that the forward and backward passes of the loss compute: here, and in TRL's micro-batches.
+        useful_tokens (`int`):
+            Token slots of TRL's that hold tokens of rows which the loss needs.
+        dead_slots (`int`):
+            Token slots of TRL's that belong to the other rows, including padding.
+        rows (`int`):
+            Rows of the generation batches.
+        skipped_rows, merged_rows, regrouped_rows (`int`):
+            How many of them were left out, were replaced by a copy with a weight, and were computed in a different
+            micro-batch than TRL's.
     """
 
     token_slots: int = 0
@@ -190,16 +198,16 @@ class SavedCompute:
         return 1 - self.token_slots / max(self.token_slots_trl, 1)
 
 
-def _merge_copies(joined: MicroBatch, rows: Rows) -> list[int]:
+def _merge_copies(joined: MicroBatch, rows: RowSummary) -> list[int]:
     """
-    Rows to compute, each set of copies once with the sum of their advantages as its advantage: the policy terms of
-    every loss of TRL's are homogeneous in a positive factor on the advantage.
+    The rows to compute, one of each set of copies. Its advantage is multiplied by the number of copies, in place: the
+    policy terms of all losses of TRL are homogeneous in a positive factor on the advantage.
     """
     contributing = rows.contributes.nonzero().flatten().tolist()
     copies: dict[tuple[int, int], list[int]] = {}
     for row in contributing:
         source = int(rows.source[row])
-        # Where padding counts, copies are only equal if they have as much of it
+        # If padding changes the model's outputs, rows are copies of each other only if they have the same padding
         copies.setdefault((source if source >= 0 else -2 - row, int(rows.prompt[row])), []).append(row)
     for same in copies.values():
         if len(same) > 1:
@@ -209,8 +217,8 @@ def _merge_copies(joined: MicroBatch, rows: Rows) -> list[int]:
 
 def _take(joined: MicroBatch, rows: list[int]) -> MicroBatch:
     """
-    Some of the rows. A `FILLER` is one without a token in the loss: a rank that has nothing left still takes part in
-    every collective.
+    Some of the rows. In place of a `FILLER` stands a row without a token in the loss, so that a rank that has no row
+    left still takes part in every collective.
     """
     index = torch.tensor([max(row, 0) for row in rows], device=joined["completion_ids"].device)
     taken = {
@@ -224,6 +232,94 @@ def _take(joined: MicroBatch, rows: list[int]) -> MicroBatch:
     return taken
 
 
+# One optimizer step
+
+
+@dataclass(frozen=True)
+class _StepRows:
+    """
+    The rows of one optimizer step on all ranks. They are numbered in TRL's order: by rank, then by micro-batch.
+
+    Args:
+        summary ([`RowSummary`]):
+            Of all rows.
+        columns (`torch.Tensor` of shape `(N, 2)`):
+            For each row, the columns of prompts and completions in the tensors of its rank.
+        ranks, micro_batches (`int`):
+            Number of ranks, and of micro-batches on each.
+    """
+
+    summary: RowSummary
+    columns: torch.Tensor
+    ranks: int
+    micro_batches: int
+
+    @classmethod
+    def gathered(cls, batches: list[MicroBatch], skip_dead: bool, accelerator: Accelerator) -> "_StepRows":
+        """From the micro-batches of this rank. Called on every rank."""
+        described = [describe(batch, skip_dead) for batch in batches]
+        local = torch.stack([torch.cat(column).long() for column in zip(*described, strict=True)], dim=1)  # (n, 5)
+        local = nn.functional.pad(local, (0, 2))
+        local[:, 5], local[:, 6] = _width(batches[0])
+        gathered = accelerator.gather(local).cpu()
+        summary = RowSummary(*gathered[:, :5].unbind(dim=1))
+        return cls(summary, gathered[:, 5:], accelerator.num_processes, len(batches))
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    @property
+    def widest(self) -> Width:
+        """Columns that hold the rows of all ranks."""
+        return Width(int(self.columns[:, 0].amax()), int(self.columns[:, 1].amax()))
+
+    @property
+    def rows_per_rank(self) -> int:
+        return len(self) // self.ranks
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows of one of TRL's micro-batches."""
+        return self.rows_per_rank // self.micro_batches
+
+    def place(self, row: int) -> tuple[int, int]:
+        """The rank and the micro-batch to which TRL dealt a row."""
+        return row // self.rows_per_rank, row % self.rows_per_rank // self.rows_per_batch
+
+    def count_trls(self, saved: SavedCompute) -> None:
+        """Add to `saved` what TRL computes."""
+        slots, needed = self.columns.sum(dim=1), self.summary.contributes.bool()
+        saved.rows += len(self)
+        saved.token_slots_trl += int(slots.sum())
+        saved.useful_tokens += int((self.summary.prompt + self.summary.completion)[needed].sum())
+        saved.dead_slots += int(slots[~needed].sum())
+
+    def count_ours(self, i: int, rows_by_rank: list[list[int]], widths: list[Width], saved: SavedCompute) -> None:
+        """Add to `saved` what is computed in micro-batch `i`, which has these rows and widths on the ranks."""
+        for rank, (rows, width) in enumerate(zip(rows_by_rank, widths, strict=True)):
+            saved.token_slots += len(rows) * width.total
+            saved.regrouped_rows += sum(self.place(row) != (rank, i) for row in rows if row != FILLER)
+
+    def fit(self, rows_by_rank: list[list[int]], computed: list[int], loss_type: str) -> Fit:
+        """
+        The [`Fit`] of a micro-batch that has these rows on the ranks, where `computed` are the rows that are computed
+        in all micro-batches of the step.
+        """
+        real = [row for rows in rows_by_rank for row in rows if row != FILLER]
+        size, tokens = len(rows_by_rank[0]), self.summary.tokens
+        return Fit(
+            scale=size / self.rows_per_batch if loss_type in ROW_MEAN_LOSSES else 1.0,
+            tokens=int(tokens[real].sum()),
+            rows=len(real),
+            fillers=self.ranks * size - len(real),
+            computed_tokens=int(tokens[computed].sum()),
+            computed_rows=len(computed),
+            all_tokens=int(tokens.sum()),
+            all_rows=len(self),
+            micro_batches=self.micro_batches,
+        )
+
+
 def fit_step(
     batches: list[MicroBatch],
     savings: ExactSavings,
@@ -233,99 +329,73 @@ def fit_step(
     saved: SavedCompute,
 ) -> list[MicroBatch]:
     """
-    Deal the micro-batches of one optimizer step anew. Called on every rank, with equally many micro-batches.
+    Deal the rows of one optimizer step again. Must be called on every rank, with the same number of micro-batches.
 
     Args:
         batches (`list[dict]`):
-            TRL's micro-batches, all padded alike.
+            TRL's micro-batches, all padded to the same columns.
         savings ([`ExactSavings`]):
-            What may be done.
+            The savings that may be used.
         accelerator ([`~accelerate.Accelerator`]):
-            The trainer's.
+            The trainer's accelerator.
         loss_type (`str`):
-            TRL's.
+            TRL's `loss_type`.
         multiple (`int`):
             Prompts and completions are padded to a multiple of this.
         saved ([`SavedCompute`]):
-            Counts what was saved; changed in place.
+            What was saved is added to it, in place.
 
     Returns:
-        `list[dict]`: equally many micro-batches. Their rows carry TRL's tensors; [`Fit`] is under `"fit"`.
+        `list[dict]`: the same number of micro-batches. Their rows have TRL's tensors. If rows were dealt again, the
+        [`Fit`] of a micro-batch is under `"fit"`.
     """
-    # Images stand in tensors and lists of their own, not one row a completion; some ranks may have none
+    # Images stand in tensors and lists of their own, without one row for each completion. Some ranks may have none.
     lists = sum(isinstance(value, list) for value in batches[0].values())
     has_images = bool(accelerator.gather(torch.tensor([lists], device=accelerator.device)).any())
     regroup = savings.regroup and not has_images
     trim_prompts = savings.trim_prompts and not has_images
-    described = [describe(batch, skip_dead=savings.skip_dead and regroup) for batch in batches]
-    local = torch.stack([torch.cat(column).long() for column in zip(*described, strict=True)], dim=1)  # (n, 5)
-    local = nn.functional.pad(local, (0, 2))
-    local[:, 5], local[:, 6] = _width(batches[0])
-    gathered = accelerator.gather(local).cpu()
-    rows = Rows(*gathered[:, :5].unbind(dim=1))
-    widest = Width(int(gathered[:, 5].amax()), int(gathered[:, 6].amax()))
-    saved.rows += len(gathered)
-    slots, needed = gathered[:, 5] + gathered[:, 6], rows.contributes.bool()
-    saved.token_slots_trl += int(slots.sum())
-    saved.useful_tokens += int((rows.prompt + rows.completion)[needed].sum())
-    saved.dead_slots += int(slots[~needed].sum())
+    step = _StepRows.gathered(batches, savings.skip_dead and regroup, accelerator)
+    step.count_trls(saved)
     if not trim_prompts:
-        rows = rows._replace(prompt=gathered[:, 5])
-    sizes = RowSizes(rows.prompt.tolist(), rows.completion.tolist(), multiple, widest)
-    ranks, per_rank = accelerator.num_processes, len(batches)
-    per_batch = len(local) // per_rank  # rows of TRL's micro-batch
+        step = replace(step, summary=step.summary._replace(prompt=step.columns[:, 0]))
+    sizes = RowSizes(step.summary.prompt.tolist(), step.summary.completion.tolist(), multiple, step.widest)
     if not regroup:
-        return _cut_in_place(batches, sizes, per_batch, accelerator, saved)
+        return _cut_in_place(batches, step, sizes, accelerator, saved)
 
-    joined = _joined(batches, accelerator, widest)
-    keep = _merge_copies(joined, rows) if savings.weigh_copies else rows.contributes.nonzero().flatten().tolist()
-    saved.skipped_rows += len(gathered) - int(rows.contributes.sum())
-    saved.merged_rows += int(rows.contributes.sum()) - len(keep)
-    # Absolute positions count from the first column of the padding that a row's own rank has
-    same_padding = trim_prompts or len(set(gathered[:, 5].tolist())) == 1
-    homes = None if same_padding else [row // len(local) for row in range(len(gathered))]
-    dealt = deal(sizes, keep, ranks, per_rank, homes)
-    least = Width(1 if trim_prompts else widest.prompt, min(FEWEST_COLUMNS, widest.completion))
-    fitted = []
-    for i in range(per_rank):
-        turn = [dealt[rank][i] for rank in range(ranks)]
-        real = [[row for row in rank_rows if row != FILLER] for rank_rows in turn]
-        columns = [sizes.width(rank_rows) if rank_rows else least for rank_rows in real]
-        here = accelerator.process_index
-        batch = cut(_take(joined, turn[here]), widest, columns[here])
-        together = [row for rank_rows in real for row in rank_rows]
-        saved.token_slots += sum(len(turn[0]) * width.total for width in columns)
-        for rank, rank_rows in enumerate(real):
-            saved.regrouped_rows += sum(
-                (row // len(local), row % len(local) // per_batch) != (rank, i) for row in rank_rows
-            )
-        batch[FIT] = Fit(
-            scale=len(turn[0]) / per_batch if loss_type in ROW_MEAN_LOSSES else 1.0,
-            tokens=int(rows.tokens[together].sum()),
-            rows=len(together),
-            fillers=ranks * len(turn[0]) - len(together),
-            computed_tokens=int(rows.tokens[keep].sum()),
-            computed_rows=len(keep),
-            all_tokens=int(rows.tokens.sum()),
-            all_rows=len(gathered),
-            micro_batches=per_rank,
-        )
+    joined = _joined(batches, accelerator, step.widest)
+    contributing = step.summary.contributes.nonzero().flatten().tolist()
+    computed = _merge_copies(joined, step.summary) if savings.weigh_copies else contributing
+    saved.skipped_rows += len(step) - len(contributing)
+    saved.merged_rows += len(contributing) - len(computed)
+    # Absolute positions count from the first column of the padding. If ranks have different padding, rows must stay.
+    same_padding = trim_prompts or len(set(step.columns[:, 0].tolist())) == 1
+    homes = None if same_padding else [step.place(row)[0] for row in range(len(step))]
+    dealt = deal(sizes, computed, step.ranks, step.micro_batches, homes)
+    only_fillers = Width(1 if trim_prompts else step.widest.prompt, min(FEWEST_COLUMNS, step.widest.completion))
+    here, fitted = accelerator.process_index, []
+    for i in range(step.micro_batches):
+        rows_by_rank = [of_rank[i] for of_rank in dealt]
+        real = [[row for row in rows if row != FILLER] for rows in rows_by_rank]
+        widths = [sizes.width(rows) if rows else only_fillers for rows in real]
+        step.count_ours(i, rows_by_rank, widths, saved)
+        batch = cut(_take(joined, rows_by_rank[here]), step.widest, widths[here])
+        batch[FIT] = step.fit(rows_by_rank, computed, loss_type)
         fitted.append(batch)
     return fitted
 
 
 def _cut_in_place(
-    batches: list[MicroBatch], sizes: RowSizes, per_batch: int, accelerator: Accelerator, saved: SavedCompute
+    batches: list[MicroBatch], step: _StepRows, sizes: RowSizes, accelerator: Accelerator, saved: SavedCompute
 ) -> list[MicroBatch]:
     """Every micro-batch keeps its rows and loses its padding."""
-    fitted, per_rank = [], per_batch * len(batches)
+    fitted, size = [], step.rows_per_batch
     for i, batch in enumerate(batches):
-        for rank in range(accelerator.num_processes):
-            start = rank * per_rank + i * per_batch
-            # The widest of a rank is what its own tensors have
-            width = sizes.width(list(range(start, start + per_batch)))
-            saved.token_slots += per_batch * width.total
+        for rank in range(step.ranks):
+            start = rank * step.rows_per_rank + i * size
+            width = sizes.width(list(range(start, start + size)))
+            saved.token_slots += size * width.total
             if rank == accelerator.process_index:
+                # A rank's own tensors may have fewer columns than the widest
                 fitted.append(cut(batch, _width(batch), Width(*map(min, width, _width(batch)))))
     return fitted
 
@@ -335,8 +405,8 @@ def _cut_in_place(
 
 def fitted_pass(forward: Callable[..., Any], trim_prompts: bool, multiple: int, *args: Any, **kwargs: Any) -> Any:
     """
-    TRL's pass over a whole generation batch (old policy, reference), in as many batches as TRL makes, each of rows of
-    like length and cut to its longest.
+    TRL's pass over a whole generation batch (of the old policy or the reference), in the same number of batches as
+    TRL's, but each of rows of similar length and cut to its longest row.
 
     Args:
         forward (`Callable`):
@@ -347,8 +417,9 @@ def fitted_pass(forward: Callable[..., Any], trim_prompts: bool, multiple: int, 
             Prompts and completions are padded to a multiple of this.
 
     Returns:
-        What `forward` returns, with 0 in padding as there. Where it is given images or is asked for an auxiliary loss,
-        it runs as it is. Further entries after TRL's three are tensors `(N, T + 1)`, one column for each state.
+        What `forward` returns, with 0 in padding as TRL has it. With images, or if an auxiliary loss is asked for,
+        `forward` is called unchanged. Any tensors after TRL's three have shape `(N, T + 1)`, one column for each
+        state.
     """
     given = {k: v for k, v in inspect.signature(forward).bind(*args, **kwargs).arguments.items() if v is not None}
     by_row = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -361,17 +432,18 @@ def fitted_pass(forward: Callable[..., Any], trim_prompts: bool, multiple: int, 
     prompt = _needed(mask[:, : old.prompt].flip(1)).tolist() if trim_prompts else [old.prompt] * len(ids)
     sizes = RowSizes(prompt, _needed(mask[:, old.prompt :]).tolist(), multiple, old)
     chunks = pack(sizes, list(range(len(ids))), -(-len(ids) // batch_size))
-    found: list[torch.Tensor | None] = []  # log-probabilities, entropies, auxiliary loss (none here), and the others
+    # Log-probabilities, entropies, auxiliary loss (`None` here), and any further tensors
+    whole: list[torch.Tensor | None] = []
     for rows in chunks:
         width, index = sizes.width(rows), torch.tensor(rows, device=ids.device)
         columns = slice(old.prompt - width.prompt, old.prompt + width.completion)
         cut_inputs = {name: given[name][index][:, columns] for name in by_row if name in given}
         others = {name: given[name] for name in ("model", "compute_entropy") if name in given}
         result = forward(**others, **cut_inputs, logits_to_keep=width.completion)
-        if not found:
+        if not whole:
             cut_off = old.completion - width.completion
-            found = [None if part is None else part.new_zeros(len(ids), part.size(1) + cut_off) for part in result]
-        for whole, values in zip(found, result, strict=True):
-            if whole is not None:
-                whole[index, : values.size(1)] = values
-    return tuple(found)
+            whole = [None if part is None else part.new_zeros(len(ids), part.size(1) + cut_off) for part in result]
+        for target, values in zip(whole, result, strict=True):
+            if target is not None:
+                target[index, : values.size(1)] = values
+    return tuple(whole)

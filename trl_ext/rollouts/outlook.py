@@ -1,15 +1,16 @@
 """
-Which prompts are worth generating for: the probability that a prompt's group will be live, learned from the groups
-generated so far.
+Predicts which prompts are worth generating for: the probability that the group of a prompt will be live, learned from
+the groups that were generated so far.
 
-Every prompt has a pass rate p ~ Beta(a, b). What it has shown itself is added to (a, b), as in MoPPS
-(https://huggingface.co/papers/2507.04632), where old evidence fades too because the policy moves. What it has not
-shown is read off similar prompts, its *bucket*: (a, b) is fitted to the pass rates of the bucket (empirical Bayes).
-That prompts without variance mostly stay without it from epoch to epoch, and can be skipped if some are looked at
-again, is GRESO's finding (https://huggingface.co/papers/2506.02177).
+A prompt has a pass rate p ~ Beta(a, b). The prior (a, b) is estimated from the pass rates of similar prompts, the
+prompt's *bucket* (empirical Bayes), and the prompt's own passes and failures are added to it, as in MoPPS
+(https://huggingface.co/papers/2507.04632). Like there, old evidence fades, because the policy changes. Prompts without
+variance mostly stay without it from epoch to epoch, and can be skipped if some of them are tried again now and then:
+that is GRESO's finding (https://huggingface.co/papers/2506.02177).
 
-MoPPS fades counts towards the prior. On the way a solved prompt then looks better than a new one: a fraction of a pass
-rules out p = 0 and hardly speaks for p = 1. Here the prediction fades, from the posterior's to the prior's.
+MoPPS fades the counts of a prompt towards the prior. While they fade, a prompt that was solved looks better than a new
+one, because a fraction of a pass rules out p = 0 but is hardly evidence for p = 1. Here the prediction fades instead,
+from the posterior's to the prior's.
 """
 
 import math
@@ -27,17 +28,19 @@ from .generation_batch import GenerationBatch
 from .stream import prompt_key
 
 
-# A numeric column with more distinct values than this is cut at its deciles
+# A numeric column with more distinct values than this is divided at its deciles
 MAX_DISTINCT = 10
-# A bucket weighs as much as the prior it is shrunk to once this many of its prompts have been seen
+# The estimate of a bucket is shrunk to the level above it as if that had been observed with this many prompts
 PRIOR_PROMPTS = 4.0
-# a + b: from "almost only 0 and 1" to "all prompts alike". Bounds, because few prompts can look like either.
+# Bounds of a + b, from "pass rates are almost only 0 and 1" to "all pass rates are equal". A few prompts can look like
+# either.
 CONCENTRATION = (0.05, 50.0)
-# Evidence that has faded below this share of itself is dropped, at every so many ticks
+# Evidence whose weight has faded below NEGLIGIBLE is dropped every SWEEP_EVERY ticks
 NEGLIGIBLE = 0.01
 SWEEP_EVERY = 100
 
 Bucket = tuple[str | float | bool | None, ...]
+# The bucket of all prompts
 EVERYTHING: Bucket = ()
 
 
@@ -50,12 +53,12 @@ def beta_from_moments(mean: float, second_moment: float) -> tuple[float, float]:
         mean (`float`):
             m, strictly between 0 and 1.
         second_moment (`float`):
-            q. From groups of k passes in n, take the mean of k (k − 1) / (n (n − 1)), whose expectation is p²: then
-            this is the moment fit of the beta-binomial. The mean of (k / n)² would count the noise of n draws as
-            differences between prompts.
+            q. For groups of k passes in n completions this is the mean of k (k − 1) / (n (n − 1)), whose expectation
+            is p², which makes the result the moment estimate of the beta-binomial. The mean of (k / n)² would count
+            the noise of n draws as differences between prompts.
 
     Returns:
-        `tuple[float, float]`: a, b. Their sum is held within `CONCENTRATION`.
+        `tuple[float, float]`: a and b, with a sum within `CONCENTRATION`.
     """
     low, high = CONCENTRATION
     variance = second_moment - mean**2
@@ -66,14 +69,14 @@ def beta_from_moments(mean: float, second_moment: float) -> tuple[float, float]:
 
 def mixed_probability(a: float, b: float, num_generations: int) -> float:
     """
-    Probability that G completions neither all pass nor all fail, p ~ Beta(a, b): 1 − E[p^G] − E[(1 − p)^G], where
-    E[p^G] = Π_{i<G} (a + i) / (a + b + i) (beta-binomial).
+    Probability that G completions of a prompt with pass rate p ~ Beta(a, b) neither all pass nor all fail:
+    1 − E[p^G] − E[(1 − p)^G], where E[p^G] = Π_{i<G} (a + i) / (a + b + i) (beta-binomial).
 
     Args:
         a, b (`float`):
             Parameters of the Beta distribution.
         num_generations (`int`):
-            G.
+            G, the size of a group.
     """
     all_pass = math.prod((a + i) / (a + b + i) for i in range(num_generations))
     all_fail = math.prod((b + i) / (a + b + i) for i in range(num_generations))
@@ -82,11 +85,19 @@ def mixed_probability(a: float, b: float, num_generations: int) -> float:
 
 class GroupStats(NamedTuple):
     """
-    What one group says about prompts like its own, or the faded sum of that over the prompts of a bucket.
+    What one group shows about similar prompts, or the faded sum of that over the prompts of a bucket.
 
-    `pass_rate` is k / n and `pair_rate` k (k − 1) / (n (n − 1)) for k passes in n completions; `constant` counts the
-    groups whose completions all pass or all fail, `constant_live` those of them that are live all the same, as graded
-    rewards allow.
+    Args:
+        prompts (`float`):
+            Number of prompts: 1 for a group.
+        pass_rate (`float`):
+            k / n for k passes in n completions.
+        pair_rate (`float`):
+            k (k − 1) / (n (n − 1)).
+        constant (`float`):
+            1 if all completions pass or all fail.
+        constant_live (`float`):
+            1 if that is so and the group is live nevertheless, which it can be if rewards are graded.
     """
 
     prompts: float = 0.0
@@ -95,12 +106,38 @@ class GroupStats(NamedTuple):
     constant: float = 0.0
     constant_live: float = 0.0
 
+    @classmethod
+    def of_group(cls, solved: int, tried: int, live: bool) -> "GroupStats":
+        """Of a group with `solved` passes in `tried` completions."""
+        constant = float(solved in (0, tried))
+        return cls(
+            prompts=1.0,
+            pass_rate=solved / tried,
+            pair_rate=solved * (solved - 1) / (tried * (tried - 1)),
+            constant=constant,
+            constant_live=constant * live,
+        )
+
     def plus(self, weight: float, other: "GroupStats") -> "GroupStats":
         return GroupStats(*(mine + weight * its for mine, its in zip(self, other, strict=True)))
 
 
 class PromptHistory(NamedTuple):
-    """Faded counts of a prompt as of `tick`, when it was last observed, and its group of then, for its bucket."""
+    """
+    The evidence of one prompt.
+
+    Args:
+        tick (`int`):
+            When the prompt was last observed. The counts are faded as of then.
+        bucket (`Bucket`):
+            The bucket to which `latest` was added.
+        solved, tried (`float`):
+            Completions that passed, and all completions.
+        constant, constant_live (`float`):
+            Groups whose completions all passed or all failed, and how many of these were live.
+        latest (`GroupStats`):
+            The prompt's last group, which stands for the prompt in its bucket.
+    """
 
     tick: int
     bucket: Bucket
@@ -111,35 +148,37 @@ class PromptHistory(NamedTuple):
     latest: GroupStats
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PromptHistory":
-        return self  # immutable: states hold one for every prompt, and copies of states are made at every batch
+        return self  # immutable; the state holds one for every prompt, and is copied for every batch
 
 
 class PromptOutlook:
     """
-    Predicts which prompts will have live groups, and chooses among candidates by it.
+    Predicts which prompts will have live groups, and chooses among candidates by that prediction.
 
-    Every rank holds one and calls it with the same arguments: then all predict and choose alike.
+    Every rank has its own and calls it with the same arguments, so that all ranks predict and choose alike.
 
-    Prompts with equal values in `columns` share a bucket. A number stands for a range of its like: the decile it lies
-    in where [`set_bins`] has seen the column, and else what is left of it at one significant digit (34 and 0.27 count
-    as 30 and 0.3), which needs no look ahead and so works for iterable data sets. `None` and NaN are a value too.
+    Prompts with equal values in `columns` share a bucket. A number stands for a range of numbers: the decile in which
+    it lies if [`set_bins`] has seen the column. Otherwise it is rounded to one significant digit (34 and 0.27 count as
+    30 and 0.3); this doesn't need all values in advance, so that it works for iterable data sets. `None` and NaN count
+    as a value.
 
-    A bucket counts each of its prompts once, by its latest group, so that a prompt chosen often doesn't pass for many.
+    A bucket counts each of its prompts once, by its latest group, so that a prompt that is chosen often doesn't count
+    as many prompts.
 
     Args:
         columns (`list[str]`):
-            Columns of the data set that tell which prompts are similar (source, level, difficulty). May be empty:
-            then all prompts are.
+            Columns of the data set that tell which prompts are similar (source, level, difficulty). If there are none,
+            all prompts are similar.
         num_generations (`int`):
-            G, completions in a group.
+            G, the size of a group.
         success_threshold (`float`):
-            A completion passes from this outcome reward on.
+            A completion passes if its outcome reward is at least this.
         seed (`int`):
             Seed of the exploration.
         memory (`float`, *optional*, defaults to `0.99`):
-            Weight that evidence keeps at every [`tick`]. At the default it halves in 69 generation batches.
+            Factor on the weight of all evidence at every [`tick`]. The default halves it in 69 generation batches.
         exploration (`float`, *optional*, defaults to `0.25`):
-            Share of the choices that is drawn blindly.
+            Share of the prompts that is chosen at random.
     """
 
     def __init__(
@@ -158,22 +197,22 @@ class PromptOutlook:
         self.exploration = exploration
         self._generator = torch.Generator().manual_seed(seed)
         self._now = 0
-        # Inner edges of a column's bins; `None` where its values stand for themselves
+        # Inner edges of a column's bins; `None` if each value is a bin of its own
         self._edges: dict[str, list[float] | None] = {}
         self._prompts: dict[str, PromptHistory] = {}
-        # With the tick that the sums are faded to
+        # By bucket: the tick as of which the sums are faded, and the sums
         self._buckets: dict[Bucket, tuple[int, GroupStats]] = {}
 
     # Similarity
 
     def set_bins(self, values_by_column: Mapping[str, Sequence[Any]]) -> None:
         """
-        Cut numeric columns with more than `MAX_DISTINCT` distinct values at their deciles; values of the others stand
-        for themselves. Call it before anything is observed.
+        Divide numeric columns with more than `MAX_DISTINCT` distinct values at their deciles. In other columns each
+        value is a bin of its own. Must be called before anything is observed.
 
         Args:
             values_by_column (`Mapping[str, Sequence]`):
-                All values of a column. Columns left out keep the rule of one significant digit.
+                All values, by column. Numbers of columns that are left out are rounded to one significant digit.
         """
         for column in self.columns:
             if column in values_by_column:
@@ -198,7 +237,7 @@ class PromptOutlook:
     # Evidence
 
     def tick(self) -> None:
-        """A generation batch has passed: what was observed before it fades."""
+        """Called once for each generation batch: what was observed earlier fades."""
         self._now += 1
         if self._now % SWEEP_EVERY == 0:
             self._prompts = {k: v for k, v in self._prompts.items() if self._fade(v.tick) >= NEGLIGIBLE}
@@ -209,7 +248,7 @@ class PromptOutlook:
             }
 
     def _fade(self, tick: int) -> float:
-        """What is left of evidence as of `tick`: looked up when it is read, so that a tick costs nothing."""
+        """Weight of evidence as of `tick`. It is applied when evidence is read, so that a tick costs nothing."""
         return self.memory ** (self._now - tick)
 
     def observe(self, rows: Sequence[dict[str, Any]], outcomes: torch.Tensor, live: list[bool]) -> None:
@@ -218,44 +257,41 @@ class PromptOutlook:
 
         Args:
             rows (`list[dict]`):
-                Data set rows, one a group.
+                Data set rows, one for each group.
             outcomes (`torch.Tensor` of shape `(P, G)`):
-                Outcome rewards, NaN = not applicable. A group with fewer than two of them can't be live, so it counts
-                as one whose completions all fail.
+                Outcome rewards by group, NaN = not applicable. A group with fewer than two outcome rewards can't be
+                live, so that it counts as a group whose completions all fail.
             live (`list[bool]`):
-                Which groups are live.
+                For each group, whether it is live.
         """
-        # Compared as tensors, as `census` does: 0.7 in float32 is below the double 0.7
+        # Compared as tensors, as in `census`: 0.7 in float32 is smaller than the double 0.7
         passes = (outcomes >= self.success_threshold).sum(dim=1).tolist()
         rewarded = (~outcomes.isnan()).sum(dim=1).tolist()
         for row, k, n, is_live in zip(rows, passes, rewarded, live, strict=True):
             solved, tried = (k, n) if n >= 2 else (0, max(2, outcomes.shape[1]))
-            constant = float(solved in (0, tried))
-            latest = GroupStats(
-                prompts=1.0,
-                pass_rate=solved / tried,
-                pair_rate=solved * (solved - 1) / (tried * (tried - 1)),
-                constant=constant,
-                constant_live=constant * is_live,
-            )
-            key, bucket = prompt_key(row), self._bucket(row)
-            known = self._prompts.get(key)
-            if known:
-                self._add(known.bucket, -self._fade(known.tick), known.latest)
-            self._add(bucket, 1.0, latest)
-            before = known or PromptHistory(self._now, bucket, 0.0, 0.0, 0.0, 0.0, GroupStats())
-            fade = self._fade(before.tick)
-            self._prompts[key] = PromptHistory(
-                tick=self._now,
-                bucket=bucket,
-                solved=fade * before.solved + solved,
-                tried=fade * before.tried + tried,
-                constant=fade * before.constant + latest.constant,
-                constant_live=fade * before.constant_live + latest.constant_live,
-                latest=latest,
-            )
+            self._observe_group(row, solved, tried, is_live)
+
+    def _observe_group(self, row: dict[str, Any], solved: int, tried: int, live: bool) -> None:
+        latest = GroupStats.of_group(solved, tried, live)
+        key, bucket = prompt_key(row), self._bucket(row)
+        known = self._prompts.get(key)
+        if known:
+            self._add(known.bucket, -self._fade(known.tick), known.latest)
+        self._add(bucket, 1.0, latest)
+        before = known or PromptHistory(self._now, bucket, 0.0, 0.0, 0.0, 0.0, GroupStats())
+        fade = self._fade(before.tick)
+        self._prompts[key] = PromptHistory(
+            tick=self._now,
+            bucket=bucket,
+            solved=fade * before.solved + solved,
+            tried=fade * before.tried + tried,
+            constant=fade * before.constant + latest.constant,
+            constant_live=fade * before.constant_live + latest.constant_live,
+            latest=latest,
+        )
 
     def _levels(self, bucket: Bucket) -> list[Bucket]:
+        """All prompts, and below them the bucket."""
         return [EVERYTHING, bucket] if bucket else [EVERYTHING]
 
     def _sums(self, bucket: Bucket) -> GroupStats:
@@ -265,24 +301,24 @@ class PromptOutlook:
     def _add(self, bucket: Bucket, weight: float, stats: GroupStats) -> None:
         for level in self._levels(bucket):
             sums = self._sums(level).plus(weight, stats)
-            # Taking out what was put in leaves rounding errors of either sign
+            # Subtracting what was added leaves rounding errors of either sign
             self._buckets[level] = (self._now, GroupStats(*(max(0.0, value) for value in sums)))
 
     # Prediction
 
     def live_probability(self, row: dict[str, Any]) -> float:
         """
-        Probability that the group of a prompt will be live, were it generated now.
+        Probability that the group of a prompt would be live if it were generated now.
 
-        For a prompt never seen it is P(mixed) + (1 − P(mixed)) · P(live | constant). The first is
-        [`mixed_probability`] for the prior Beta(a, b); the second, 0 for binary rewards, is the rate at which groups
-        that all pass or all fail were live. For one seen before, (a, b) becomes (a + solved, b + failed), and its own
-        constant groups are added to one with the rate of its bucket. That holds with probability `memory` to the power
-        of the ticks since; otherwise the prompt is like one never seen.
+        For a new prompt this is P(mixed) + (1 − P(mixed)) · P(live | constant). P(mixed) is [`mixed_probability`] for
+        the prior Beta(a, b). P(live | constant) is the rate at which groups whose completions all pass or all fail
+        were live; it is 0 for binary rewards. For a prompt that was observed, (a, b) becomes (a + solved, b + failed),
+        and its own constant groups are added to one group with the rate of its bucket. This prediction holds with
+        probability `memory` to the power of the ticks since the observation; otherwise the prompt counts as new.
 
-        The prior of a bucket comes from the moments of all prompts and of its own, each level shrunk to the one above
-        as if `PRIOR_PROMPTS` of that had been seen in it; above all prompts stand the uniform distribution and no
-        constant group that is live.
+        The prior of a bucket comes from the moments of all prompts and of the bucket's. The estimate of each level is
+        shrunk to the one of the level above, as if that had been observed with `PRIOR_PROMPTS` prompts. Above all
+        prompts is the uniform distribution, with no live constant group.
 
         Args:
             row (`dict`):
@@ -296,14 +332,14 @@ class PromptOutlook:
             second_moment = (seen.pair_rate + PRIOR_PROMPTS * second_moment) / weight
             constant_live = (seen.constant_live + PRIOR_PROMPTS * constant_live) / (seen.constant + PRIOR_PROMPTS)
         a, b = beta_from_moments(mean, second_moment)
-        like_new = self._live_probability(a, b, constant_live)
+        if_new = self._live_probability(a, b, constant_live)
         own = self._prompts.get(prompt_key(row))
         if own is None:
-            return like_new
+            return if_new
         constant_live = (own.constant_live + constant_live) / (own.constant + 1)
-        as_seen = self._live_probability(a + own.solved, b + own.tried - own.solved, constant_live)
-        still = self._fade(own.tick)
-        return still * as_seen + (1 - still) * like_new
+        if_unchanged = self._live_probability(a + own.solved, b + own.tried - own.solved, constant_live)
+        unchanged = self._fade(own.tick)
+        return unchanged * if_unchanged + (1 - unchanged) * if_new
 
     def _live_probability(self, a: float, b: float, constant_live: float) -> float:
         mixed = mixed_probability(a, b, self.num_generations)
@@ -311,25 +347,26 @@ class PromptOutlook:
 
     def choose(self, rows: Sequence[dict[str, Any]], count: int, progress: float = 0.0, dealt: int = 0) -> list[int]:
         """
-        See [`PromptChooser.choose`]: a share `exploration` is chosen blindly (from the dealt candidates, where there
-        are any), so that no prompt is given up for good and buckets are judged by more than their best; the others by
-        their probability of being live. Of equally probable ones the first are chosen.
+        See [`PromptChooser.choose`]. A share `exploration` of the prompts is chosen at random, from the dealt
+        candidates if there are any, so that no prompt is given up for good and buckets are judged by more than their
+        best prompts. The other prompts are those with the highest probability of a live group; of equally probable
+        ones, the first.
         """
         if count >= len(rows):
             return list(range(len(rows)))
-        # Rounded up or down at random: the share holds on average even where a single prompt is chosen
+        # Rounded up or down at random, so that the share holds on average even if a single prompt is chosen
         chance = torch.rand((), dtype=torch.float64, generator=self._generator).item()
-        share = min(math.floor(self.exploration * count + chance), count)
+        explored = min(math.floor(self.exploration * count + chance), count)
         pool = min(dealt or len(rows), len(rows))
-        blind = torch.randperm(pool, generator=self._generator)[:share].tolist()
-        rest = sorted(set(range(len(rows))) - set(blind))
+        at_random = torch.randperm(pool, generator=self._generator)[:explored].tolist()
+        rest = sorted(set(range(len(rows))) - set(at_random))
         rest.sort(key=lambda i: -self.live_probability(rows[i]))
-        return sorted(blind + rest[: count - len(blind)])
+        return sorted(at_random + rest[: count - len(at_random)])
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was learned. Later calls leave it alone."""
+        """Everything that was learned. It doesn't change when the outlook is called again."""
         return {
             "now": self._now,
             "generator": self._generator.get_state(),
@@ -339,6 +376,7 @@ class PromptOutlook:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of [`state_dict`]."""
         self._now = state["now"]
         self._generator.set_state(state["generator"].cpu())
         self._edges = dict(state["edges"])
@@ -346,17 +384,18 @@ class PromptOutlook:
         self._buckets = dict(state["buckets"])
 
 
-# Half-lives of 3, 14 and 69 generation batches. How fast a policy moves depends on learning rate, updates and task.
+# Half-lives of 3, 14 and 69 generation batches. How fast a policy changes depends on learning rate, updates and task.
 MEMORIES = (0.8, 0.95, 0.99)
-# Weight of what was predicted before, at each tick: the last ten batches or so decide
+# Factor on the log-likelihood of earlier predictions at each tick, so that about the last ten batches decide
 TRUST_MEMORY = 0.9
 
 
 class AdaptiveOutlook(PromptChooser):
     """
-    Several [`PromptOutlook`]s that forget at different speeds: the one that foretold best which groups were live in
-    the recent past predicts and chooses. A fast policy makes old evidence wrong, a slow one makes forgetting a waste;
-    which it is, the groups tell (prequential choice by the log-likelihood of their outcomes).
+    Several [`PromptOutlook`]s that forget at different speeds. The one that predicted best in the recent past which
+    groups are live makes the prediction and the choice, measured by the log-likelihood of its predictions (prequential
+    model selection). If the policy changes fast, old evidence is wrong; if it changes slowly, forgetting wastes
+    evidence.
 
     Args:
         columns, num_generations, success_threshold, seed, exploration:
@@ -382,7 +421,7 @@ class AdaptiveOutlook(PromptChooser):
 
     @classmethod
     def for_run(cls, dataset: Any, config: Any) -> Self:
-        """The outlook of a run, from a trainer's data set and [`~trl_ext.GRPOConfig`]."""
+        """The outlook for a run with a trainer's data set and [`~trl_ext.GRPOConfig`]."""
         columns = config.similar_prompts_columns or []
         exploration = config.refill_exploration
         own = cls(columns, config.num_generations, config.success_threshold, config.seed, exploration=exploration)
@@ -392,7 +431,7 @@ class AdaptiveOutlook(PromptChooser):
 
     @property
     def best(self) -> PromptOutlook:
-        """The one to listen to; of equals, the one that remembers longest."""
+        """The one that predicted best; of equally good ones, the one that remembers longest."""
         return max(reversed(self.outlooks), key=lambda outlook: self._log_likelihoods[self.outlooks.index(outlook)])
 
     def set_bins(self, values_by_column: Mapping[str, Sequence[Any]]) -> None:
@@ -401,10 +440,11 @@ class AdaptiveOutlook(PromptChooser):
             outlook.set_bins(values_by_column)
 
     def begin(self, trainer: Any) -> None:
+        """Evidence fades with each generation batch."""
         self.tick()
 
     def end(self, trainer: Any, batch: GenerationBatch) -> None:
-        """Logs how many of the prompts that the loader dealt were replaced."""
+        """Logs how many prompts that the loader dealt were replaced."""
         trainer.train_metrics["selection/prompts_replaced"].append(batch.replaced)
 
     def tick(self) -> None:
@@ -414,12 +454,12 @@ class AdaptiveOutlook(PromptChooser):
             outlook.tick()
 
     def observe(self, rows: Sequence[dict[str, Any]], outcomes: torch.Tensor, live: list[bool]) -> None:
-        """See [`PromptOutlook.observe`]. What each had predicted is counted before it learns."""
+        """See [`PromptOutlook.observe`]. Each outlook's predictions are scored before it learns from the groups."""
         for i, outlook in enumerate(self.outlooks):
             for row, is_live in zip(rows, live, strict=True):
                 predicted = outlook.live_probability(row)
                 likelihood = predicted if is_live else 1 - predicted
-                self._log_likelihoods[i] += math.log(max(likelihood, 0.01))  # no single surprise decides
+                self._log_likelihoods[i] += math.log(max(likelihood, 0.01))  # so that no single group decides
             outlook.observe(rows, outcomes, live)
 
     def live_probability(self, row: dict[str, Any]) -> float:
@@ -431,23 +471,24 @@ class AdaptiveOutlook(PromptChooser):
         return self.best.choose(rows, count, progress, dealt)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was learned. Later calls leave it alone."""
+        """Everything that was learned. It doesn't change when the outlook is called again."""
         outlooks = [outlook.state_dict() for outlook in self.outlooks]
         return {"outlooks": outlooks, "log_likelihoods": list(self._log_likelihoods)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of [`state_dict`]."""
         for outlook, saved in zip(self.outlooks, state["outlooks"], strict=True):
             outlook.load_state_dict(saved)
         self._log_likelihoods = list(state["log_likelihoods"])
 
 
 def _number(value: Any) -> float:
-    """A numeric value as a float, NaN for what is no number."""
+    """A number as a float; NaN for anything else."""
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
 
 
-# Which prompts refilling generates for: from the data set and the configuration of a trainer to a chooser. A new way
-# is a chooser and an entry here.
+# By `refill_draws`: a function from a trainer's data set and configuration to the chooser of its prompts. A new way to
+# choose them is a chooser and an entry here.
 REFILL_DRAWS: dict[str, Callable[[Any, Any], PromptChooser]] = {
     "blind": lambda dataset, config: PromptChooser(),
     "informed": AdaptiveOutlook.for_run,

@@ -1,5 +1,5 @@
 """
-Prompts that come as token ids: text for whoever reads it (reward functions, logs), the ids for whoever generates.
+Prompts that are given as token ids. Reward functions and logs see them as text; generation starts from the ids.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,8 @@ from datasets import Dataset
 
 class TokenizedPrompt(str):
     """
-    The text of a prompt, with the token ids it stands for: they are what is generated from, not the text's.
+    The text of a prompt that was given as token ids. Completions are generated from these ids; the text is not
+    tokenized again.
 
     Attributes:
         input_ids (`list[int]`):
@@ -30,25 +31,28 @@ class TokenizedPrompt(str):
 
 def with_tokenized_prompts(dataset: Dataset, decode: Callable[[list[int]], str]) -> Dataset:
     """
-    A data set of `input_ids`, as TRL's earlier PPO trainer took it, with a column `prompt`. Padding that an
-    `attention_mask` shows is left out.
+    Add a column `prompt` to a data set of `input_ids`, as TRL's PPO trainer took it up to 1.12.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            With a column `input_ids`.
+            Data set with a column `input_ids`. If it has a column `attention_mask`, tokens with a 0 in it are padding
+            and are left out of the prompt.
         decode (`Callable`):
             From token ids to text.
+
+    Returns:
+        [`~datasets.Dataset`]: its prompts are [`TokenizedPrompt`]s.
     """
 
-    def kept(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def without_padding(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         masks = rows.get("attention_mask") or [[1] * len(ids) for ids in rows["input_ids"]]
         pairs = zip(rows["input_ids"], masks, strict=True)
         return {"prompt": [[token for token, shown in zip(*pair, strict=True) if shown] for pair in pairs]}
 
-    def prompts(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        if "prompt" not in rows:  # another column may be asked for alone
+    def with_text(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if "prompt" not in rows:  # a different column may be read alone
             return rows
         return {**rows, "prompt": [TokenizedPrompt(decode(ids), ids) for ids in rows["prompt"]]}
 
-    # The ids stand in the column itself: `input_ids` is what a trainer may drop
-    return dataset.with_format(None).map(kept, batched=True).with_transform(prompts)
+    # The column `prompt` holds the ids itself, because a trainer may drop the column `input_ids`
+    return dataset.with_format(None).map(without_padding, batched=True).with_transform(with_text)

@@ -1,6 +1,7 @@
 """
-Replay: rows of earlier generation batches come back beside the new ones. They keep the log-probabilities that they
-were sampled with, so that the importance ratio, and its clip, correct for how far the policy has moved.
+Replay: rows of earlier generation batches are trained on again, together with new ones. They keep the
+log-probabilities with which they were sampled, so that the importance ratio and its clipping correct for the change of
+the policy since then.
 """
 
 from typing import Any
@@ -13,13 +14,13 @@ from .packing import Width
 
 class ReplayBuffer:
     """
-    Rows of the last generation batches of this process.
+    The rows of this process's last generation batches.
 
     Args:
         capacity (`int`):
-            Generation batches that are kept.
+            Number of generation batches that are kept.
         seed (`int`):
-            Of the draws.
+            Seed of the draws.
     """
 
     def __init__(self, capacity: int, seed: int) -> None:
@@ -31,26 +32,27 @@ class ReplayBuffer:
         return sum(len(batch["completion_ids"]) for batch in self.batches)
 
     def add(self, micro_batches: list[MicroBatch]) -> None:
-        """Take in a generation batch; the oldest leaves."""
+        """Add a generation batch. If there are more than `capacity`, the oldest is dropped."""
         rows = {
             name: torch.cat([batch[name] for batch in micro_batches]).detach()
             for name, value in micro_batches[0].items()
-            if isinstance(value, torch.Tensor) and value.dim() and name != SOURCE_ROW  # of another batch
+            # Numbers of source rows mean nothing in a different batch
+            if isinstance(value, torch.Tensor) and value.dim() and name != SOURCE_ROW
         }
         self.batches = [*self.batches, rows][-self.capacity :]
 
     def draw(self, count: int) -> list[MicroBatch]:
-        """`count` different rows, each as a batch of one."""
+        """`count` different rows at random, each as a batch of one row. Fewer if the buffer holds fewer."""
         sizes = [len(batch["completion_ids"]) for batch in self.batches]
-        places = [(b, row) for b, size in enumerate(sizes) for row in range(size)]
+        places = [(batch, row) for batch, size in zip(self.batches, sizes, strict=True) for row in range(size)]
         chosen = torch.randperm(len(places), generator=self.generator)[:count].tolist()
         return [
-            {name: value[places[i][1]].unsqueeze(0) for name, value in self.batches[places[i][0]].items()}
-            for i in chosen
+            {name: value[row].unsqueeze(0) for name, value in batch.items()}
+            for batch, row in (places[i] for i in chosen)
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of this process must hold."""
+        """The state that a checkpoint must hold for this process."""
         return {"batches": self.batches, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -59,25 +61,27 @@ class ReplayBuffer:
         self.generator.set_state(state["generator"].cpu())
 
 
-def _of(part: MicroBatch, name: str) -> torch.Tensor:
-    """A tensor of a micro-batch; what not every generation batch has is filled in."""
-    mask = part["completion_mask"]
-    if name == "tool_mask" and name not in part:
-        return torch.ones_like(mask)  # all tokens are the policy's
-    if name == SOURCE_ROW and name not in part:
-        return mask.new_full((len(mask),), -1)  # no copies
-    tensor: torch.Tensor = part[name]
+def _tensor(batch: MicroBatch, name: str) -> torch.Tensor:
+    """A tensor of a micro-batch, with a default for those that not every generation batch has."""
+    mask = batch["completion_mask"]
+    if name == "tool_mask" and name not in batch:
+        return torch.ones_like(mask)  # the policy wrote all tokens
+    if name == SOURCE_ROW and name not in batch:
+        return mask.new_full((len(mask),), -1)  # nothing was copied
+    tensor: torch.Tensor = batch[name]
     return tensor
 
 
 def append_rows(batch: MicroBatch, rows: list[MicroBatch]) -> MicroBatch:
-    """A micro-batch with further rows; all are padded to the widest prompt and completion among them."""
+    """A micro-batch with further rows, all padded to the longest prompt and the longest completion among them."""
     parts = [batch, *rows]
     widths = [Width(part["prompt_ids"].size(1), part["completion_ids"].size(1)) for part in parts]
     widest = Width(max(width.prompt for width in widths), max(width.completion for width in widths))
     joined, device = dict(batch), batch["completion_ids"].device
     names = (name for part in parts for name, value in part.items() if isinstance(value, torch.Tensor) and value.dim())
     for name in dict.fromkeys(names):
-        together = [padded(name, _of(part, name), width, widest) for part, width in zip(parts, widths, strict=True)]
+        together = [
+            padded(name, _tensor(part, name), width, widest) for part, width in zip(parts, widths, strict=True)
+        ]
         joined[name] = torch.cat([tensor.to(device) for tensor in together])
     return joined

@@ -1,5 +1,5 @@
 """
-One completion, with everything TRL needs to go on as if it had just generated it.
+A completion with everything that TRL needs to continue as if it had just generated it.
 """
 
 from collections.abc import Callable
@@ -16,24 +16,24 @@ class Rollout:
 
     Args:
         row (`dict`):
-            The data set row it came from, with the extra fields of a `rollout_func`.
+            The data set row of its prompt, with the extra fields that a `rollout_func` returned.
         prompt (`str` or `list[dict]`):
             The prompt as TRL prepared it (images and observations included).
         prompt_ids, completion_ids (`list[int]`):
             Token ids.
         tool_mask (`list[int]`, *optional*):
-            1 on tokens the policy wrote, 0 on tokens that a tool or an environment wrote.
+            1 on tokens that the policy wrote, 0 on tokens that a tool or an environment wrote.
         completion (`str` or `list[dict]`):
             The completion as the reward functions saw it.
         logprobs (`list[float]`, *optional*):
-            Sampling log-probabilities, where the generation backend gives them.
+            Sampling log-probabilities in nats, if the generation backend returns them.
         images, tool_images (`list`, *optional*):
-            Images of the prompt and of the tools.
+            Images of the prompt, and images that tools returned.
         extra_logs (`dict`):
             What the reward functions logged about this completion (`log_extra`).
         step_rewards (`dict`):
-            Rewards by step ([`~trl_ext.rewards.steps.StepRewards`]), for each function that returned them, by its
-            place among the functions.
+            Step rewards ([`~trl_ext.rewards.steps.StepRewards`]) of the functions that returned such, by the
+            function's position among the reward functions.
     """
 
     row: dict[str, Any]
@@ -56,9 +56,9 @@ class ScoredRound:
 
     Args:
         rollouts (`list[Rollout]`):
-            The completions of this rank, groups side by side in global order.
+            The completions of this rank, in global order. Those of a group are next to each other.
         rewards (`torch.Tensor` of shape `(N, F)`):
-            Rewards of the completions of all ranks, in global order, NaN = not applicable.
+            Rewards of the completions of all ranks by F functions, in global order, NaN = not applicable.
     """
 
     rollouts: list[Rollout]
@@ -72,14 +72,14 @@ class ScoredGroups:
 
     Args:
         rewards (`torch.Tensor` of shape `(P, G, F)`):
-            Rewards of G completions for each of P prompts by F functions, the same on every rank; NaN = not
+            Rewards of G completions for each of P prompts by F functions, the same on every rank, NaN = not
             applicable.
         reward_func_names (`list[str]`):
             Names of the functions.
         generated_tokens (`int`):
-            Completion tokens of all ranks.
+            Number of completion tokens on all ranks, without those that tools or environments wrote.
         rollouts (`list[Rollout]`):
-            The completions of this rank, groups side by side in global order.
+            The completions of this rank, in global order. Those of a group are next to each other.
     """
 
     rewards: torch.Tensor
@@ -88,7 +88,8 @@ class ScoredGroups:
     rollouts: list[Rollout]
 
 
-# What TRL's `_generate` returns.
+# What TRL's `_generate` returns: prompt ids, completion ids, tool mask, completions, log-probabilities, extra fields,
+# images, images of tools
 Generation = tuple[list[list[int]], list[list[int]], Any, list[Any], Any, dict[str, Any], Any, list[Any]]
 
 
@@ -98,8 +99,8 @@ def _optional(values: Any, index: int) -> Any:
 
 def rollouts_of(rows: list[dict[str, Any]], prompts: list[Any], generation: Generation) -> list[Rollout]:
     """
-    Take apart what TRL's `_generate` returned. The extra fields of a `rollout_func` are merged into `rows` in place,
-    where reward functions look for them.
+    The rollouts in what TRL's `_generate` returned for these data set rows. The extra fields of a `rollout_func` are
+    written into `rows` in place, because reward functions get them from there.
     """
     prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images = generation
     for name, values in extra_fields.items():
@@ -123,13 +124,13 @@ def rollouts_of(rows: list[dict[str, Any]], prompts: list[Any], generation: Gene
 
 def generation_of(logged: list[Rollout], trained: list[Rollout]) -> Generation:
     """
-    The reverse of [`rollouts_of`]: what `_generate` returns so that TRL trains on `trained`, and logs `logged`.
+    The reverse of [`rollouts_of`]: what `_generate` has to return so that TRL trains on `trained` and logs `logged`.
 
     Args:
         logged (`list[Rollout]`):
-            One rollout per row of this rank, each completion once: TRL only logs and scores their texts.
+            This rank's rollouts without copies. TRL logs their texts.
         trained (`list[Rollout]`):
-            One rollout per row of this rank, copies included: these become tensors.
+            This rank's rollouts with copies. TRL makes tensors of them.
     """
 
     def column(name: str, missing: Any = None) -> list[Any] | None:
@@ -140,7 +141,7 @@ def generation_of(logged: list[Rollout], trained: list[Rollout]) -> Generation:
 
     images = column("images", missing=lambda rollout: None)
     if images is None and any({"image", "images"} & rollout.row.keys() for rollout in trained):
-        images = [None] * len(trained)  # else TRL would go back to the images of the rows as they were dealt
+        images = [None] * len(trained)  # without this, TRL would use the images of the dealt rows
     return (
         [rollout.prompt_ids for rollout in trained],
         [rollout.completion_ids for rollout in trained],
@@ -154,10 +155,10 @@ def generation_of(logged: list[Rollout], trained: list[Rollout]) -> Generation:
 
 
 def joined_generation(chunks: list[Generation]) -> Generation:
-    """What `_generate` would have returned for several chunks of prompts at once."""
+    """What `_generate` would have returned for the prompts of all chunks in one call."""
 
     def column(index: int, missing: Callable[[list[int]], Any] = lambda completion_ids: None) -> Any:
-        """A chunk may lack what others have: images, for one."""
+        """The values of all chunks. Some chunks may have no values, such as images."""
         parts: list[Any] = [chunk[index] for chunk in chunks]
         if not any(parts):
             return parts[0]

@@ -1,9 +1,10 @@
 """
-Which groups of a generation batch are trained on, and the table of selections: `SELECTIONS`. Pure decisions on
-rewards that every rank sees alike: no collectives, no tensors of the batch.
+Decides which groups of a generation batch are trained on. `SELECTIONS` is the table of the ways to do that. The
+decisions depend on rewards that are the same on every rank; there are no collectives and no tensors of the batch.
 
-A *group* is the G completions of one prompt. It is *live* if its outcome rewards differ, *dead* if they are all equal:
-then every group-relative advantage is zero (DAPO, https://huggingface.co/papers/2503.14476, section 3.2).
+A *group* is the G completions of one prompt. It is *live* if its outcome rewards differ, and *dead* if they are all
+equal, because then all of its group-relative advantages are zero (DAPO, https://huggingface.co/papers/2503.14476,
+section 3.2).
 """
 
 import math
@@ -18,16 +19,16 @@ from ..errors import require
 
 def outcome_rewards(rewards: torch.Tensor, weights: torch.Tensor, is_outcome: torch.Tensor) -> torch.Tensor:
     """
-    The reward by which a group is judged: the weighted sum of the outcome functions only, so that length or format
-    shaping doesn't make a solved group look undecided.
+    The rewards by which groups are judged live or dead: the weighted sum of the outcome functions alone, so that
+    rewards for length or format don't make a group live whose completions are all right or all wrong.
 
     Args:
         rewards (`torch.Tensor` of shape `(N, F)`):
-            NaN = not applicable.
+            Rewards of N completions by F functions, NaN = not applicable.
         weights (`torch.Tensor` of shape `(F,)`):
             Weights of the functions.
         is_outcome (`torch.Tensor` of shape `(F,)`):
-            Which functions count.
+            For each function, whether it is an outcome function.
 
     Returns:
         `torch.Tensor` of shape `(N,)`: NaN where no outcome function applies.
@@ -39,9 +40,9 @@ def outcome_rewards(rewards: torch.Tensor, weights: torch.Tensor, is_outcome: to
 
 def has_variance(outcome: torch.Tensor) -> torch.Tensor:
     """
-    Which groups are live: their largest outcome is not their smallest, exactly. NaN is left out.
+    Which groups are live: those whose largest outcome reward is not exactly their smallest. NaN is ignored.
 
-    A standard deviation compared with zero would let rounding decide; max == min does not.
+    If a standard deviation were compared with zero, rounding would decide; max == min is exact.
 
     Args:
         outcome (`torch.Tensor` of shape `(P, G)`):
@@ -57,38 +58,40 @@ def has_variance(outcome: torch.Tensor) -> torch.Tensor:
 
 def census(outcome: torch.Tensor, success_threshold: float) -> dict[str, int]:
     """
-    Count groups by what became of them.
+    Count the groups, the dead ones, and the dead ones whose completions are all right or all wrong.
 
     Args:
         outcome (`torch.Tensor` of shape `(P, G)`):
-            Outcome rewards by group.
+            Outcome rewards by group, NaN = not applicable.
         success_threshold (`float`):
-            A constant outcome at or above it is "all right", below it "all wrong".
+            A dead group is all right if its outcome reward is at least this, and all wrong if it is less.
 
     Returns:
-        `dict[str, int]`: `generated`, `dead`, `all_right`, `all_wrong`. A group without any reward is only dead.
+        `dict[str, int]`: `generated`, `dead`, `all_right`, `all_wrong`. A dead group without any reward is neither all
+        right nor all wrong.
     """
     dead = outcome[~has_variance(outcome)]
-    level = dead.nan_to_num(nan=-math.inf).amax(dim=1) if len(dead) else dead.new_zeros(0)
-    known = level > -math.inf
+    reward = dead.nan_to_num(nan=-math.inf).amax(dim=1) if len(dead) else dead.new_zeros(0)
+    known = reward > -math.inf
     return {
         "generated": len(outcome),
         "dead": len(dead),
-        "all_right": int((known & (level >= success_threshold)).sum()),
-        "all_wrong": int((known & (level < success_threshold)).sum()),
+        "all_right": int((known & (reward >= success_threshold)).sum()),
+        "all_wrong": int((known & (reward < success_threshold)).sum()),
     }
 
 
 @dataclass
 class AcceptanceRate:
     """
-    The share of generated groups that are live, over the recent past: it says how many prompts to draw.
+    The recent share of generated groups that are live. It decides how many prompts to draw for refilling.
 
     Args:
         live, generated (`float`):
-            Discounted counts. The start is one live group in two: a guess that one batch outweighs.
+            Discounted counts of live groups and of all groups. They start at one live group of two, a guess which the
+            first generation batch outweighs.
         discount (`float`):
-            Weight of what was seen before, at each observation: the policy moves, and acceptance with it.
+            Factor on the earlier counts at each observation, because the rate changes with the policy.
     """
 
     live: float = 1.0
@@ -96,6 +99,7 @@ class AcceptanceRate:
     discount: float = 0.8
 
     def observe(self, live: int, generated: int) -> None:
+        """Count a round of generation."""
         self.live = self.discount * self.live + live
         self.generated = self.discount * self.generated + generated
 
@@ -105,17 +109,17 @@ class AcceptanceRate:
 
     def draws_for(self, missing: int, at_most: int, multiple_of: int) -> int:
         """
-        How many prompts to generate for so that about `missing` of them are live.
+        How many prompts to generate for, so that about `missing` of their groups are live.
 
         Args:
             missing (`int`):
-                Slots to fill.
+                Number of slots to fill.
             at_most (`int`):
-                The prompts of one generation batch: what memory was sized for.
+                Prompts of one generation batch. A round may not be larger, because of memory.
             multiple_of (`int`):
-                Prompts come in multiples of this, so that every rank gets equally many rows.
+                The result is a multiple of this, so that every rank generates the same number of completions.
         """
-        # At most `at_most` anyway: the floor only keeps the division finite.
+        # A rate of 0 would divide by zero; `at_most` limits the result in any case
         wanted = math.ceil(missing / max(self.rate, 1e-6))
         wanted = min(wanted, at_most)
         return min(math.ceil(wanted / multiple_of) * multiple_of, at_most // multiple_of * multiple_of)
@@ -123,16 +127,16 @@ class AcceptanceRate:
 
 @dataclass(frozen=True)
 class GroupRef:
-    """Group `group` of round `round` of a generation batch; round 0 is the batch that TRL's loader dealt."""
+    """Group number `group` of round number `round` of a generation batch. Round 0 is of the prompts dealt first."""
 
     round: int
     group: int
 
 
 def _home_first(candidates: list[Any], home: int, home_of: dict[Any, int]) -> Any:
-    """Take a candidate that already lives on rank `home`, or else the first."""
-    at_home = [candidate for candidate in candidates if home_of[candidate] == home]
-    chosen = (at_home or candidates)[0]
+    """Remove and return the first candidate whose rank is `home`, or the first of all if there is none."""
+    on_same_rank = [candidate for candidate in candidates if home_of[candidate] == home]
+    chosen = (on_same_rank or candidates)[0]
     candidates.remove(chosen)
     return chosen
 
@@ -140,18 +144,29 @@ def _home_first(candidates: list[Any], home: int, home_of: dict[Any, int]) -> An
 @dataclass
 class GroupSelection:
     """
-    What stands in each slot of the generation batch, and which slot each slot is trained from.
+    Which group is in each slot of a generation batch, and which are trained on as copies of others.
 
-    Slots are numbered over all ranks; slot s holds global rows s·G to (s+1)·G − 1. A live group never leaves its
-    slot, so rows move between ranks only where a dead group is replaced.
+    A *slot* is the place of one group. Slots are numbered over all ranks: slot s holds the batch's rows s·G to
+    (s+1)·G − 1, a row for each completion. A live group never leaves its slot, so that rows move between ranks only if
+    a dead group is replaced.
 
     Args:
         live (`list[bool]`):
-            Which groups of the batch as dealt are live.
+            For each group of the first round, whether it is live.
         num_generations (`int`):
-            G.
+            G, the size of a group.
         rows_per_rank (`int`):
-            Rows of the generation batch on each rank.
+            Number of the batch's rows on each rank.
+
+    Attributes:
+        live (`list[bool]`):
+            For each slot, whether the group in it is live.
+        slots (`list[GroupRef]`):
+            For each slot, the group in it.
+        sources (`list[int]`):
+            For each slot, the slot whose group is trained on in its place: itself, or a different one if it is a copy.
+        surplus (`int`):
+            Number of live groups for which no slot was left.
     """
 
     live: list[bool]
@@ -168,48 +183,51 @@ class GroupSelection:
 
     @property
     def dead_slots(self) -> list[int]:
+        """Slots with a dead group."""
         return [slot for slot, live in enumerate(self.live) if not live]
 
     def rank_of(self, slot: int) -> int:
-        """The rank of a slot's first row (a group may span ranks)."""
+        """The rank of a slot's first row. (A group may span ranks.)"""
         return slot * self.num_generations // self.rows_per_rank
 
     def fill(self, round_index: int, live: list[bool], rows_per_rank: int) -> None:
         """
-        Put the live groups of a further round into dead slots, on their own rank where one is free.
+        Put the live groups of a further round into the slots of dead ones, if possible on the rank that generated
+        them.
 
         Args:
             round_index (`int`):
                 Number of the round, from 1.
             live (`list[bool]`):
-                Which of its groups are live.
+                For each of its groups, whether it is live.
             rows_per_rank (`int`):
-                Rows of that round on each rank.
+                Number of the round's rows on each rank.
         """
         dead = self.dead_slots
-        found = [group for group, is_live in enumerate(live) if is_live]
-        # Which groups are kept must not depend on the number of ranks; which slot they get may
-        arrivals = found[: len(dead)]
-        self.surplus += len(found) - len(arrivals)
-        home_of = {group: group * self.num_generations // rows_per_rank for group in arrivals}
-        for slot in dead[: len(arrivals)]:
-            group = _home_first(arrivals, self.rank_of(slot), home_of)
+        live_groups = [group for group, is_live in enumerate(live) if is_live]
+        # The number of ranks may decide which slot a group gets, but not which groups are kept
+        kept = live_groups[: len(dead)]
+        self.surplus += len(live_groups) - len(kept)
+        home_of = {group: group * self.num_generations // rows_per_rank for group in kept}
+        for slot in dead[: len(kept)]:
+            group = _home_first(kept, self.rank_of(slot), home_of)
             self.slots[slot], self.live[slot] = GroupRef(round_index, group), True
 
     def duplicate(self, generator: torch.Generator) -> int:
         """
-        Train dead slots on random copies of live ones (DUPO, https://huggingface.co/papers/2507.02592, section 4.2):
-        drawn without replacement as long as enough groups are left, with replacement after that.
+        Train on random copies of live groups in the slots of dead ones (DUPO,
+        https://huggingface.co/papers/2507.02592, section 4.2). Groups are drawn without replacement until each was
+        drawn once, and with replacement after that.
 
         Args:
             generator (`torch.Generator`):
-                Source of the draws, in the same state on every rank.
+                Generator of the draws, in the same state on every rank.
 
         Returns:
-            `int`: how many slots hold copies now. 0 if nothing is live: there is nothing to copy.
+            `int`: how many slots are trained on copies now. 0 if no group is live, because nothing can be copied then.
         """
         dead = self.dead_slots
-        # By origin, not by slot: where a refilled group was put may depend on the number of ranks
+        # Sorted by origin and not by slot, because the slot of a refilled group may depend on the number of ranks
         live = sorted(
             (slot for slot, is_live in enumerate(self.live) if is_live),
             key=lambda slot: (self.slots[slot].round, self.slots[slot].group),
@@ -225,7 +243,7 @@ class GroupSelection:
         return len(dead)
 
     def rows(self, slots: list[int]) -> list[int]:
-        """Global rows of slots, group by group."""
+        """The batch's rows in these slots, group by group."""
         size = self.num_generations
         return [slot * size + i for slot in slots for i in range(size)]
 
@@ -237,11 +255,11 @@ class FurtherRound:
 
     Args:
         index (`int`):
-            Its number, from 1.
+            Number of the round, from 1.
         live (`list[bool]`):
-            Which of its groups are live.
+            For each of its groups, whether it is live.
         rows_per_rank (`int`):
-            Rows of the round on each rank.
+            Number of its rows on each rank.
     """
 
     index: int
@@ -250,12 +268,12 @@ class FurtherRound:
 
 
 def duplicate(selection: GroupSelection, rounds: Iterable[FurtherRound], generator: torch.Generator) -> None:
-    """DUPO: copies of live groups in the slots of dead ones, see [`GroupSelection.duplicate`]."""
+    """DUPO: train on copies of live groups in the slots of dead ones, see [`GroupSelection.duplicate`]."""
     selection.duplicate(generator)
 
 
 def refill(selection: GroupSelection, rounds: Iterable[FurtherRound], generator: torch.Generator) -> None:
-    """DAPO's dynamic sampling: groups of new prompts in the slots of dead ones; copies in what is left over."""
+    """DAPO's dynamic sampling: fill the slots of dead groups with groups of new prompts, then with copies."""
     for further in rounds:
         selection.fill(further.index, further.live, further.rows_per_rank)
     selection.duplicate(generator)
@@ -264,20 +282,21 @@ def refill(selection: GroupSelection, rounds: Iterable[FurtherRound], generator:
 @dataclass(frozen=True)
 class RolloutSelection:
     """
-    An entry of `SELECTIONS`: the function, and what it needs.
+    An entry of `SELECTIONS`: the function and what it needs.
 
     Args:
         fill (`Callable`, *optional*):
-            Changes a [`GroupSelection`], given the further rounds of generation (made as they are asked for, and as
-            long as slots are dead) and a generator in the same state on every rank. `None`: groups are trained on as
-            they are dealt.
+            Replaces dead groups in a [`GroupSelection`]. Its further arguments are an iterable of further rounds, each
+            of which is generated when it is asked for, until no slot is dead; and a generator in the same state on
+            every rank. `None`: all groups are trained on as they were generated.
         draws_prompts (`bool`):
-            Whether it asks for further rounds, so that new prompts are drawn from the data set.
+            Whether `fill` asks for further rounds, for which new prompts are drawn from the data set.
         mostly_copies (`bool`):
-            Whether dead slots hold copies as a rule, so that computing them once is worth metrics over fewer rows.
+            Whether dead groups are usually replaced by copies. Then copies are computed once, although metrics are
+            taken over fewer rows for that.
 
     Raises:
-        ValueError: for an entry that is only half written.
+        ValueError: if the arguments contradict each other.
     """
 
     fill: Callable[[GroupSelection, Iterable[FurtherRound], torch.Generator], None] | None = None
@@ -287,7 +306,8 @@ class RolloutSelection:
     def __post_init__(self) -> None:
         require(
             self.fill is not None or not (self.draws_prompts or self.mostly_copies),
-            "A selection without `fill` trains on groups as they are dealt: it draws no prompts and makes no copies.",
+            "A selection without `fill` trains on all groups as they were generated, so that it can't have "
+            "draws_prompts or mostly_copies. Give it a function `fill`, or leave them out.",
         )
 
 

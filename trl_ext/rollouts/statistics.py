@@ -1,6 +1,7 @@
 """
-TRL's metrics where its rows are not ours: when a generation batch took several rounds, every completion counts once;
-when an optimizer step was dealt to other micro-batches, a mean over tokens stays one.
+Corrects TRL's metrics where TRL didn't see the rows that it reports on. If a generation batch took several rounds,
+every completion counts once. If the rows of an optimizer step were dealt to different micro-batches, a mean over
+tokens is still a mean over tokens.
 """
 
 import torch
@@ -11,7 +12,7 @@ from .micro_batches import Fit
 from .rollout import ScoredRound
 
 
-# What TRL appends once for every call of `_generate`
+# Metrics to which TRL appends a value in every call of `_generate`
 ROUND_METRICS = (
     *(f"completions/{which}_{kind}" for which in ("mean", "min", "max") for kind in ("length", "terminated_length")),
     "completions/clipped_ratio",
@@ -22,10 +23,10 @@ ROUND_METRICS = (
 
 def pool_rounds(metrics: dict[str, list[float]], completions: list[int]) -> None:
     """
-    Replace the last entries of TRL's `completions/…` and `tools/…` metrics, one a round, by one over all rounds.
+    Replace the last entries of TRL's `completions/…` and `tools/…` metrics, one for each round, by one for all rounds.
 
-    Means are weighted by what they were taken over (completions, terminated completions, tool calls); `min` and `max`
-    stay a minimum and a maximum.
+    Means are weighted by the number of things that they were taken over (completions, terminated completions, tool
+    calls). Of minima the minimum is taken, and of maxima the maximum.
 
     Args:
         metrics (`dict[str, list[float]]`):
@@ -39,15 +40,15 @@ def pool_rounds(metrics: dict[str, list[float]], completions: list[int]) -> None
     frequencies = metrics.get("tools/call_frequency", [])[-rounds:] or [0.0] * rounds
     calls = [n * frequency for n, frequency in zip(completions, frequencies, strict=True)]
     for key in [key for key in ROUND_METRICS if key in metrics]:
-        over = terminated if "terminated" in key else calls if "failure" in key else completions
-        # TRL writes 0 for a round that had none of what the metric is taken over
-        seen = [(value, n) for value, n in zip(metrics[key][-rounds:], over, strict=True) if n > 0]
-        if not seen:
+        counts = terminated if "terminated" in key else calls if "failure" in key else completions
+        # Without rounds that had nothing to take the metric over, for which TRL writes 0
+        counted = [(value, n) for value, n in zip(metrics[key][-rounds:], counts, strict=True) if n > 0]
+        if not counted:
             pooled = 0.0
         elif "/min_" in key or "/max_" in key:
-            pooled = (min if "/min_" in key else max)(value for value, _ in seen)
+            pooled = (min if "/min_" in key else max)(value for value, _ in counted)
         else:
-            pooled = sum(value * n for value, n in seen) / sum(n for _, n in seen)
+            pooled = sum(value * n for value, n in counted) / sum(n for _, n in counted)
         metrics[key][-rounds:] = [pooled]
 
 
@@ -55,11 +56,11 @@ def reward_statistics(
     rewards: torch.Tensor, weights: torch.Tensor, names: list[str], num_generations: int
 ) -> dict[str, float]:
     """
-    TRL's reward metrics, under TRL's names, over all completions of all rounds.
+    TRL's reward metrics over all completions of all rounds.
 
     Args:
         rewards (`torch.Tensor` of shape `(N, F)`):
-            Rewards of everything that was generated, NaN = not applicable.
+            Rewards of all completions that were generated, NaN = not applicable.
         weights (`torch.Tensor` of shape `(F,)`):
             Weights of the functions.
         names (`list[str]`):
@@ -68,7 +69,7 @@ def reward_statistics(
             Size of a group.
 
     Returns:
-        `dict[str, float]`.
+        `dict[str, float]`: the metrics by TRL's names.
     """
     statistics = {}
     for i, name in enumerate(names):
@@ -93,17 +94,18 @@ def restate_rounds(
     zero_std: bool,
 ) -> None:
     """
-    State TRL's last metrics over everything that was generated, not over its last round or what was selected.
+    Replace TRL's last metrics, which are over its last round or over the selected completions, by metrics over all
+    completions that were generated.
 
     Args:
         metrics (`dict[str, list[float]]`):
             Metric lists; changed in place.
         rounds (`list[ScoredRound]`):
-            Rounds of generation.
+            The rounds of generation.
         weights, names, num_generations:
-            As in [`reward_statistics`].
+            See [`reward_statistics`].
         zero_std (`bool`):
-            Whether `frac_reward_zero_std` is restated, too.
+            Whether `frac_reward_zero_std` is replaced too.
     """
     pool_rounds(metrics, [len(scored.rewards) for scored in rounds])
     rewards = torch.cat([scored.rewards for scored in rounds])
@@ -112,7 +114,8 @@ def restate_rounds(
             metrics[key][-1] = value
 
 
-# What TRL appends once for every micro-batch: means over tokens (over rows where a ratio is the sequence's) ...
+# Metrics to which TRL appends a value for every micro-batch. They are means over tokens, but clip ratios are means over
+# rows if there is one importance ratio for each sequence.
 LOSS_MEANS = (
     "kl",
     "entropy",
@@ -120,22 +123,40 @@ LOSS_MEANS = (
     "cispo_clip_ratio",
     "vespo/phi_seq_mean",
 )
-# ... of which these are zero for a row without advantage ...
+# Those of them that are zero for a row without advantage
 ZERO_WITHOUT_ADVANTAGE = {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio"}
-# ... and extremes over rows; without advantage, a row's clip ratio is zero, which only moves the smallest
+# Extremes over rows. The clip ratio of a row without advantage is zero, so that leaving it out can change the minimum,
+# but not the maximum.
 LOSS_EXTREMES = ("clip_ratio/low_min", "clip_ratio/high_max")
-# Metrics that are a row's even at token level, and what TRL's phi is where no token is in the loss
+# Metrics that are means over rows even at token level, with their value for a row without a token in the loss
 ROW_MEANS = {"vespo/phi_seq_mean": 1.0}
+# Prefix of the name of a metric that is taken over the computed rows alone
 COMPUTED = "computed/"
+
+
+def _mean_over_rows(value: float, fit: Fit, of_empty_row: float, over_all: bool) -> float:
+    """A micro-batch's mean over rows, with a weight that makes the mean over the step's micro-batches one over rows."""
+    total = value * (fit.rows + fit.fillers) - fit.fillers * of_empty_row
+    count = fit.computed_rows
+    if over_all:
+        total += of_empty_row * (fit.all_rows - fit.computed_rows) / fit.micro_batches
+        count = fit.all_rows
+    return total * fit.micro_batches / max(count, 1)
+
+
+def _mean_over_tokens(value: float, fit: Fit, over_all: bool) -> float:
+    """[`_mean_over_rows`] for a mean over tokens."""
+    count = fit.all_tokens if over_all else fit.computed_tokens
+    return value * fit.tokens * fit.micro_batches / max(count, 1)
 
 
 def restate_loss_metrics(metrics: dict[str, list[float]], fit: Fit, by_row: bool, savings: ExactSavings) -> None:
     """
-    Weigh the last entries of TRL's metrics of the loss, so that their mean over the micro-batches of a step, which TRL
-    logs, is the mean over the tokens (or rows) of the step however they were dealt.
+    Weight the last entries of TRL's metrics of the loss. TRL logs their mean over the micro-batches of a step; with
+    the weights, that is the mean over the tokens (or rows) of the step.
 
-    Where rows were left out or copies computed once, a metric that can't be stated over all rows is renamed: with
-    `computed/` before its name it is taken over the rows that were computed.
+    If rows were left out or copies were computed once, some metrics can't be taken over all rows. They are taken over
+    the rows that were computed, and get the prefix `computed/`.
 
     Args:
         metrics (`dict[str, list[float]]`):
@@ -143,31 +164,25 @@ def restate_loss_metrics(metrics: dict[str, list[float]], fit: Fit, by_row: bool
         fit ([`Fit`]):
             What the micro-batch stands for.
         by_row (`bool`):
-            Whether ratios are the sequence's, so that clip ratios count rows instead of tokens.
+            Whether there is one importance ratio for each sequence, so that clip ratios are means over rows.
         savings ([`ExactSavings`]):
-            Which rows may be left out.
+            The savings that were used.
     """
     for key in LOSS_MEANS:
         if not metrics.get(key):
             continue
         value = metrics[key].pop()
-        rows = key in ROW_MEANS or (by_row and key in ZERO_WITHOUT_ADVANTAGE)
         over_all = not savings.weigh_copies and (not savings.skip_dead or key in ZERO_WITHOUT_ADVANTAGE)
-        if rows:
-            empty = ROW_MEANS.get(key, 0.0)
-            total = value * (fit.rows + fit.fillers) - fit.fillers * empty
-            count = fit.computed_rows
-            if over_all:
-                total += empty * (fit.all_rows - fit.computed_rows) / fit.micro_batches
-                count = fit.all_rows
+        if key in ROW_MEANS or (by_row and key in ZERO_WITHOUT_ADVANTAGE):
+            mean = _mean_over_rows(value, fit, ROW_MEANS.get(key, 0.0), over_all)
         else:
-            total, count = value * fit.tokens, fit.all_tokens if over_all else fit.computed_tokens
-        metrics.setdefault(key if over_all else COMPUTED + key, []).append(total * fit.micro_batches / max(count, 1))
+            mean = _mean_over_tokens(value, fit, over_all)
+        metrics.setdefault(key if over_all else COMPUTED + key, []).append(mean)
         if not metrics[key]:
             del metrics[key]
     for key in LOSS_EXTREMES:
         if by_row and fit.fillers and metrics.get(key) and key.endswith("min"):
-            metrics[key].pop()  # that of a row without weight
+            metrics[key].pop()  # the 0 of a filler
         if metrics.get(key) and (savings.weigh_copies or (savings.skip_dead and key.endswith("min"))):
             metrics.setdefault(COMPUTED + key, []).append(metrics[key].pop())
         if key in metrics and not metrics[key]:

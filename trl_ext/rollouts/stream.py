@@ -1,6 +1,6 @@
 """
-The prompts that refilling draws: a stream of its own beside the epoch's, so that an epoch stays what the main sampler
-says and a resumed run draws what the interrupted one would have drawn.
+The stream from which refilling draws its prompts. It is independent of the loader's order, so that an epoch is what
+the loader's sampler says, and a resumed run draws what the uninterrupted one would have drawn.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 
 
-# TRL's loader shuffles by the same seed: without this, the stream would draw what the loader deals next
+# Added to the seed. TRL's loader shuffles by the same seed: without this, the stream would draw what it deals next.
 APART_FROM_LOADER = 1_000_003
 
 
@@ -30,8 +30,8 @@ def _is_text(prompt: Any) -> bool:
 
 def prompt_key(row: dict[str, Any]) -> str:
     """
-    Identity of a prompt, by content: what the policy sees of a row (its prompt and images), or the whole row where an
-    environment writes the prompt.
+    A key that is the same for rows with the same prompt: a hash of what the policy sees (prompt and images), or of the
+    whole row if an environment writes the prompt.
     """
     if _is_text(row.get("prompt")) and not {"image", "images"} & row.keys():
         return _text_key(repr(row["prompt"]))
@@ -40,21 +40,21 @@ def prompt_key(row: dict[str, Any]) -> str:
 
 
 def can_be_read_twice(dataset: IterableDataset) -> bool:
-    """Whether a second pass over an iterable data set starts where the first did (a generator object does not)."""
+    """Whether a second pass over an iterable data set starts where the first did. (With a generator it doesn't.)"""
     first, second = (list(islice(iter(dataset), 3)) for _ in range(2))
     return bool(first) and Hasher.hash(first) == Hasher.hash(second)
 
 
 class PromptStream:
     """
-    Rows of a data set, pass after pass, each pass in an order of its own that only the seed decides.
+    The rows of a data set, in pass after pass. Each pass has its own order, which depends on the seed alone.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`):
-            Where prompts come from. An iterable one is shuffled with its buffered shuffle.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The data set. An iterable one is shuffled with its buffered shuffle.
         seed (`int`):
-            Seed of the orders, which are others than the loader's by the same seed. Equal on every rank: all draw the
-            same rows.
+            Seed of the orders. They differ from the loader's with the same seed. The seed must be the same on every
+            rank, so that all ranks draw the same rows.
     """
 
     def __init__(self, dataset: Dataset | IterableDataset, seed: int) -> None:
@@ -67,14 +67,14 @@ class PromptStream:
     def _open(self) -> Iterator[dict[str, Any]]:
         if isinstance(self.dataset, IterableDataset):
             rest = self.dataset.shuffle(seed=self.seed).skip(self.position)
-            rest.set_epoch(self.epoch)  # last: `skip` starts from epoch 0
+            rest.set_epoch(self.epoch)  # after `skip`, which starts from epoch 0
             return iter(rest)
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.dataset), generator=generator)[self.position :].tolist()
         return (self.dataset[index] for index in order)
 
     def _next(self) -> dict[str, Any] | None:
-        """The next row, or `None` once at the end of each pass."""
+        """The next row. At the end of each pass, `None` once."""
         if self._rows is None:
             self._rows = self._open()
         row = next(self._rows, None)
@@ -92,26 +92,26 @@ class PromptStream:
         lookahead: int = 4,
     ) -> list[dict[str, Any]]:
         """
-        The next rows of the stream whose prompts are not in `exclude`, or a choice among more of them.
+        The next rows of the stream whose prompts are not in `exclude`, or `count` of them that `choose` selects.
 
         Args:
             count (`int`):
-                How many.
+                Number of rows to draw.
             exclude (`set[str]`):
-                Keys ([`prompt_key`]) that must not be drawn. The keys of what is drawn are added to it.
+                Keys ([`prompt_key`]) that must not be drawn. The keys of the drawn rows are added to it, in place.
             choose (`Callable`, *optional*):
-                Gets up to `lookahead * count` next rows and returns the positions of `count` of them. Not asked where
-                `count` rows or fewer are left. The rows passed over come again in the next pass.
+                Gets the next rows, up to `lookahead * count`, and returns the positions of `count` of them. It is not
+                called if there are only `count` rows or fewer. Rows that it passes over return in the next pass.
             lookahead (`int`, *optional*, defaults to `4`):
-                Rows to choose from for every row drawn.
+                Number of rows to choose from for each row drawn.
 
         Returns:
-            `list[dict]`: fewer than `count` rows if the data set holds no other prompts.
+            `list[dict]`: fewer than `count` rows if the data set has no further prompts.
         """
         candidates: dict[str, dict[str, Any]] = {}
         wanted = count if choose is None else lookahead * count
         passes_ended = 0
-        # From the second end on, every row of the data set has been looked at since the call began.
+        # At the second end of a pass, this call has read every row of the data set
         while len(candidates) < wanted and passes_ended < 2:
             row = self._next()
             if row is None:
@@ -126,7 +126,7 @@ class PromptStream:
         return [rows[i] for i in chosen]
 
     def take(self, count: int) -> list[dict[str, Any]]:
-        """The next `count` rows, whatever they hold; rows may repeat where the data set ends."""
+        """The next `count` rows, whatever their prompts. Rows may repeat if a pass ends."""
         rows: list[dict[str, Any]] = []
         while len(rows) < count:
             row = self._next()
@@ -135,7 +135,9 @@ class PromptStream:
         return rows
 
     def state_dict(self) -> dict[str, int]:
+        """Where in the stream it is."""
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """The reverse of [`state_dict`]."""
         self.epoch, self.position, self._rows = state["epoch"], state["position"], None
