@@ -75,7 +75,7 @@ def test_dual_descent_finds_the_constrained_optimum():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: ObjectiveSchedule([]), "at least one of them"),
+        (lambda: ObjectiveSchedule([]), "there must be at least one"),
         (lambda: ObjectiveSchedule([(0.5, 1.0), (0.2, 0.0)]), "must ascend"),
         (lambda: ObjectiveSchedule([(0.5, 1.0), (0.5, 0.0)]), "must ascend"),
         (lambda: ObjectiveSchedule([(0.0, 1.0), (50, 0.0)]), r"within \[0, 1\]"),
@@ -91,7 +91,7 @@ def test_dual_descent_finds_the_constrained_optimum():
         (lambda: RewardObjectives(), "without schedules and constraints does nothing"),
         (
             lambda: RewardObjectives(constraints=[RewardConstraint("b", 0.5, 0.1), RewardConstraint("b", 0.6, 0.1)]),
-            "Constraints of b, b: one reward can have one floor",
+            "The constraints are for b, b: a reward can have only one floor",
         ),
     ],
 )

@@ -53,7 +53,7 @@ def test_a_new_selection_is_a_function_and_an_entry(tmp_path, monkeypatch):
     [
         (lambda: AdvantageEstimator(), "half written"),
         (lambda: AdvantageEstimator(leave_one_out, computed_by="trl"), "half written"),
-        (lambda: AdvantageEstimator(leave_one_out), "takes .'num_generations'. beside the rewards"),
+        (lambda: AdvantageEstimator(leave_one_out), "takes .'num_generations'. besides the rewards"),
         (lambda: AdvantageEstimator(leave_one_out, needs=("baseline",)), "takes .'num_generations'. beside"),
         (lambda: AdvantageEstimator(leave_one_out, needs=("group_size",)), "needs='group_size' is unknown"),
         (lambda: AdvantageEstimator(computed_by="hand"), "computed_by='hand' is unknown"),

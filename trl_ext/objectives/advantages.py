@@ -1,8 +1,9 @@
 """
-Advantages from one reward per completion, and the table of estimators: `ESTIMATORS`.
+Advantages from one reward for each completion. `ESTIMATORS` is the table of advantage estimators.
 
-The group-relative advantage of GRPO stays TRL's own. Everything here takes groups of `num_generations` completions
-standing side by side, and treats NaN as TRL does: "not applicable", advantage 0.
+The group-relative advantage of GRPO is computed by TRL itself. All functions here expect the `num_generations`
+completions of a group next to each other. They treat NaN as TRL does: a reward of NaN means "not applicable" and gives
+an advantage of 0.
 """
 
 import inspect
@@ -15,7 +16,7 @@ from trl.trainer.utils import nanstd
 from ..errors import require, require_one_of
 
 
-# TRL's guard against a zero standard deviation; the same here, so that scaled advantages compare.
+# What TRL adds to a standard deviation before it divides by it. Equal here, so that scaled advantages are comparable.
 STD_EPSILON = 1e-4
 
 
@@ -23,21 +24,21 @@ def aggregate_rewards(
     rewards_per_func: torch.Tensor, weights: torch.Tensor, aggregation: str, num_generations: int
 ) -> torch.Tensor:
     """
-    One reward per completion from several reward functions.
+    One reward for each completion from the rewards of several functions.
 
     Args:
         rewards_per_func (`torch.Tensor` of shape `(N, F)`):
-            Rewards of `N` completions by `F` functions, NaN where a function does not apply.
+            Rewards of N completions by F functions, NaN = not applicable.
         weights (`torch.Tensor` of shape `(F,)`):
-            Weight of each function.
+            Weights of the functions.
         aggregation (`str`):
-            `"sum_then_normalize"`: the weighted sum. `"normalize_then_sum"`: each function is first normalised within
-            its group (GDPO, https://huggingface.co/papers/2601.05242), then summed.
+            `"sum_then_normalize"`: the weighted sum. `"normalize_then_sum"`: the weighted sum of rewards that are
+            first normalised within each group, function by function (GDPO, https://huggingface.co/papers/2601.05242).
         num_generations (`int`):
             Size of a group.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: NaN where no function applies.
+        `torch.Tensor` of shape `(N,)`: NaN for completions to which no function applies.
     """
     scored = rewards_per_func
     if aggregation == "normalize_then_sum":
@@ -50,16 +51,16 @@ def aggregate_rewards(
 
 def leave_one_out(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
     """
-    A_i = R_i − mean of the other completions of the group (RLOO, https://huggingface.co/papers/2402.14740).
+    A_i = R_i − the mean reward of the group's other completions (RLOO, https://huggingface.co/papers/2402.14740).
 
     Args:
         rewards (`torch.Tensor` of shape `(N,)`):
-            One reward per completion; NaN is left out of the baseline of the others.
+            One reward for each completion. NaN is left out of the means.
         num_generations (`int`):
             Size of a group.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: 0 where the reward is NaN, and where no other completion has one.
+        `torch.Tensor` of shape `(N,)`: 0 if the reward is NaN, and if no other completion of the group has a reward.
     """
     grouped = rewards.view(-1, num_generations)  # (P, G)
     others = (~grouped.isnan()).sum(dim=1, keepdim=True) - 1
@@ -75,12 +76,12 @@ def reinforce(rewards: torch.Tensor, baseline: float | None = None) -> torch.Ten
 
     Args:
         rewards (`torch.Tensor` of shape `(N,)`):
-            One reward per completion, NaN where none applies.
+            One reward for each completion, NaN = not applicable.
         baseline (`float`, *optional*):
-            Running mean of earlier batches. `None`: nothing is subtracted.
+            b, the running mean of the rewards of earlier batches. `None`: nothing is subtracted.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`.
+        `torch.Tensor` of shape `(N,)`: 0 if the reward is NaN.
     """
     return (rewards - (baseline or 0.0)).nan_to_num(nan=0.0)
 
@@ -91,14 +92,14 @@ def updated_baseline(baseline: float | None, rewards: torch.Tensor, momentum: fl
 
     Args:
         baseline (`float`, *optional*):
-            Value before this batch; `None` before the first.
+            The average before this batch; `None` before the first batch.
         rewards (`torch.Tensor` of shape `(N,)`):
-            Rewards of this batch; NaN is ignored.
+            Rewards of this batch. NaN is ignored.
         momentum (`float`):
-            Weight of the past, in [0, 1).
+            Weight of the average before this batch, in [0, 1).
 
     Returns:
-        `float` or `None`: `None` as long as no reward was seen.
+        `float` or `None`: the average after this batch; `None` as long as there was no reward.
     """
     mean = torch.nanmean(rewards).item()
     if mean != mean:
@@ -110,15 +111,16 @@ def scale_advantages(
     advantages: torch.Tensor, rewards: torch.Tensor, scale_rewards: str, num_generations: int
 ) -> torch.Tensor:
     """
-    Divide advantages by a standard deviation of the rewards, with the meaning TRL gives to `scale_rewards`.
+    Divide advantages by a standard deviation of the rewards, according to TRL's `scale_rewards`.
 
     Args:
         advantages (`torch.Tensor` of shape `(N,)`):
             Advantages before scaling.
         rewards (`torch.Tensor` of shape `(N,)`):
-            The rewards they came from.
+            The rewards from which the advantages were computed.
         scale_rewards (`str`):
-            `"group"`, `"batch"` or `"none"`.
+            `"group"`: the standard deviation within each group. `"batch"`: the one of all rewards. `"none"`:
+            advantages are not divided.
         num_generations (`int`):
             Size of a group.
 
@@ -131,36 +133,36 @@ def scale_advantages(
         std = nanstd(rewards).nan_to_num(nan=0.0).expand_as(rewards)
     else:
         std = nanstd(rewards.view(-1, num_generations), dim=1).nan_to_num(nan=0.0).repeat_interleave(num_generations)
-    # Rewards that are all equal have no scale to divide by
+    # If all rewards are equal there is nothing to divide by
     return torch.where(std > 0, advantages / (std + STD_EPSILON), advantages)
 
 
-# What a trainer can give to an estimator beside the rewards
-GIVEN = ("num_generations", "baseline")
+# Arguments that a trainer can pass to an estimator's function besides the rewards
+ARGUMENTS = ("num_generations", "baseline")
 COMPUTED_BY = ("function", "trl", "critic")
 
 
 @dataclass(frozen=True)
 class AdvantageEstimator:
     """
-    An entry of `ESTIMATORS`: the function, and what it needs.
+    An entry of `ESTIMATORS`: the function and what it needs.
 
     Args:
         function (`Callable`, *optional*):
-            From rewards `(N,)`, and what `needs` names, to advantages `(N,)` before they are scaled.
+            From rewards `(N,)` and the arguments named in `needs` to advantages `(N,)`, before they are scaled.
         needs (`tuple[str, ...]`):
-            Of `"num_generations"` (size of a group) and `"baseline"` (running mean of earlier rewards, `None` before
-            the first): keyword arguments of `function`.
+            Names of the function's keyword arguments: `"num_generations"` (size of a group), `"baseline"` (running
+            mean of earlier rewards, `None` before the first batch).
         computed_by (`str`):
-            `"function"`; `"trl"`: TRL's own advantages are left as they are; `"critic"`: the trainer has a critic,
-            which gives one advantage per token.
+            `"function"`: by `function`. `"trl"`: TRL's own advantages are used. `"critic"`: the trainer has a critic,
+            from which it computes one advantage for each token.
         scale_rewards (`str`):
-            TRL's `scale_rewards` where the user leaves it open.
+            Value of TRL's `scale_rewards` if the user doesn't set it.
         refused_scales (`dict[str, str]`):
-            Values of `scale_rewards` that make no sense with it, and why.
+            Values of `scale_rewards` that make no sense with this estimator, and why.
 
     Raises:
-        ValueError: for an entry that is only half written.
+        ValueError: if the arguments contradict each other or the signature of `function`.
     """
 
     function: Callable[..., torch.Tensor] | None = None
@@ -173,16 +175,17 @@ class AdvantageEstimator:
         require_one_of("computed_by", self.computed_by, COMPUTED_BY)
         require(
             (self.function is not None) == (self.computed_by == "function"),
-            f"An estimator with computed_by={self.computed_by!r} and function={self.function!r} is half written: one "
-            "that is computed by a function has one, the others have none.",
+            f"An estimator with computed_by={self.computed_by!r} and function={self.function!r} is half written: "
+            "give it a function if and only if computed_by='function'.",
         )
         for name in self.needs:
-            require_one_of("needs", name, GIVEN)
+            require_one_of("needs", name, ARGUMENTS)
         if self.function is not None:
             wanted = list(inspect.signature(self.function).parameters)[1:]
             require(
                 set(wanted) == set(self.needs),
-                f"{self.function.__name__} takes {wanted} beside the rewards, but its entry needs {self.needs}.",
+                f"{self.function.__name__} takes {wanted} besides the rewards, but its entry has needs={self.needs}. "
+                "Make them equal.",
             )
 
 
@@ -194,7 +197,7 @@ ESTIMATORS = {
         reinforce,
         needs=("baseline",),
         refused_scales={
-            "group": "it divides by the deviation within a group, which is zero where all of its rewards are equal"
+            "group": "it divides by the standard deviation within a group, which is 0 if all of its rewards are equal"
         },
     ),
     "gae": AdvantageEstimator(computed_by="critic"),

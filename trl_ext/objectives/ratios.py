@@ -1,6 +1,6 @@
 """
-Importance ratios that TRL's loss does not have: GSPO-token (https://huggingface.co/papers/2507.18071, eq. 13–14), and
-the table of levels: `IMPORTANCE_LEVELS`.
+The importance ratio of GSPO-token (https://huggingface.co/papers/2507.18071, eq. 13–14), which TRL's loss doesn't
+have. `IMPORTANCE_LEVELS` is the table of importance sampling levels.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ def mean_log_ratio(
     per_token_logps: torch.Tensor, old_per_token_logps: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     """
-    log s_i of GSPO (eq. 7): the mean over the tokens of a completion of logp − logp_old.
+    log s_i of GSPO (eq. 7): the mean of logp − logp_old over the tokens of a completion.
 
     Args:
         per_token_logps, old_per_token_logps (`torch.Tensor` of shape `(B, T)`):
-            Log-probabilities in nats under the policy and under the policy that sampled.
+            Log-probabilities in nats under the policy, and under the policy that sampled the completions.
         mask (`torch.Tensor` of shape `(B, T)`):
             1 on the tokens that the policy wrote.
 
@@ -34,14 +34,15 @@ def sequence_token_old_logps(
     per_token_logps: torch.Tensor, old_per_token_logps: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     """
-    Old log-probabilities under which a token-level ratio is the one of GSPO-token.
+    Old log-probabilities with which a token-level ratio becomes the ratio of GSPO-token.
 
-    s_it = sg[s_i] · π_θ(o_it) / sg[π_θ(o_it)] (eq. 14) = exp(logp_it − (sg[logp_it] − sg[log s_i])). Whoever computes
-    exp(logp − old) with what this returns gets s_i in value, and the gradient of a token ratio scaled by s_i.
+    s_it = sg[s_i] · π_θ(o_it) / sg[π_θ(o_it)] (eq. 14) = exp(logp_it − (sg[logp_it] − sg[log s_i])). The returned
+    values are the term in brackets: exp(logp − returned) has the value s_i and the gradient of a token ratio times
+    s_i.
 
     Args:
         per_token_logps, old_per_token_logps, mask (`torch.Tensor` of shape `(B, T)`):
-            As in [`mean_log_ratio`].
+            See [`mean_log_ratio`].
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, without gradient.
@@ -53,19 +54,20 @@ def sequence_token_old_logps(
 @dataclass(frozen=True)
 class ImportanceLevel:
     """
-    An entry of `IMPORTANCE_LEVELS`: how TRL's loss gets to its ratio.
+    An entry of `IMPORTANCE_LEVELS`: how TRL's loss computes the importance ratio.
 
     Args:
         of (`str`):
-            Whose ratio it is: `"token"` or `"sequence"`. It says which clip ranges make sense.
+            `"token"` or `"sequence"`: the size of the ratio is that of a token's or of a sequence's, which decides
+            about the clip ranges that make sense.
         trl_level (`str`):
-            TRL's `importance_sampling_level` under which TRL's loss runs.
+            Value of TRL's `importance_sampling_level` with which TRL's loss is computed.
         old_logps (`Callable`, *optional*):
             From log-probabilities, old log-probabilities and mask, all `(B, T)`, to the old log-probabilities that
-            TRL's loss is given. `None`: those that there are.
+            TRL's loss gets. `None`: TRL's loss gets the old log-probabilities unchanged.
 
     Raises:
-        ValueError: for an entry that is only half written.
+        ValueError: if `of` or `trl_level` is unknown.
     """
 
     of: str
@@ -77,6 +79,7 @@ class ImportanceLevel:
             require_one_of(name, getattr(self, name), ("token", "sequence"))
 
 
+# A new level is an entry here and, if it needs one, a function above.
 IMPORTANCE_LEVELS = {
     "token": ImportanceLevel(of="token", trl_level="token"),
     "sequence": ImportanceLevel(of="sequence", trl_level="sequence"),

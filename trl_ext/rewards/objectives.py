@@ -1,15 +1,15 @@
 """
-Several objectives at once, beside what TRL has (fixed weights, and normalising before the sum): weights that follow a
-schedule, and constraints: keep the mean of one reward above a floor while another is raised.
+Several objectives at once. TRL has fixed weights, and normalising before the sum. Added here are weights that follow a
+schedule, and constraints, which keep the mean of one reward above a floor while a different reward is maximised.
 
-A constraint turns `max E[A] subject to E[B] ≥ floor` into its Lagrangian `E[A] + λ·(E[B] − floor)`: B gets the weight
-λ, the policy climbs, and λ goes the other way, once a generation batch (dual descent; for language models
-https://huggingface.co/papers/2310.12773):
+A constraint turns `max E[A] subject to E[B] ≥ floor` into its Lagrangian `E[A] + λ·(E[B] − floor)`. The policy
+maximises it: B gets the weight λ. The multiplier λ minimises it, with one step for each generation batch (dual
+descent; for language models see https://huggingface.co/papers/2310.12773):
 
     λ ← max(0, λ + learning_rate · (floor − mean B))
 
-Weights are set when a generation batch begins and stay until the next one does: selection, advantages and credit by
-token all see the same, and they are what is logged for it. A batch moves λ for the batches after it.
+The weights are set when a generation batch begins and stay the same until the next one begins, so that selection,
+advantages, token credit and logs of a batch all have the same weights. A batch changes λ only for later batches.
 """
 
 import math
@@ -30,22 +30,23 @@ SHAPES = ("linear", "cosine", "steps")
 @dataclass(frozen=True)
 class ObjectiveSchedule:
     """
-    The weight of a reward as a function of how much of the run is done.
+    The weight of a reward as a function of the share of the run that is over.
 
     Args:
         points (`Sequence[tuple[float, float]]`):
-            Pairs of share of the run, in [0, 1] and ascending, and weight from there on. Before the first and after
-            the last point the weight stays. One point: a constant.
+            Pairs of a share of the run and the weight at that moment. Shares are in [0, 1] and ascend. The weight is
+            constant before the first and after the last point; with one point it is always constant.
         shape (`str`, *optional*, defaults to `"linear"`):
-            Between two points: `"linear"`, half a `"cosine"` wave, or `"steps"`, which holds the earlier weight.
+            How the weight changes between two points: `"linear"`, as half a `"cosine"` wave, or in `"steps"`, which
+            keep the earlier point's weight until the later point.
 
     Raises:
-        ValueError: for points that don't ascend or aren't finite, and for an unknown shape.
+        ValueError: if shares don't ascend within [0, 1], if a weight is not finite, or if the shape is unknown.
 
     Example:
 
     ```python
-    ObjectiveSchedule([(0.2, 0.0), (0.8, 1.0)])  # nothing at first, then more and more
+    ObjectiveSchedule([(0.2, 0.0), (0.8, 1.0)])  # 0 at first, then growing to 1
     ObjectiveSchedule([(0.0, 1.0), (0.5, 0.1)], shape="steps")
     ```
     """
@@ -60,7 +61,8 @@ class ObjectiveSchedule:
         shares = [share for share, _ in self.points]
         require(
             bool(shares) and shares == sorted(set(shares)) and shares[0] >= 0 and shares[-1] <= 1,
-            f"points={list(self.points)}: shares of the run must ascend within [0, 1], at least one of them.",
+            f"points={list(self.points)}: there must be at least one, and their shares of the run must ascend within "
+            "[0, 1].",
         )
         require(
             all(math.isfinite(weight) for _, weight in self.points),
@@ -68,13 +70,13 @@ class ObjectiveSchedule:
         )
 
     def __call__(self, share: float) -> float:
-        """The weight after `share` of the run, in [0, 1]."""
+        """The weight when `share` of the run is over, in [0, 1]."""
         before = [point for point in self.points if point[0] <= share] or [self.points[0]]
         after = [point for point in self.points if point[0] > share] or [self.points[-1]]
-        (x, weight), (end, target) = before[-1], after[0]
-        if end <= x or share <= x or self.shape == "steps":
+        (start, weight), (end, target) = before[-1], after[0]
+        if end <= start or share <= start or self.shape == "steps":
             return weight
-        passed = (share - x) / (end - x)
+        passed = (share - start) / (end - start)
         if self.shape == "cosine":
             passed = (1 - math.cos(math.pi * passed)) / 2
         return weight + (target - weight) * passed
@@ -83,23 +85,25 @@ class ObjectiveSchedule:
 @dataclass(frozen=True)
 class RewardConstraint:
     """
-    Keep the mean of a reward at or above a floor. (For a ceiling, negate the reward and its bound.)
+    Keeps the mean of a reward at or above a floor. (For a ceiling, negate the reward and the bound.)
 
     Args:
         reward (`str`):
-            Name of the reward function, as it is logged.
+            Name of the reward function, as in the logs.
         floor (`float`):
-            In units of the reward.
+            The floor, in units of the reward.
         learning_rate (`float`):
-            Of λ, per generation batch and unit of shortfall. The weight of the other rewards sets the scale: with
-            weights about 1 and rewards in [0, 1], 0.1 brings λ to 1 after 100 batches that miss the floor by 0.1.
+            Change of λ for each generation batch and each unit of shortfall. The weights of the other rewards set the
+            scale: with weights about 1 and rewards in [0, 1], a learning rate of 0.1 brings λ to 1 after 100 batches
+            that miss the floor by 0.1.
         initial (`float`, *optional*, defaults to `0.0`):
-            λ of the first batch.
+            λ for the first batch.
         maximum (`float`, *optional*):
-            Largest λ. `None`: any. A floor out of reach lets λ grow without end, and everything else drown.
+            Largest λ. `None`: λ has no limit; if the floor can't be reached, λ then grows until the other rewards no
+            longer matter.
 
     Raises:
-        ValueError: for settings outside of their range.
+        ValueError: if a setting is out of its range.
     """
 
     reward: str
@@ -127,42 +131,46 @@ class RewardConstraint:
 
         Args:
             multiplier (`float`):
-                λ that the batch was trained with.
+                λ for the batch.
             mean (`float`):
-                Mean of the reward over the batch, on all ranks. NaN, if it applied to no completion: λ stays.
+                Mean of the reward over the batch on all ranks. With NaN (the reward applied to no completion), λ stays
+                the same.
         """
         if not math.isfinite(mean):
             return multiplier
-        raised = max(0.0, multiplier + self.learning_rate * (self.floor - mean))
-        return raised if self.maximum is None else min(raised, self.maximum)
+        moved = max(0.0, multiplier + self.learning_rate * (self.floor - mean))
+        return moved if self.maximum is None else min(moved, self.maximum)
 
 
 class RewardObjectives(RolloutObserver):
     """
-    Schedules and constraints for the reward functions of a trainer of `trl_ext`, whichever its method.
+    Schedules and constraints for the reward functions of any GRPO-based trainer of `trl_ext`.
 
-    The weight of a reward is what its schedule says (TRL's `reward_weights` where there is none), plus λ if it is
-    constrained. So a reward that is only a constraint has the weight 0 in `reward_weights`; one that counts anyway
-    and has a floor beside it keeps its own.
+    The weight of a reward is the value of its schedule, or its TRL `reward_weights` if it has no schedule, plus λ if
+    it has a constraint. A reward that is only a constraint therefore gets the weight 0 in `reward_weights`; a reward
+    that is an objective with a floor keeps its own weight.
 
-    Logged for every generation batch (averaged where a log has several): `rewards/<name>/weight`, beside TRL's
-    `rewards/<name>/mean`, and for constraints `rewards/<name>/multiplier`, the λ in that weight, and
-    `rewards/<name>/shortfall`, floor − mean. The mean is TRL's: over all completions of all ranks that were generated
-    for the batch and to which the reward applies.
+    These metrics are logged for every generation batch, averaged if a log has several batches:
 
-    λ and the weights are part of the run's state: a checkpoint holds them, and a resumed run goes on bit for bit.
+    - `rewards/<name>/weight`, besides TRL's `rewards/<name>/mean`.
+    - For constraints, `rewards/<name>/multiplier`, the λ in that weight, and `rewards/<name>/shortfall`, which is
+      floor − mean. The mean is TRL's: over all completions on all ranks that were generated for the batch and to which
+      the reward applies.
+
+    λ and the weights are part of the run's state: checkpoints hold them, and a resumed run equals the uninterrupted
+    one bit for bit.
 
     Args:
         schedules (`Mapping[str, ObjectiveSchedule | float]`, *optional*):
-            By name of the reward function.
+            Schedules or constant weights, by name of the reward function.
         constraints (`Sequence[RewardConstraint]`, *optional*):
-            One a reward at most.
+            At most one for each reward.
         normalize (`bool`, *optional*, defaults to `False`):
-            Divide all weights by 1 + the sum of all λ, so that a growing λ doesn't make rewards grow (which a critic
-            has to follow; advantages that are scaled by their deviation don't care).
+            Whether to divide all weights by 1 + the sum of all λ, so that rewards don't grow with λ. A critic would
+            have to learn that growth; advantages that are divided by their standard deviation don't change with it.
 
     Raises:
-        ValueError: without any of the two, and for two constraints of one reward.
+        ValueError: if there are neither schedules nor constraints, or if a reward has two constraints.
 
     Example:
 
@@ -191,11 +199,12 @@ class RewardObjectives(RolloutObserver):
         self.constraints = {constraint.reward: constraint for constraint in constraints}
         names = [constraint.reward for constraint in constraints]
         require(
-            len(self.constraints) == len(names), f"Constraints of {', '.join(names)}: one reward can have one floor."
+            len(self.constraints) == len(names),
+            f"The constraints are for {', '.join(names)}: a reward can have only one floor. Leave the others out.",
         )
         require(
             bool(self.schedules or self.constraints),
-            "RewardObjectives without schedules and constraints does nothing. Give it one, or use `reward_weights`.",
+            "RewardObjectives without schedules and constraints does nothing. Pass one, or use `reward_weights`.",
         )
         self.normalize = normalize
         self.multipliers = {name: constraint.initial for name, constraint in self.constraints.items()}
@@ -203,9 +212,7 @@ class RewardObjectives(RolloutObserver):
         self._trainer: Any = None
 
     def weights(self, names: Sequence[str], share: float) -> list[float]:
-        """
-        Weights of the reward functions `names`, with the λ of now, after `share` of the run.
-        """
+        """Weights of the reward functions `names` with the current λ, when `share` of the run is over."""
         total = 1 + sum(self.multipliers.values()) if self.normalize else 1.0
         scheduled = [
             self.schedules[name](share) if name in self.schedules else self._base.get(name, 1.0) for name in names
@@ -214,26 +221,30 @@ class RewardObjectives(RolloutObserver):
 
     def attach(self, trainer: Any) -> "RewardObjectives":
         """
-        Take over the weights of a trainer, before it trains.
+        Set the reward weights of a trainer from now on. Must be called before training.
 
         Args:
             trainer ([`~trl_ext.GRPOTrainer`]):
-                Or one that is derived from it.
+                The trainer, or one of a derived class.
 
         Raises:
-            TypeError: for a trainer that isn't one of `trl_ext`, which can't tell when a generation batch begins.
-            ValueError: for a name that no reward function has, or several; and if the trainer has objectives already.
+            TypeError: if the trainer is not one of `trl_ext`: TRL's don't report when a generation batch begins.
+            ValueError: if a name is not that of exactly one reward function, or the trainer has objectives already.
+
+        Returns:
+            [`RewardObjectives`]: this object.
         """
         if not hasattr(trainer, "add_observer"):
             raise TypeError(
-                f"RewardObjectives needs a trainer of trl_ext, not {type(trainer).__name__}: change the import, keep "
-                "the rest."
+                f"RewardObjectives needs a trainer of trl_ext, not {type(trainer).__name__}: change the import of the "
+                "trainer and keep the rest."
             )
         names = list(trainer.reward_func_names)
         for name in [*self.schedules, *self.constraints]:
             require(
                 names.count(name) == 1,
-                f"{name!r} must be the name of one reward function, but they are {', '.join(names)}.",
+                f"{name!r} must be the name of one reward function, but they are {', '.join(names)}. Change the name "
+                "in schedules or constraints.",
             )
         require(
             self.key not in [observer.key for observer in trainer.observers],
@@ -251,7 +262,7 @@ class RewardObjectives(RolloutObserver):
         trainer.reward_weights = torch.tensor(self.weights(names, trainer.progress), dtype=torch.float32)
 
     def end(self, trainer: Any, batch: GenerationBatch) -> None:
-        """Logs what the batch was weighed with, and moves λ for the next."""
+        """Logs the weights of the batch, and updates λ for the next one."""
         metrics = trainer.train_metrics
         for name, weight in zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True):
             metrics[f"rewards/{name}/weight"].append(weight)
@@ -262,11 +273,11 @@ class RewardObjectives(RolloutObserver):
             self.multipliers[name] = constraint.updated(self.multipliers[name], mean)
 
     def state_dict(self) -> dict[str, Any]:
-        """λ, and the weights of the batch in use."""
+        """λ, and the weights of the current batch."""
         return {"multipliers": dict(self.multipliers), "weights": self._trainer.reward_weights.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of [`state_dict`]. The weights are those that an evaluation before the next batch reads."""
+        """The reverse of [`state_dict`]. An evaluation before the next batch uses these weights."""
         self.multipliers |= {name: state["multipliers"].get(name, value) for name, value in self.multipliers.items()}
         if len(state["weights"]) == len(self._trainer.reward_func_names):
             self._trainer.reward_weights = torch.tensor(state["weights"], dtype=torch.float32)

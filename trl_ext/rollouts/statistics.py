@@ -114,7 +114,7 @@ def restate_rounds(
             metrics[key][-1] = value
 
 
-# Metrics to which TRL appends a value for every micro-batch. They are means over tokens, but clip ratios are means over
+# Metrics to which TRL appends a value for every micro-batch. They are means over tokens. Clip ratios are means over
 # rows if there is one importance ratio for each sequence.
 LOSS_MEANS = (
     "kl",
@@ -135,7 +135,10 @@ COMPUTED = "computed/"
 
 
 def _mean_over_rows(value: float, fit: Fit, of_empty_row: float, over_all: bool) -> float:
-    """A micro-batch's mean over rows, with a weight that makes the mean over the step's micro-batches one over rows."""
+    """
+    A micro-batch's mean over rows times its weight. The mean of the results over the micro-batches of the step is the
+    mean over its rows.
+    """
     total = value * (fit.rows + fit.fillers) - fit.fillers * of_empty_row
     count = fit.computed_rows
     if over_all:
