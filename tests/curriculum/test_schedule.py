@@ -66,7 +66,7 @@ def test_with_a_minus_more_is_easier():
 
 
 def test_pass_rates_know_their_direction_and_their_range():
-    with pytest.raises(ValueError, match="a larger pass rate means easier already"):
+    with pytest.raises(ValueError, match="a larger pass rate already means an easier row"):
         DifficultyCurriculum(column="-pass_rate")
     with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
         DifficultyCurriculum(column="pass_rate").read_column([0.5, 50])

@@ -1,9 +1,9 @@
 """
-Which prompts a run sees when: a curriculum over their difficulty.
+A curriculum: chooses by difficulty which prompts a run is trained on, and when.
 
-Easy first and hard later is Bengio et al.'s curriculum (https://dl.acm.org/doi/10.1145/1553374.1553380). Prompts that
-the policy solves about half of the time are those whose outcomes have the most variance, p (1 − p), and so the most to
-teach (https://huggingface.co/papers/2504.03380).
+Bengio et al.'s curriculum starts with easy examples and ends with hard ones
+(https://dl.acm.org/doi/10.1145/1553374.1553380). Prompts that the policy solves about half of the time teach most,
+because the variance of their outcomes, p (1 − p), is largest (https://huggingface.co/papers/2504.03380).
 """
 
 import copy
@@ -24,51 +24,54 @@ from .difficulty import PASS_RATE
 
 
 SCHEDULES = ("easy_to_hard", "frontier", "mixed")
-# Completions that the prior is worth: what a column says, or ½ where nothing is known
+# Weight of the initial difficulty, in completions
 PRIOR_COMPLETIONS = 2.0
 
 
 class DifficultyCurriculum(PromptChooser):
     """
-    Says what is trained on next, by difficulty. Every trainer takes one as `curriculum`. Those that roll out let it
-    choose, for every generation batch, among the prompts that are dealt and the next ones of the data set.
+    Chooses by difficulty what is trained on next. Every trainer takes one as `curriculum`. Trainers with rollouts let
+    it choose, for every generation batch, among the prompts that the loader deals and the next ones of the data set.
 
-    Difficulty is the probability of failure, 1 − pass rate. It starts from a column, or at ½, and follows the rollouts
-    of the run: (c·d₀ + failures) / (c + completions), where d₀ is the start, c = `PRIOR_COMPLETIONS`, and what was
-    seen earlier fades by `memory` whenever the prompt is seen again.
+    Difficulty is the probability that a completion fails, 1 − pass rate. It starts at the value of a column, or at ½,
+    and is updated by the rollouts of the run to (c·d₀ + failures) / (c + completions), where d₀ is the initial
+    difficulty and c is `PRIOR_COMPLETIONS`. The counts of failures and completions are multiplied by `memory` whenever
+    the prompt is observed again.
 
-    - `"easy_to_hard"`: of the candidates, sorted by difficulty, a window that moves from the easiest to the hardest,
-      and is there once `until` of the run is over.
-    - `"frontier"`: the candidates with a pass rate nearest ½.
-    - `"mixed"`: `share` of them by `"frontier"`, the others as they are dealt.
+    - `"easy_to_hard"`: sorts the candidates by difficulty and takes neighbours. At the start of the run these are the
+      easiest candidates; from the moment that `until` of the run is over, they are the hardest.
+    - `"frontier"`: takes the candidates with a pass rate nearest ½.
+    - `"mixed"`: takes `share` of the prompts by `"frontier"`, and the others in the order in which they are dealt.
 
-    [`~trl_ext.DPOTrainer`] has no rollouts: difficulty is what the column says, and it trains on every row once an
-    epoch, in the order of [`epoch_order`]. `lookahead`, `until` and `memory` mean nothing there.
+    [`~trl_ext.DPOTrainer`] has no rollouts. There the difficulty is the value of the column, and every epoch trains on
+    each row once, in the order of [`epoch_order`]. `lookahead`, `until` and `memory` have no effect.
 
-    A choice depends on what it is given alone: it is equal on all ranks, and after a resume.
+    A choice depends on the arguments and on what was observed, so that it is the same on all ranks and after a resume.
 
     Args:
         schedule (`str`, *optional*, defaults to `"frontier"`):
             `"easy_to_hard"`, `"frontier"` or `"mixed"`.
         column (`str`, *optional*):
-            Column of the data set that says how hard a row is: any number, more is harder; with a minus before its
-            name, such as `"-margin"`, more is easier. Numbers count by their rank. `"pass_rate"` is its own measure
-            (in [0, 1], more is easier; [`~trl_ext.curriculum.difficulty.pass_rates`] writes it). `None`: only
-            rollouts say it.
+            Column of the data set with the initial difficulty: numbers that are larger for harder rows. With a minus
+            before its name, such as `"-margin"`, numbers are larger for easier rows. Only the rank of a number counts.
+            The column `"pass_rate"` is an exception: it holds pass rates in [0, 1], which are larger for easier rows,
+            and their value counts ([`~trl_ext.curriculum.difficulty.pass_rates`] writes it). `None`: the difficulty
+            depends on rollouts alone.
         lookahead (`int`, *optional*, defaults to `4`):
-            Candidates for every prompt that is chosen, those that are dealt among them.
+            Number of candidates for each prompt that is chosen, including those that the loader deals.
         until (`float`, *optional*, defaults to `0.8`):
-            Share of the run, in (0, 1], over which `"easy_to_hard"` moves and completions grow.
+            Share of the run, in (0, 1], after which `"easy_to_hard"` is at the hardest candidates and completions have
+            their full length.
         share (`float`, *optional*, defaults to `0.5`):
-            Of `"mixed"`, in (0, 1).
+            Share of the prompts, in (0, 1), that `"mixed"` takes by `"frontier"`.
         memory (`float`, *optional*, defaults to `0.5`):
-            What is left, in [0, 1], of a prompt's earlier evidence when it is seen again.
+            Factor, in [0, 1], on a prompt's earlier counts when the prompt is observed again.
         start_completion_length (`int`, *optional*):
-            Longest completion, in tokens, at the start; it grows linearly to the trainer's `max_completion_length`.
-            `None`: that from the start.
+            Longest completion at the start of the run, in tokens. It grows linearly to the trainer's
+            `max_completion_length`. `None`: it is `max_completion_length` from the start.
 
     Raises:
-        ValueError: for a schedule that isn't known, or a number out of its range.
+        ValueError: if the schedule is unknown, or a number is out of its range.
     """
 
     key = "curriculum"
@@ -85,28 +88,29 @@ class DifficultyCurriculum(PromptChooser):
     ) -> None:
         require_one_of("schedule", schedule, SCHEDULES)
         require(lookahead >= 2, f"lookahead={lookahead} leaves nothing to choose from. Set 2 or more.")
-        for name, value, allowed in (
-            ("until", until, 0 < until <= 1),
-            ("share", share, 0 < share < 1),
-            ("memory", memory, 0 <= memory <= 1),
+        for name, value, allowed, where in (
+            ("until", until, 0 < until <= 1, "in (0, 1]"),
+            ("share", share, 0 < share < 1, "in (0, 1)"),
+            ("memory", memory, 0 <= memory <= 1, "in [0, 1]"),
             (
                 "start_completion_length",
                 start_completion_length,
                 start_completion_length is None or start_completion_length > 0,
+                "above 0, or None",
             ),
         ):
-            require(allowed, f"{name}={value} is out of range; see DifficultyCurriculum's documentation.")
+            require(allowed, f"{name}={value} is out of range: choose it {where}.")
         require(
             column != f"-{PASS_RATE}",
-            f"column={column!r}: a larger pass rate means easier already. Set {PASS_RATE!r}, without the minus.",
+            f"column={column!r}: a larger pass rate already means an easier row. Leave out the minus.",
         )
         self.column = None if column is None else column.removeprefix("-")
         self.more_is_easier = column == PASS_RATE or column != self.column
         self.schedule, self.lookahead, self.until = schedule, lookahead, until
         self.share, self.memory, self.start_completion_length = share, memory, start_completion_length
-        self.success_threshold = 0.5  # of the trainer, see `prepared`
+        self.success_threshold = 0.5  # `prepared` sets the trainer's
         self._column = column
-        self._sorted: list[float] = []  # the column's numbers
+        self._sorted: list[float] = []  # all numbers of the column
         self._seen: dict[str, tuple[float, float]] = {}  # by prompt: faded failures, faded completions
 
     def __repr__(self) -> str:
@@ -119,8 +123,8 @@ class DifficultyCurriculum(PromptChooser):
         The curriculum of one run.
 
         Raises:
-            ValueError: if the column is missing, is dropped before training, holds something that is not a number, or
-                holds the same number everywhere.
+            ValueError: if the column is missing, is dropped before training, holds something that is not a finite
+                number, or holds the same number everywhere.
         """
         own = copy.copy(self)
         own._seen, own.success_threshold = dict(self._seen), config.success_threshold
@@ -128,11 +132,13 @@ class DifficultyCurriculum(PromptChooser):
             assert isinstance(dataset, Dataset)
             require(
                 self.column in dataset.column_names,
-                f"The curriculum's column {self.column!r} is missing: train_dataset has only {dataset.column_names}.",
+                f"The curriculum's column {self.column!r} is missing: train_dataset has only {dataset.column_names}. "
+                "Name one of these.",
             )
             require(
                 not config.remove_unused_columns,
-                f"The curriculum's column {self.column!r} is dropped by remove_unused_columns=True. Set it to False.",
+                f"The curriculum's column {self.column!r} is dropped by remove_unused_columns=True. Set "
+                "remove_unused_columns=False.",
             )
             own.read_column(dataset[self.column])
         return own
@@ -141,47 +147,55 @@ class DifficultyCurriculum(PromptChooser):
 
     def read_column(self, values: Sequence[float | None]) -> None:
         """
-        Take in all numbers of the column, once, before training: they count by their rank.
+        Read all numbers of the column, from which ranks are computed. Must be called once, before training.
 
         Raises:
-            ValueError: if one of them is not a number, or all are equal.
+            ValueError: if one of them is not a finite number, or all are equal.
         """
-        self._sorted = self._in_order(values)
+        self._sorted = self._checked(values)
 
-    def _in_order(self, values: Sequence[float | None]) -> list[float]:
+    def _checked(self, values: Sequence[float | None]) -> list[float]:
+        """The numbers among the values, sorted."""
         known = [value for value in values if value is not None]
         if any(isinstance(v, bool) or not isinstance(v, Real) or not math.isfinite(v) for v in known):
-            raise ValueError(f"The column {self.column!r} holds something else than finite numbers. Choose another.")
+            raise ValueError(
+                f"The column {self.column!r} holds something that is not a finite number. Choose a different column."
+            )
         if self.column == PASS_RATE and not all(0 <= value <= 1 for value in known):
-            raise ValueError(f"The column {PASS_RATE!r} holds numbers outside [0, 1]. Name it otherwise.")
+            raise ValueError(
+                f"The column {PASS_RATE!r} holds numbers outside [0, 1], which are not pass rates. Rename the column."
+            )
         if len(set(known)) < 2:
-            raise ValueError(f"The column {self.column!r} has the same number everywhere: nothing is harder.")
+            raise ValueError(
+                f"The column {self.column!r} holds the same number in all rows, so that no row is harder than others. "
+                "Choose a different column."
+            )
         return sorted(map(float, known))
 
-    def _of_value(self, value: float | None, in_order: list[float]) -> float:
-        """What a number of the column says, in [0, 1]; `in_order` are all of them."""
+    def _difficulty_of(self, value: float | None, all_values: list[float]) -> float:
+        """The initial difficulty, in [0, 1], of a row with this value in the column; `all_values` are sorted."""
         if value is None:
             return 0.5
         if self.column == PASS_RATE:
             share = float(value)
         else:
-            below, up_to = bisect_left(in_order, value), bisect_right(in_order, value)
-            share = 0.5 * (below + up_to) / max(len(in_order), 1)
+            below, up_to = bisect_left(all_values, value), bisect_right(all_values, value)
+            share = 0.5 * (below + up_to) / max(len(all_values), 1)
         return 1 - share if self.more_is_easier else share
 
     def prior(self, row: dict[str, Any]) -> float:
-        """What is known of a row before any rollout, in [0, 1]; ½ where that is nothing."""
-        return 0.5 if self.column is None else self._of_value(row.get(self.column), self._sorted)
+        """The initial difficulty of a row, in [0, 1]; ½ if the column doesn't give it."""
+        return 0.5 if self.column is None else self._difficulty_of(row.get(self.column), self._sorted)
 
     def priors(self, values: Sequence[float | None]) -> list[float]:
         """
-        The [`prior`] of rows that the column gives these values, of which they are all that count.
+        The initial difficulties, in [0, 1], of rows with these values in the column. Ranks are taken among them.
 
         Raises:
-            ValueError: as [`read_column`].
+            ValueError: see [`read_column`].
         """
-        in_order = self._in_order(values)
-        return [self._of_value(value, in_order) for value in values]
+        all_values = self._checked(values)
+        return [self._difficulty_of(value, all_values) for value in values]
 
     def difficulty(self, row: dict[str, Any]) -> float:
         """Probability, in [0, 1], that a completion for this row fails."""
@@ -190,16 +204,15 @@ class DifficultyCurriculum(PromptChooser):
 
     def observe(self, rows: Sequence[dict[str, Any]], outcomes: torch.Tensor, live: Sequence[bool] = ()) -> None:
         """
-        Learn from a round of generation. A completion solves its prompt from an outcome reward of
-        `success_threshold` on.
+        Learn from a round of generation. A completion fails if its outcome reward is below `success_threshold`.
 
         Args:
             rows (`list[dict]`):
-                One for each group.
+                Data set rows, one for each group.
             outcomes (`torch.Tensor` of shape `(P, G)`):
                 Outcome rewards by group, NaN = not applicable.
             live (`list[bool]`, *optional*):
-                Has no effect.
+                Not used.
         """
         known = ~outcomes.isnan()
         tried = known.sum(dim=1).tolist()
@@ -211,7 +224,7 @@ class DifficultyCurriculum(PromptChooser):
                 self._seen[key] = (self.memory * before[0] + failures, self.memory * before[1] + completions)
 
     def end(self, trainer: Any, batch: GenerationBatch) -> None:
-        """Logs how hard the chosen prompts are, how many dealt ones were replaced, and how long completions may be."""
+        """Logs the mean difficulty of the chosen prompts, how many were replaced, and the longest completion."""
         metrics, difficulties = trainer.train_metrics, [self.difficulty(row) for row in batch.group_rows]
         metrics["curriculum/difficulty"].append(sum(difficulties) / len(difficulties))
         metrics["curriculum/prompts_replaced"].append(batch.replaced)
@@ -224,52 +237,52 @@ class DifficultyCurriculum(PromptChooser):
         """See [`PromptChooser.choose`]. The result depends on the arguments and on what was observed alone."""
         if len(rows) <= count:
             return list(range(len(rows)))
-        hard = [self.difficulty(row) for row in rows]
+        difficulties = [self.difficulty(row) for row in rows]
         if self.schedule == "easy_to_hard":
-            order = sorted(range(len(rows)), key=lambda i: hard[i])
+            order = sorted(range(len(rows)), key=lambda i: difficulties[i])
             start = round(self._ramp(progress) * (len(rows) - count))
             return sorted(order[start : start + count])
-        by_frontier = sorted(range(len(rows)), key=lambda i: abs(hard[i] - 0.5))
+        by_frontier = sorted(range(len(rows)), key=lambda i: abs(difficulties[i] - 0.5))
         if self.schedule == "frontier":
             return sorted(by_frontier[:count])
-        best = by_frontier[: round(self.share * count)]
-        rest = [i for i in range(len(rows)) if i not in set(best)]
-        return sorted(best + rest[: count - len(best)])
+        nearest = by_frontier[: round(self.share * count)]
+        rest = [i for i in range(len(rows)) if i not in set(nearest)]
+        return sorted(nearest + rest[: count - len(nearest)])
 
     def epoch_order(self, difficulties: Sequence[float], seed: int, epoch: int) -> list[int]:
         """
-        The order in which to train on all rows of a data set, each once.
+        The order in which an epoch trains on all rows of a data set, each once.
 
-        - `"easy_to_hard"`: by difficulty.
-        - `"frontier"`: those nearest ½ first.
-        - `"mixed"`: `share` of the places go by `"frontier"`, evenly spread; at the others stand rows by chance.
+        - `"easy_to_hard"`: the rows are sorted by difficulty.
+        - `"frontier"`: rows with a difficulty nearest ½ come first.
+        - `"mixed"`: `share` of the places, evenly spread, are filled by `"frontier"`, and the others at random.
 
         Args:
             difficulties (`list[float]`):
-                Of each row, in [0, 1]: what [`priors`] says.
+                Difficulty of each row, in [0, 1], from [`priors`].
             seed (`int`):
-                Shuffles rows of equal difficulty, together with `epoch`.
+                Seed, together with `epoch`, by which rows of equal difficulty are shuffled.
             epoch (`int`):
-                Epoch, from 0.
+                Number of the epoch, from 0.
 
         Returns:
             `list[int]`: row numbers.
         """
         shuffled = torch.randperm(len(difficulties), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
         if self.schedule == "easy_to_hard":
-            return sorted(shuffled, key=lambda i: difficulties[i])  # stable
+            return sorted(shuffled, key=lambda i: difficulties[i])  # rows of equal difficulty stay shuffled
         by_frontier = sorted(shuffled, key=lambda i: abs(difficulties[i] - 0.5))
         if self.schedule == "frontier":
             return by_frontier
         order: dict[int, None] = {}
         queues = iter(by_frontier), iter(shuffled)
         for place in range(len(shuffled)):
-            by_chance = math.floor((place + 1) * self.share) == math.floor(place * self.share)
-            order[next(i for i in queues[by_chance] if i not in order)] = None
+            at_random = math.floor((place + 1) * self.share) == math.floor(place * self.share)
+            order[next(i for i in queues[at_random] if i not in order)] = None
         return list(order)
 
     def completion_length(self, longest: int, progress: float) -> int:
-        """Tokens that a completion may have now, where `longest` is the trainer's setting."""
+        """See [`PromptChooser.completion_length`]."""
         if self.start_completion_length is None or self.start_completion_length >= longest:
             return longest
         return round(self.start_completion_length + self._ramp(progress) * (longest - self.start_completion_length))
@@ -280,7 +293,7 @@ class DifficultyCurriculum(PromptChooser):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: evidence by prompt."""
+        """The counts of each prompt."""
         return {"seen": dict(self._seen)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
