@@ -1,6 +1,6 @@
 """
-What the engine refuses of data sets, curricula and names of rewards before a model is loaded. Each function raises
-`ValueError` or `TypeError` with what to change.
+Checks of data sets, curricula and names of reward functions before a model is loaded. If a check fails, it raises
+`ValueError` or `TypeError` with a message that says what to change.
 """
 
 from typing import Any
@@ -15,20 +15,12 @@ from .grpo_config import GRPOConfig
 
 
 def check_data(config: GRPOConfig, dataset: Any, environment_factory: Any) -> None:
+    """Whether the data set has prompts, in sufficient number, and can be used as `config` says."""
     columns = getattr(dataset, "column_names", None)
     if columns is None and isinstance(dataset, IterableDataset):
-        columns = list(next(iter(dataset), {})) or None  # not declared: its first row tells
+        columns = list(next(iter(dataset), {})) or None  # not declared, but its first row has them
+    _check_similar_prompts_columns(config, columns)
     refills = SELECTIONS[config.rollout_selection].draws_prompts
-    for column in config.similar_prompts_columns or []:
-        require(
-            columns is None or column in columns,
-            f"similar_prompts_columns names {column!r}, but train_dataset has only {columns}.",
-        )
-        require(
-            not config.remove_unused_columns,
-            f"similar_prompts_columns={config.similar_prompts_columns} are dropped by remove_unused_columns=True. "
-            "Set remove_unused_columns=False.",
-        )
     if environment_factory is None:
         require(dataset is not None, "train_dataset=None: pass a data set with a `prompt` column.")
         require(
@@ -38,8 +30,8 @@ def check_data(config: GRPOConfig, dataset: Any, environment_factory: Any) -> No
     elif refills:
         require(
             dataset is not None and (columns is None or "prompt" in columns),
-            "rollout_selection='refill' draws new prompts from train_dataset, but here the environment owns the "
-            "data. Set rollout_selection='duplicate' (DUPO), or pass a data set with a `prompt` column.",
+            "rollout_selection='refill' draws new prompts from train_dataset, but here the environment owns the data. "
+            "Set rollout_selection='duplicate' (DUPO), or pass a data set with a `prompt` column.",
         )
     if isinstance(dataset, Dataset):
         assert config.generation_batch_size and config.num_generations  # TRL has set and checked both
@@ -53,14 +45,27 @@ def check_data(config: GRPOConfig, dataset: Any, environment_factory: Any) -> No
     elif isinstance(dataset, IterableDataset) and refills:
         require(
             can_be_read_twice(dataset),
-            "rollout_selection='refill' reads train_dataset beside the training loop, but this iterable data set "
-            "can't be read twice (a second pass doesn't start where the first did). Build it from a function that "
-            "opens the source anew, or set rollout_selection='duplicate'.",
+            "rollout_selection='refill' reads train_dataset independently of the training loop, but this iterable "
+            "data set can't be read twice: a second pass doesn't start where the first did. Build it from a function "
+            "that opens the source for each pass, or set rollout_selection='duplicate'.",
+        )
+
+
+def _check_similar_prompts_columns(config: GRPOConfig, columns: list[str] | None) -> None:
+    for column in config.similar_prompts_columns or []:
+        require(
+            columns is None or column in columns,
+            f"similar_prompts_columns names {column!r}, but train_dataset has only {columns}. Name some of these.",
+        )
+        require(
+            not config.remove_unused_columns,
+            f"similar_prompts_columns={config.similar_prompts_columns} are dropped by remove_unused_columns=True. "
+            "Set remove_unused_columns=False.",
         )
 
 
 def check_curriculum(config: GRPOConfig, curriculum: Any, given: dict[str, Any]) -> None:
-    """What a curriculum needs of the data set and the settings."""
+    """Whether a curriculum can be used with the trainer's arguments `given` and with `config`."""
     if curriculum is None:
         return
     if not isinstance(curriculum, PromptChooser):
@@ -69,30 +74,35 @@ def check_curriculum(config: GRPOConfig, curriculum: Any, given: dict[str, Any])
     longest = config.max_completion_length or 0
     require(
         isinstance(dataset, Dataset) and given.get("environment_factory") is None,
-        "curriculum chooses among the rows of train_dataset, which must be a datasets.Dataset: not streamed, not an "
-        "environment's. Load it without streaming, or leave curriculum out.",
+        "curriculum chooses among the rows of train_dataset, which must be a datasets.Dataset, neither streamed nor "
+        "owned by an environment. Load it without streaming, or leave curriculum out.",
     )
     require(
         config.refill_draws != "informed",
-        "curriculum and refill_draws='informed' both choose the prompts. Leave one of them out.",
+        "curriculum and refill_draws='informed' would both choose the prompts. Leave one of them out.",
     )
     require(
         not given.get("tools") or curriculum.completion_length(longest, 0.0) == longest,
-        "start_completion_length with tools: TRL counts a tool's tokens by max_completion_length. Leave it out.",
+        "start_completion_length can't be used with tools, because TRL limits a tool's tokens by "
+        "max_completion_length. Leave start_completion_length out.",
     )
 
 
 def check_images(config: GRPOConfig, dataset: Any, rollout_func: Any) -> None:
+    """Whether selection can tell which images belong to which completion."""
     columns = getattr(dataset, "column_names", None) or []
     require(
         config.rollout_selection == "all" or rollout_func is None or not {"image", "images"} & set(columns),
-        f"rollout_selection={config.rollout_selection!r} can't tell whose image is whose when a rollout_func "
-        "generates. Set rollout_selection='all', or generate without rollout_func.",
+        f"rollout_selection={config.rollout_selection!r} can't tell which images belong to which completion if a "
+        "rollout_func generates. Set rollout_selection='all', or leave rollout_func out.",
     )
 
 
 def check_outcome_names(config: GRPOConfig, names: list[str]) -> None:
+    """Whether `outcome_reward_funcs` names reward functions of the trainer, whose names are `names`."""
     for name in config.outcome_reward_funcs or []:
         require(
-            name in names, f"outcome_reward_funcs names {name!r}, but the reward functions are {', '.join(names)}."
+            name in names,
+            f"outcome_reward_funcs names {name!r}, but the reward functions are {', '.join(names)}. Name some of "
+            "these.",
         )

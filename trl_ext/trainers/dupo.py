@@ -1,12 +1,12 @@
 """
-DUPO: Duplicating Sampling Policy Optimization, of WebSailor (https://huggingface.co/papers/2507.02592, section 4.2).
+DUPO: Duplicating Sampling Policy Optimization, from WebSailor (https://huggingface.co/papers/2507.02592, section 4.2).
 
-DAPO's objective, but the slots of groups without reward variance are filled with random copies of other groups of the
-same batch instead of new generations: made for agents, whose rollouts are long and slow. Before training, prompts that
-all rollouts solve are dropped: [`trl_ext.curriculum.difficulty`].
+It has DAPO's objective, but groups without reward variance are replaced by random copies of other groups of the same
+batch instead of groups of new prompts. This is made for agents, whose rollouts are long and slow. Before training,
+prompts that all rollouts solve are dropped, see [`trl_ext.curriculum.difficulty`]. Tokens that an environment wrote
+are not in the loss (TRL's `tool_mask`).
 
-Assumes at least one group with variance in most batches; tokens that an environment wrote carry no loss (TRL's
-`tool_mask`).
+It assumes that most batches have at least one group with variance.
 """
 
 import textwrap
@@ -20,12 +20,14 @@ from .grpo_config import GRPOConfig
 @dataclass
 class DUPOConfig(GRPOConfig):
     """
-    [`GRPOConfig`] with the defaults of the DUPO paper: copies for dead groups, DAPO's clip range and token-level loss,
-    groups of 8 at temperature 1, learning rate 1e-6, and four optimizer steps per generation batch (there: batches of
-    128 in mini-batches of 32).
+    [`GRPOConfig`] with the defaults of the DUPO paper: copies in place of dead groups, DAPO's clip range and
+    token-level loss, groups of 8 at temperature 1, learning rate 1e-6, and four optimizer steps for each generation
+    batch (in the paper, batches of 128 in mini-batches of 32).
     """
 
-    rollout_selection: str = field(default="duplicate", metadata={"help": "Copies of live groups for dead ones."})
+    rollout_selection: str = field(
+        default="duplicate", metadata={"help": "'duplicate' replaces dead groups by copies of live ones."}
+    )
     num_generations: int | None = field(default=8, metadata={"help": "Completions per prompt."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     epsilon: float | None = field(default=0.2, metadata={"help": "Lower clip range."})
@@ -33,7 +35,10 @@ class DUPOConfig(GRPOConfig):
     loss_type: str = field(default="dapo", metadata={"help": "Token-level loss."})
     token_normalization: str | None = field(
         default=None,
-        metadata={"help": "None: 'mini_batch', as in the DAPO paper, where the loss counts tokens in whole steps."},
+        metadata={
+            "help": "None: 'mini_batch', as in the DAPO paper, if the loss divides by a number of tokens and a "
+            "generation batch has whole optimizer steps; else 'generation_batch'."
+        },
     )
     beta: float = field(default=0.0, metadata={"help": "No KL term."})
     learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate."})

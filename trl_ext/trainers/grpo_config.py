@@ -1,7 +1,8 @@
 """
-The settings of the engine ([`~trl_ext.GRPOTrainer`]): TRL's, three axes that combine freely, and what is refused.
+Settings of [`~trl_ext.GRPOTrainer`]: TRL's, and three axes that can be combined freely. Combinations that would be
+ignored or inexact are refused here.
 
-| axis | values | table of its entries |
+| axis | values | table of the values |
 |---|---|---|
 | `rollout_selection` | `all` · `refill` (DAPO) · `duplicate` (DUPO) | `rollouts/selection.py` |
 | `advantage_estimator` | `group` · `leave_one_out` (RLOO) · `reinforce` · `gae` (PPO) | `objectives/advantages.py` |
@@ -28,11 +29,11 @@ logger = get_logger(__name__)
 
 TOKEN_NORMALIZATIONS = ("generation_batch", "mini_batch")
 
-# Losses that clip the ratio to 1 ± epsilon, and losses normalised by a count of tokens
+# Losses that clip the ratio to 1 ± epsilon, and losses that divide by a number of tokens
 CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 TOKEN_COUNT_LOSSES = ("dapo", "cispo", "vespo")
-# A sequence ratio is a geometric mean over tokens: it moves by 1e-4 to 1e-3 where a token ratio moves by 1e-1. Clip
-# ranges in use lie well inside these borders (token 0.1–0.3, sequence 2e-4–3e-3).
+# A sequence ratio is a geometric mean over tokens: it differs from 1 by 1e-4 to 1e-3 when token ratios differ by 1e-1.
+# Clip ranges in use are well within these limits (0.1–0.3 for tokens, 2e-4–3e-3 for sequences).
 SMALLEST_TOKEN_EPSILON = 0.005
 LARGEST_SEQUENCE_EPSILON = 0.05
 
@@ -40,174 +41,202 @@ LARGEST_SEQUENCE_EPSILON = 0.05
 @dataclass
 class GRPOConfig(trl.GRPOConfig):
     """
-    [`~trl.GRPOConfig`] with the axes of the engine. Every argument of TRL's keeps its meaning and, unless it is listed
-    here, its default.
+    [`~trl.GRPOConfig`] with three axes: `rollout_selection`, `advantage_estimator` and `importance_sampling_level`.
+    Every argument of TRL keeps its meaning and, unless it is listed here, its default.
 
     Args:
         rollout_selection (`str`, *optional*, defaults to `"all"`):
-            Which scored groups are trained on. `"all"`: TRL's behaviour. `"refill"`: groups without reward variance
-            are replaced by groups of new prompts (DAPO's dynamic sampling). `"duplicate"`: they are replaced by random
-            copies of groups that have variance (DUPO).
+            Which groups are trained on once they are scored. `"all"`: all of them, as in TRL. `"refill"`: groups
+            without reward variance are replaced by groups of new prompts (DAPO's dynamic sampling). `"duplicate"`:
+            groups without reward variance are replaced by random copies of groups with variance (DUPO).
         max_refill_rounds (`int`, *optional*, defaults to `10`):
-            Rounds of generation that `"refill"` may add to one batch. What is missing after that is filled with
-            copies; if nothing has variance, the batch is used as TRL would use it.
+            Largest number of rounds of generation that `"refill"` adds to a generation batch. If groups without
+            variance are left after that, they are replaced by copies. If no group has variance, the batch is used as
+            TRL would use it.
         refill_draws (`str`, *optional*, defaults to `"blind"`):
-            Which prompts `"refill"` generates for. `"blind"`: those the loader deals, and to refill the next of a
-            shuffled stream (the DAPO paper). `"informed"`: those likely to have variance, by what their own groups and
-            those of similar prompts showed so far; dealt prompts that are not are replaced before anything is
-            generated for them, and come again in a later pass.
+            How `"refill"` chooses its prompts. `"blind"`: it takes those that the loader deals, and for refilling the
+            next ones of a shuffled stream, as in the DAPO paper. `"informed"`: it takes those whose groups probably
+            have variance, according to earlier groups of the same prompt and of similar prompts. Dealt prompts whose
+            groups probably have none are replaced before anything is generated for them, and return in a later pass.
         similar_prompts_columns (`list[str]`, *optional*):
-            Columns by which `"informed"` takes prompts for similar: a difficulty, a topic, a length, a pass rate.
-            Numbers are cut at deciles.
+            Columns by which `"informed"` tells which prompts are similar: a difficulty, a topic, a length, a pass
+            rate. Numbers are divided at deciles. `None`: all prompts are similar.
         refill_exploration (`float`, *optional*, defaults to `0.1`):
-            Share of the prompts that `"informed"` leaves to chance, so that none is starved.
+            Share of the prompts, in [0, 1], that `"informed"` chooses at random, so that no prompt is given up for
+            good.
         outcome_reward_funcs (`list[str]`, *optional*):
-            Names of the reward functions by which a group is judged, in selection and for pass rates, as they appear
-            in the logs. `None`: all, except
-            TRL's soft overlong punishment, which shapes and doesn't judge.
+            Names of the reward functions, as in the logs, that decide whether a group has variance and whether a
+            completion is solved. `None`: all functions except TRL's soft overlong punishment, which only shapes
+            rewards.
         success_threshold (`float`, *optional*, defaults to `0.5`):
-            Outcome reward from which a completion counts as solved, in metrics and pass rates.
+            Smallest outcome reward with which a completion counts as solved, in metrics and pass rates.
         advantage_estimator (`str`, *optional*, defaults to `"group"`):
-            `"group"`: TRL's group-relative advantage. `"leave_one_out"`: reward minus the mean of the others of the
-            group. `"reinforce"`: the reward, minus a running baseline if `reinforce_baseline_momentum` is set.
+            How advantages are computed from rewards. `"group"`: TRL's group-relative advantage. `"leave_one_out"`: the
+            reward minus the mean reward of the group's other completions (RLOO). `"reinforce"`: the reward, minus a
+            running mean if `reinforce_baseline_momentum` is set.
         reinforce_baseline_momentum (`float`, *optional*):
-            Momentum of the running mean that `"reinforce"` subtracts, in [0, 1). `None`: no baseline.
+            Momentum, in [0, 1), of the running mean that `"reinforce"` subtracts. `None`: nothing is subtracted.
         importance_sampling_level (`str`, *optional*, defaults to `"token"`):
-            TRL's `"token"` and `"sequence"`, and `"sequence_token"`: GSPO-token, a sequence ratio with the gradient of
-            a token ratio, for advantages that differ between tokens.
+            Level of the importance ratio. `"token"` and `"sequence"`: as in TRL. `"sequence_token"`: GSPO-token, which
+            has the value of a sequence ratio and the gradient of a token ratio, for advantages that differ between
+            tokens.
         token_normalization (`str`, *optional*, defaults to `"generation_batch"`):
-            What losses that divide by a token count (`dapo`, `cispo`, `vespo`) count: `"generation_batch"`, TRL's: all
-            tokens of the generation, scaled to one step; `"mini_batch"`: the tokens of the optimizer step itself, as
-            in the DAPO paper. The two agree when there is one optimizer step per generation.
+            Which tokens are counted by losses that divide by a number of tokens (`dapo`, `cispo`, `vespo`).
+            `"generation_batch"`: as in TRL, those of the generation batch, scaled to one optimizer step.
+            `"mini_batch"`: those of the optimizer step, as in the DAPO paper. The two are equal if there is one
+            optimizer step for each generation batch.
         soft_punish_cache (`int`, *optional*, defaults to `0`):
-            Tokens before `max_completion_length` over which TRL's soft overlong punishment grows to −1; it is added to
-            the reward functions with weight 1. `0`: no punishment. (Overlong *filtering* is TRL's
-            `mask_truncated_completions`.)
+            Number of tokens before `max_completion_length` over which TRL's soft overlong punishment grows from 0 to
+            −1. The punishment is added to the reward functions with weight 1. `0`: no punishment. (Overlong
+            *filtering* is TRL's `mask_truncated_completions`.)
         updates_per_generation (`int`, *optional*):
-            Optimizer steps per generation batch: sets `steps_per_generation` to this times
-            `gradient_accumulation_steps`. `None`: the method's default, or what `steps_per_generation` or
-            `generation_batch_size` say.
+            Optimizer steps for each generation batch. Sets `steps_per_generation` to this number times
+            `gradient_accumulation_steps`. `None`: the method's default, unless `steps_per_generation` or
+            `generation_batch_size` is set.
         epsilon (`float`, *optional*):
-            Lower (and default upper) clip range. `None`: TRL's 0.2.
+            Lower clip range, and the upper one unless `epsilon_high` is set. `None`: TRL's 0.2.
         scale_rewards (`str`, *optional*):
-            TRL's argument. `None`: `"group"` for the group estimator, as in TRL, `"none"` for the others.
+            TRL's argument. `None`: `"group"` for the estimator `"group"`, as in TRL, and `"none"` for the others.
         use_bias_correction_kl (`bool`, *optional*):
-            TRL's argument. `None`: `True` as in TRL, `False` under `"sequence_token"`, where it would be inexact.
+            TRL's argument. `None`: `True` as in TRL, but `False` with `"sequence_token"`, where it would be inexact.
         rewards_in_flight (`int`, *optional*):
-            Calls of reward functions that run at the same time, in threads or, for async functions, on TRL's event
-            loop. Each call gets one whole group, as soon as its chunk is generated. A call that fails or times out
-            costs its group this reward and is logged with its sample; the others go on. Functions must be safe to
-            call from several threads, and must not compare completions of different groups. `None`: TRL's way, one
-            call for the whole batch after generation.
+            Largest number of calls of reward functions that run at the same time, in threads or, for async functions,
+            on TRL's event loop. Each call gets one whole group, as soon as the group's chunk is generated. If a call
+            fails or times out, its group gets no reward from it, the fault is logged with its sample, and the other
+            calls continue. Functions must be safe to call from several threads, and must not compare completions of
+            different groups. `None`: as in TRL, each function is called once for the whole batch, after generation.
         reward_timeout (`float`, *optional*):
-            Seconds that one call may take. `None`: any.
+            Seconds that one call of a reward function may take, with `rewards_in_flight`. `None`: no limit.
         generation_chunks (`int`, *optional*, defaults to `1`):
-            Parts in which a generation batch is generated, so that rewards of one are computed while the next is
-            generated. More chunks overlap more, and generate in smaller batches.
+            Number of chunks in which a batch is generated, with `rewards_in_flight`: rewards of one chunk are computed
+            while the next is generated. With more chunks more time overlaps, but each chunk is a smaller batch.
         fit_micro_batches (`bool`, *optional*, defaults to `True`):
-            Whether the rows of an optimizer step are dealt to micro-batches that fit their lengths, and rows that
-            can't move the policy are not computed. The gradient stays TRL's, up to rounding; what isn't exact for a
-            loss is not done, and a log line says why. Micro-batches then differ in shape: where shapes are compiled
-            for, set `pad_to_multiple_of`. `False`: TRL's micro-batches.
+            Whether the rows of an optimizer step are dealt to micro-batches by their length, and rows that can't move
+            the policy are not computed. The gradient is TRL's, up to rounding: what is not exact for a loss is not
+            done, and a warning says why. The micro-batches then differ in shape; if shapes are compiled, set
+            `pad_to_multiple_of`. `False`: TRL's micro-batches.
     """
 
     rollout_selection: str = field(
         default="all",
-        metadata={"help": "Which scored groups are trained on: 'all', 'refill' (DAPO) or 'duplicate' (DUPO)."},
+        metadata={"help": "Which groups are trained on: 'all', 'refill' (DAPO) or 'duplicate' (DUPO)."},
     )
     max_refill_rounds: int = field(
         default=10,
-        metadata={"help": "Rounds of generation that 'refill' may add to one batch."},
+        metadata={"help": "Largest number of rounds of generation that 'refill' adds to a generation batch."},
     )
     refill_draws: str = field(
         default="blind",
-        metadata={"help": "Which prompts 'refill' generates for: 'blind' draws, or those likely to have variance."},
+        metadata={
+            "help": "How 'refill' chooses its prompts: 'blind', or 'informed' by earlier groups of similar prompts."
+        },
     )
     similar_prompts_columns: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Columns by which 'informed' draws take prompts for similar: a difficulty, a topic, a length."
+            "help": "Columns by which 'informed' tells which prompts are similar: a difficulty, a topic, a length."
         },
     )
     refill_exploration: float = field(
         default=0.1,
-        metadata={"help": "Share of prompts that 'informed' draws leave to chance."},
+        metadata={"help": "Share of the prompts, in [0, 1], that 'informed' chooses at random."},
     )
     outcome_reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "Reward functions by which a group is judged. None: all but the soft overlong punishment."},
+        metadata={
+            "help": "Names of the reward functions that decide whether a group has variance and a completion is "
+            "solved. None: all except the soft overlong punishment."
+        },
     )
     success_threshold: float = field(
         default=0.5,
-        metadata={"help": "Outcome reward from which a completion counts as solved."},
+        metadata={"help": "Smallest outcome reward with which a completion counts as solved."},
     )
     advantage_estimator: str = field(
         default="group",
-        metadata={"help": "'group', 'leave_one_out' or 'reinforce'."},
+        metadata={"help": "How advantages are computed: 'group', 'leave_one_out' (RLOO) or 'reinforce'."},
     )
     reinforce_baseline_momentum: float | None = field(
         default=None,
-        metadata={"help": "Momentum of the running baseline of 'reinforce', in [0, 1). None: no baseline."},
+        metadata={
+            "help": "Momentum, in [0, 1), of the running mean that 'reinforce' subtracts. None: nothing is subtracted."
+        },
     )
     importance_sampling_level: str = field(
         default="token",
-        metadata={"help": "'token', 'sequence' (GSPO) or 'sequence_token' (GSPO-token)."},
+        metadata={
+            "help": "Level of the importance ratio: 'token', 'sequence' (GSPO) or 'sequence_token' (GSPO-token)."
+        },
     )
     token_normalization: str | None = field(
         default="generation_batch",
         metadata={
-            "help": "Tokens that token-count losses divide by: those of the 'generation_batch' or 'mini_batch'."
+            "help": "Which tokens are counted by losses that divide by a number of tokens: those of the "
+            "'generation_batch' or of the 'mini_batch'."
         },
     )
     soft_punish_cache: int | None = field(
         default=0,
-        metadata={"help": "Tokens before max_completion_length over which the overlong punishment grows. 0: none."},
+        metadata={
+            "help": "Number of tokens before max_completion_length over which the soft overlong punishment grows. "
+            "0: no punishment."
+        },
     )
     updates_per_generation: int | None = field(
         default=None,
-        metadata={"help": "Optimizer steps per generation batch. None: the method's default."},
+        metadata={"help": "Optimizer steps for each generation batch. None: the method's default."},
     )
     epsilon: float | None = field(  # type: ignore[assignment]  # None is resolved in __post_init__
         default=None,
-        metadata={"help": "Clip range. None: TRL's 0.2."},
+        metadata={"help": "Lower clip range, and the upper one unless epsilon_high is set. None: TRL's 0.2."},
     )
     scale_rewards: str | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "'group', 'batch' or 'none'. None: 'group' for the group estimator, 'none' for the others."},
+        metadata={"help": "TRL's argument. None: 'group' for the estimator 'group', 'none' for the others."},
     )
     use_bias_correction_kl: bool | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "TRL's argument. None: True, except under 'sequence_token'."},
+        metadata={"help": "TRL's argument. None: True, but False with 'sequence_token'."},
     )
     rewards_in_flight: int | None = field(
         default=None,
-        metadata={"help": "Calls of reward functions, one group each, that run at once while the next are generated."},
+        metadata={
+            "help": "Largest number of calls of reward functions, one for each group, that run at the same time. "
+            "None: each function is called once for the whole batch."
+        },
     )
     reward_timeout: float | None = field(
         default=None,
-        metadata={"help": "Seconds that one call of a reward function may take, with rewards_in_flight."},
+        metadata={
+            "help": "Seconds that one call of a reward function may take, with rewards_in_flight. None: no limit."
+        },
     )
     generation_chunks: int = field(
         default=1,
-        metadata={"help": "Parts in which a batch is generated, with rewards_in_flight."},
+        metadata={"help": "Number of chunks in which a batch is generated, with rewards_in_flight."},
     )
     fit_micro_batches: bool = field(
         default=True,
-        metadata={"help": "Whether padding and rows that can't move the policy are left out where that is exact."},
+        metadata={
+            "help": "Whether micro-batches are made of rows of similar length, and rows that can't move the policy "
+            "are left out, where that is exact."
+        },
     )
 
-    # Whether the method's trainer has a critic, which `advantage_estimator="gae"` needs and no other can use
+    # Whether the method's trainer has a critic. `advantage_estimator="gae"` needs one, and no other estimator uses
+    # one.
     _has_critic: ClassVar[bool] = False
-    # Optimizer steps per generation batch where the user says nothing of it
+    # Default of `updates_per_generation`
     _updates_per_generation: ClassVar[int | None] = None
-    # Sizes belong to the task and the machine: taken from a `trl.GRPOConfig` even where they are TRL's defaults
+    # Sizes depend on the task and the machine: `adopt` keeps them even if they have TRL's defaults
     _sizes: ClassVar[tuple[str, ...]] = ("max_completion_length", "num_generations", "steps_per_generation")
 
     def __post_init__(self) -> None:
-        # Logged at the end: Accelerate's logger raises before its state exists, which TRL's `__post_init__` makes
+        # Logged at the end, because Accelerate's logger works only once TRL's `__post_init__` has made Accelerate's
+        # state
         self._notes: list[str] = []
         self._resolve_method()
-        # [`adopt`] must not mistake what is resolved below for what the user set
+        # So that [`adopt`] can tell defaults that are resolved below from values that the user set
         self._left_open = {f.name for f in fields(self) if f.default is None and getattr(self, f.name) is None}
         self._check_axes()
         inherited: dict[str, Any] = {f.name: f.default for f in fields(trl.GRPOConfig)}
@@ -237,11 +266,11 @@ class GRPOConfig(trl.GRPOConfig):
             logger.warning(note)
 
     def _resolve_method(self) -> None:
-        """What a method takes over, resolves and refuses before everything else."""
+        """A method converts, resolves and refuses its own arguments here, before all others are checked."""
 
     @contextmanager
     def _shown_to_trl(self) -> Iterator[None]:
-        """What TRL checks where that isn't what is meant."""
+        """A method can set arguments here to the values that TRL has to see when it checks them."""
         yield
 
     def _check_axes(self) -> None:
@@ -261,16 +290,21 @@ class GRPOConfig(trl.GRPOConfig):
             if value is None and name in self._left_open:
                 continue
             require_one_of(name, value, known)
+        self._check_estimator()
+        self._check_refilling()
+
+    def _check_estimator(self) -> None:
         estimator = ESTIMATORS[self.advantage_estimator]
         momentum = self.reinforce_baseline_momentum
         if momentum is not None:
             require(
                 "baseline" in estimator.needs,
                 f"reinforce_baseline_momentum={momentum} has no effect with advantage_estimator="
-                f"{self.advantage_estimator!r}. Set advantage_estimator='reinforce', or leave it out.",
+                f"{self.advantage_estimator!r}. Set advantage_estimator='reinforce', or leave "
+                "reinforce_baseline_momentum out.",
             )
             require(
-                0 <= momentum < 1, f"reinforce_baseline_momentum={momentum} must lie in [0, 1); 0.9 is a usual value."
+                0 <= momentum < 1, f"reinforce_baseline_momentum={momentum} must lie in [0, 1). A usual value is 0.9."
             )
         scale = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)  # as TRL reads it
         require(
@@ -279,29 +313,31 @@ class GRPOConfig(trl.GRPOConfig):
             f"{self.advantage_estimator!r}: {estimator.refused_scales.get(str(scale))}. Set scale_rewards='none' or "
             "'batch'.",
         )
+
+    def _check_refilling(self) -> None:
         informed = self.refill_draws == "informed"
         require(
             not self.similar_prompts_columns or informed,
             f"similar_prompts_columns={self.similar_prompts_columns} has no effect with refill_draws="
-            f"{self.refill_draws!r}. Set refill_draws='informed', or leave it out.",
+            f"{self.refill_draws!r}. Set refill_draws='informed', or leave similar_prompts_columns out.",
         )
         require(
             not informed or self.rollout_selection == "refill",
             f"refill_draws='informed' has no effect with rollout_selection={self.rollout_selection!r}. Set "
-            "rollout_selection='refill', or leave it out.",
+            "rollout_selection='refill', or leave refill_draws out.",
         )
         require(
             0 <= self.refill_exploration <= 1,
-            f"refill_exploration={self.refill_exploration} is a share of prompts: choose it in [0, 1].",
+            f"refill_exploration={self.refill_exploration} is a share of the prompts: choose it in [0, 1].",
         )
         require(
             self.max_refill_rounds >= 1,
-            f"max_refill_rounds={self.max_refill_rounds} must be at least 1. For no refilling at all, set "
+            f"max_refill_rounds={self.max_refill_rounds} must be at least 1. To switch refilling off, set "
             "rollout_selection='all' or 'duplicate'.",
         )
 
     def _check_clip(self) -> None:
-        """A token ratio needs a token clip range, a sequence ratio a sequence one."""
+        """Token ratios and sequence ratios need clip ranges of different sizes."""
         assert self.epsilon is not None
         if self.loss_type not in CLIPPED_LOSSES:
             return
@@ -310,19 +346,19 @@ class GRPOConfig(trl.GRPOConfig):
             require(
                 max(self.epsilon, high) >= SMALLEST_TOKEN_EPSILON,
                 f"epsilon={self.epsilon}, epsilon_high={high} are clip ranges for sequence ratios (GSPO), but "
-                "importance_sampling_level='token': most token ratios leave so narrow a range. Set "
+                "importance_sampling_level='token': most token ratios are outside of so narrow a range. Set "
                 "importance_sampling_level='sequence', or epsilon=0.2.",
             )
         elif max(self.epsilon, high) > LARGEST_SEQUENCE_EPSILON:
             problem = (
                 f"epsilon={self.epsilon}, epsilon_high={high} are clip ranges for token ratios, but "
-                f"importance_sampling_level={self.importance_sampling_level!r}: hardly a sequence would ever be "
-                "clipped. Set epsilon=3e-4 and epsilon_high=4e-4 (GSPO), or importance_sampling_level='token'."
+                f"importance_sampling_level={self.importance_sampling_level!r}: almost no sequence would be clipped. "
+                "Set epsilon=3e-4 and epsilon_high=4e-4 (GSPO), or importance_sampling_level='token'."
             )
-            # A script written for TRL, which sets the level and leaves the clip alone, runs as it does there
+            # A script for TRL that sets the level but no clip range has to run as it does with TRL
             if not {"epsilon", "epsilon_high"} <= self._left_open:
                 raise ValueError(problem)
-            self._notes.append(f"{problem} As in TRL, training goes on with it.")
+            self._notes.append(f"{problem} Training continues with this range, as in TRL.")
 
     def _check_sequence_token(self) -> None:
         if self.importance_sampling_level != "sequence_token":
@@ -341,7 +377,7 @@ class GRPOConfig(trl.GRPOConfig):
 
     def _check_overlong(self) -> None:
         if self.soft_punish_cache is None:
-            # The DAPO paper's proportion: 4,096 of 20,480
+            # The proportion of the DAPO paper, 4,096 of 20,480
             self.soft_punish_cache = (self.max_completion_length or 0) // 5
         require(
             0 <= self.soft_punish_cache <= (self.max_completion_length or math.inf),
@@ -355,17 +391,19 @@ class GRPOConfig(trl.GRPOConfig):
                 value = getattr(self, name)
                 require(
                     value == off,
-                    f"{name}={value} has no effect without rewards_in_flight: TRL calls reward functions once, after "
-                    "generation. Set rewards_in_flight to the calls that may run at once, or leave it out.",
+                    f"{name}={value} has no effect without rewards_in_flight: TRL calls each reward function once, "
+                    "after generation. Set rewards_in_flight to the number of calls that may run at the same time, "
+                    f"or leave {name} out.",
                 )
             return
         require(
             self.rewards_in_flight >= 1,
-            f"rewards_in_flight={self.rewards_in_flight} must be at least 1; None computes rewards after generation.",
+            f"rewards_in_flight={self.rewards_in_flight} must be at least 1. To compute rewards after generation, "
+            "leave it out.",
         )
         require(
             self.reward_timeout is None or self.reward_timeout > 0,
-            f"reward_timeout={self.reward_timeout} is no time to compute a reward in. Set seconds, or None for any.",
+            f"reward_timeout={self.reward_timeout} must be a positive number of seconds, or None for no limit.",
         )
         require(self.generation_chunks >= 1, f"generation_chunks={self.generation_chunks} must be at least 1.")
 
@@ -399,13 +437,13 @@ class GRPOConfig(trl.GRPOConfig):
         require(
             whole_steps,
             f"token_normalization='mini_batch' needs whole optimizer steps in a generation batch, but "
-            f"steps_per_generation={self.steps_per_generation} is no multiple of gradient_accumulation_steps="
+            f"steps_per_generation={self.steps_per_generation} is not a multiple of gradient_accumulation_steps="
             f"{self.gradient_accumulation_steps}. Change one of them, or set token_normalization='generation_batch'.",
         )
 
     @property
     def is_neutral(self) -> bool:
-        """Whether every axis is at TRL's place: the same rollouts give TRL's gradient."""
+        """Whether every axis has TRL's value, so that the same rollouts give TRL's gradient."""
         return (
             self.rollout_selection == "all"
             and self.advantage_estimator == "group"
@@ -416,15 +454,15 @@ class GRPOConfig(trl.GRPOConfig):
     @classmethod
     def adopt(cls, args: trl.GRPOConfig) -> Self:
         """
-        Take over a configuration written for TRL: what was set there is kept, as are all sizes; what was left at TRL's
-        default follows this class.
+        Take over a configuration that was written for TRL. Values that were set are kept, and so are all sizes.
+        Arguments that have TRL's default get the default of this class.
 
         Args:
             args ([`~trl.GRPOConfig`]):
-                A configuration of this class is returned as it is.
+                The configuration. If it is already of this class, it is returned as it is.
 
         Raises:
-            TypeError: if it is the configuration of another of our methods.
+            TypeError: if it is not a configuration for GRPO, or is one of a different method of `trl_ext`.
         """
         if isinstance(args, cls):
             return args
@@ -433,7 +471,8 @@ class GRPOConfig(trl.GRPOConfig):
         ours = isinstance(args, GRPOConfig)
         if ours and not issubclass(cls, type(args)):
             raise TypeError(
-                f"`args` is a {type(args).__name__}, whose defaults belong to another method. Pass a {cls.__name__}."
+                f"`args` is a {type(args).__name__}, whose defaults are those of a different method. Pass a "
+                f"{cls.__name__}."
             )
         own = {f.name: f for f in fields(cls)}
         parents = {f.name: f for f in fields(GRPOConfig if ours else trl.GRPOConfig)}
@@ -445,12 +484,12 @@ class GRPOConfig(trl.GRPOConfig):
             for name in names - left_open
             if name not in changed or name in cls._sizes or getattr(args, name) != parents[name].default
         }
-        # All but one of these were computed from the one that was set
+        # Of these sizes one was set, and the others were computed from it
         taken.pop("generation_batch_size", None)
         if taken.get("updates_per_generation") is not None:
             taken.pop("steps_per_generation")
         adopted = cls(**taken)
-        for f in fields(args):  # what a user's own subclass adds
+        for f in fields(args):  # a user's own subclass may have added some
             if f.name not in own:
                 setattr(adopted, f.name, getattr(args, f.name))
         return adopted

@@ -1,11 +1,12 @@
 """
 GSPO: Group Sequence Policy Optimization (https://huggingface.co/papers/2507.18071).
 
-The importance ratio is one per sequence, s_i = exp(mean_t(logp_t − logp_old_t)) (eq. 7), and is clipped as one; the
-loss is a mean over sequences (eq. 5). GSPO-token (eq. 13, 14) gives every token that ratio but its own advantage:
-`importance_sampling_level="sequence_token"`. With one advantage per sequence the two are equal in value and gradient.
+There is one importance ratio for each sequence, s_i = exp(mean_t(logp_t − logp_old_t)) (eq. 7), which is clipped as a
+whole. The loss is a mean over sequences (eq. 5). In GSPO-token (eq. 13, 14) every token of a sequence has that ratio,
+but an advantage of its own: `importance_sampling_level="sequence_token"`. If all tokens of a sequence have the same
+advantage, GSPO and GSPO-token are equal in value and gradient.
 
-Assumes several optimizer steps per generation batch: with one, every ratio is 1.
+It assumes several optimizer steps for each generation batch: with one step, every ratio is 1.
 """
 
 import textwrap
@@ -19,8 +20,8 @@ from .grpo_config import GRPOConfig
 @dataclass
 class GSPOConfig(GRPOConfig):
     """
-    [`GRPOConfig`] with the defaults of the GSPO paper: sequence ratios clipped to [1 − 3e-4, 1 + 4e-4], the loss
-    averaged over sequences, and four optimizer steps per generation batch.
+    [`GRPOConfig`] with the defaults of the GSPO paper: sequence ratios clipped to [1 − 3e-4, 1 + 4e-4], a loss that is
+    averaged over sequences, and four optimizer steps for each generation batch.
     """
 
     importance_sampling_level: str = field(
