@@ -1,4 +1,4 @@
-"""What trainers make of their arguments: bound by TRL's names, a configuration of their own, nothing of the caller's."""
+"""Arguments of trainers: bound by TRL's names, with a configuration of ours, and without changing the caller's."""
 
 import copy
 from dataclasses import dataclass, field

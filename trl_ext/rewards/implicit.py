@@ -52,7 +52,7 @@ def token_ids(tokenizer: Any, text: str | list[dict[str, Any]], **chat_template_
 
 @contextmanager
 def _in_evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode. Afterwards every module is in its earlier mode, and the same weights are trainable as before."""
+    """Evaluation mode. Afterwards, the modes of modules and which weights are trainable are what they were before."""
     modules = [(module, module.training) for model in models for module in model.modules()]
     trainable = [(weight, weight.requires_grad) for model in models for weight in model.parameters()]
     try:
@@ -70,8 +70,8 @@ def _in_evaluation_mode(*models: nn.Module) -> Iterator[None]:
 def _copy(weight: torch.Tensor) -> torch.Tensor:
     if hasattr(weight, "ds_id") or isinstance(weight, DTensor):
         raise ValueError(
-            "snapshot=True copies weights, but these are sharded over processes (ZeRO-3, FSDP), and no process has all "
-            "of them. Save the policy, load it as a separate model, and pass that one."
+            "snapshot=True copies weights, but these are sharded over processes (ZeRO-3, FSDP), and no process has "
+            "all of them. Save the policy, load it as a separate model, and pass that one."
         )
     return weight.detach().clone()
 
@@ -237,9 +237,9 @@ class ImplicitReward:
     def _check(self) -> None:
         if (self.has_adapter or self._copies is not None) and threading.get_ident() != self._thread:
             raise RuntimeError(
-                f"{self.__name__} shares its model with the thread that made it, and scoring from another thread would "
-                "switch adapters while that thread uses them. Leave rewards_in_flight off, or build the reward from a "
-                "policy and a reference that nothing else uses."
+                f"{self.__name__} shares its model with the thread that made it, and scoring from another thread "
+                "would switch adapters while the model is in use. Leave rewards_in_flight off, or build the reward "
+                "from a policy and a reference that nothing else uses."
             )
         if self._copies is not None:
             weights = dict(self.policy.named_parameters())

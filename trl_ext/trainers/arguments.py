@@ -1,6 +1,6 @@
 """
-What a trainer makes of the arguments that it is given: they are bound to the names that TRL gives them, the
-configuration is brought to the trainer's own class, and what belongs to the caller is copied before TRL writes into it.
+What a trainer makes of the arguments that it is given: they are bound to the names that TRL gives them, a
+configuration of TRL's is converted to the trainer's own class, and what TRL and PEFT write into is copied first.
 """
 
 import copy
@@ -67,7 +67,7 @@ def bound(trl_class: type, trainer: Any, args: tuple[Any, ...], kwargs: Mapping[
 def adopted(
     config_class: type[Config],
     args: Any,
-    trl_class: type,
+    trl_class: type[TrainingArguments],
     taken: Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> Config:
     """

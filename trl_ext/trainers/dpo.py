@@ -2,7 +2,7 @@
 DPO: Direct Preference Optimization (https://huggingface.co/papers/2305.18290).
 
 The policy is its own reward model: r(x, y) = β·log π(y|x)/π_ref(y|x), up to a term that depends on the prompt alone
-(eq. 5), and the loss is −log σ of the difference of that reward between the chosen and the rejected completion (eq. 7).
+(eq. 5). The loss is −log σ of the difference of that reward between the chosen and the rejected completion (eq. 7).
 
 The loss, its variants, the data and the reference are TRL's. Added here are a curriculum, which every trainer of
 `trl_ext` takes, and the implicit reward as a reward function for the trainer that comes next. TRL logs the share of
