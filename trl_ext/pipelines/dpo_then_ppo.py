@@ -49,7 +49,7 @@ from ..monitors.health import PreferenceAccuracyCheck
 from ..preferences.cleaning import CleaningReport, clean_by_cross_fitting
 from ..preferences.noise import FEWEST_PAIRS
 from ..preferences.pairs import NoPairsError, make_pairs
-from ..preferences.scorers import ImplicitRewardFit, ImplicitRewardScorer
+from ..preferences.scorers import ImplicitRewardTraining, ImplicitRewardScorer
 from ..rewards.implicit import ImplicitReward
 from ..roles.critic import CRITIC
 from ..roles.trunk import ADAPTER, gathered, load_adapter, save_adapter, sharing_weights
@@ -501,7 +501,7 @@ class DPOThenPPO:
         def fit(others: Dataset) -> ImplicitRewardScorer:
             AcceleratorState._reset_state()
             trunk = sharing_weights(self.policy).unload()
-            return ImplicitRewardFit(
+            return ImplicitRewardTraining(
                 trunk, args, self.policy.peft_config[ADAPTER], self.tokenizer, self.dpo_args.per_device_eval_batch_size
             )(others)
 
