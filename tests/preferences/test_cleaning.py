@@ -1,5 +1,6 @@
 """Cleaning on pairs whose wrong labels are known."""
 
+import copy
 import json
 import math
 import random
@@ -18,6 +19,7 @@ from trl_ext.preferences.cleaning import (
     flip_pairs,
     pair_margins,
 )
+from trl_ext.preferences.flags import flag_pairs
 from trl_ext.preferences.scorers import ImplicitRewardTraining, RewardModelTraining
 
 
@@ -275,6 +277,28 @@ def test_the_report_can_be_kept(tmp_path):
     report.save(tmp_path / "deep" / "report.json")
     assert json.loads((tmp_path / "deep" / "report.json").read_text()) == report.to_dict()
     assert "of the labels are wrong (95 % interval" in str(report)
+
+
+def test_what_is_passed_in_stays_as_it_was():
+    pairs, _ = with_wrong_labels(60, 0.2)
+    rows, columns, features = pairs[:], list(pairs.column_names), dict(pairs.features)
+    assert clean_by_margin(pairs, by_number, flip_margin=0.0001)[1].rows("flipped")
+    clean_by_agreement(pairs, [by_number, by_number])
+    clean_by_cross_fitting(pairs, FitsANumber())
+    flag_pairs(flag_pairs(pairs)[0])
+    assert (pairs[:], pairs.column_names, dict(pairs.features)) == (rows, columns, features)
+
+
+def test_an_adapters_configuration_stays_as_it_was(policy):
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    before = copy.deepcopy(lora.to_dict())
+    arguments = {**tiny.pair_settings(".", max_steps=1), "bf16": False}
+    arguments.pop("output_dir")
+    words = {"prompt": [f"w{i} " for i in range(8)], "chosen": ["w4"] * 8, "rejected": ["w5"] * 8}
+    training = ImplicitRewardTraining(policy, arguments, lora, tiny.tokenizer())
+    scorer = training(Dataset.from_dict(words))
+    assert scorer.reward.policy.peft_config["default"].target_modules != "all-linear"
+    assert lora.to_dict() == before and training.peft_config is lora
 
 
 def test_bad_arguments_are_named():

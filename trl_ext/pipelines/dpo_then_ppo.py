@@ -49,7 +49,7 @@ from ..monitors.health import PreferenceAccuracyCheck
 from ..preferences.cleaning import CleaningReport, clean_by_cross_fitting
 from ..preferences.noise import FEWEST_PAIRS
 from ..preferences.pairs import NoPairsError, make_pairs
-from ..preferences.scorers import ImplicitRewardTraining, ImplicitRewardScorer
+from ..preferences.scorers import ImplicitRewardScorer, ImplicitRewardTraining
 from ..rewards.implicit import ImplicitReward
 from ..roles.critic import CRITIC
 from ..roles.trunk import ADAPTER, gathered, load_adapter, save_adapter, sharing_weights
