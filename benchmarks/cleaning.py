@@ -45,8 +45,8 @@ from task import ROOT
 
 from recipes.tasks import sort_digits
 from trl_ext.preferences import cleaning, noise, pairs, scorers
-from trl_ext.preferences.cleaning import Scorer, clean_by_cross_fitting, pair_margins, turn_around
-from trl_ext.preferences.scorers import ImplicitRewardFit
+from trl_ext.preferences.cleaning import Scorer, clean_by_cross_fitting, flip_pairs, pair_margins
+from trl_ext.preferences.scorers import ImplicitRewardTraining
 from trl_ext.rewards import implicit
 
 
@@ -107,7 +107,7 @@ def build(seed: int, size: Size) -> tuple[Dataset, Dataset, list[int], Dataset]:
     ).filter(lambda row: "chosen" not in row or len(row["chosen"]) <= LONGEST)
     right = data["pairs"].select(range(size.pairs))
     wrong = sorted(random.Random(seed).sample(range(size.pairs), round(size.noise * size.pairs)))
-    return right, turn_around(right, wrong), wrong, data["pairs_test"]
+    return right, flip_pairs(right, wrong), wrong, data["pairs_test"]
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -136,7 +136,7 @@ class KeptFit:
 def run(seed: int, start: str, size: Size, arms: list[str], folder: Path) -> dict[str, Any]:
     right, noisy, wrong, test = build(seed, size)
     name = f"{seed}_{size.pairs}_{size.noise}_{size.folds}_{size.rounds}_{size.test_prompts}_{code_version(start)}"
-    fit = ImplicitRewardFit(start, {**DPO, "seed": seed}, batch_size=256)
+    fit = ImplicitRewardTraining(start, {**DPO, "seed": seed}, batch_size=256)
     reports = []
     for rounds in sorted({1, size.rounds}):  # the first round's scorers are the same, and kept
         cleaned, report = clean_by_cross_fitting(
@@ -145,7 +145,7 @@ def run(seed: int, start: str, size: Size, arms: list[str], folder: Path) -> dic
         reports.append(report)
     left = [len(set(report.rows(cleaning.FLIPPED)) ^ set(wrong)) / size.pairs for report in reports]
     assert report.noise is not None and reports[0].noise is not None
-    robust = ImplicitRewardFit(start, {**fit.args, **report.noise.dpo_settings()}, batch_size=256)
+    robust = ImplicitRewardTraining(start, {**fit.args, **report.noise.dpo_settings()}, batch_size=256)
     trained = {"clean": (fit, right), "noisy": (fit, noisy), "cleaned": (fit, cleaned), "robust": (robust, noisy)}
 
     def accuracy(arm: str) -> float:

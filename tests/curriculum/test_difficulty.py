@@ -127,7 +127,7 @@ def test_partial_results_of_something_else_are_refused(tmp_path):
     trainer, partial = tiny.trainer(GRPOTrainer, tmp_path, Solves()), tmp_path / "partial.jsonl"
     pass_rates(trainer, data(1, 2), partial_results=partial)
     assert json.loads(partial.read_text().splitlines()[1]) == [0.25, 0.5]
-    another = r"partial_results` is .*partial.jsonl, which holds another roll-out"
+    another = r"partial_results` is .*partial.jsonl, which holds results of a different call"
     with pytest.raises(ValueError, match=another):
         pass_rates(trainer, data(1, 3), partial_results=partial)
     with pytest.raises(ValueError, match=another):

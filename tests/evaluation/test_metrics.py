@@ -31,7 +31,7 @@ def test_each_is_one_file_that_evaluate_loads_and_describes(name):
 
 
 def test_an_unknown_one_is_named():
-    with pytest.raises(ValueError, match=r"no metric 'bleu'. Choose one of 'exact_match_ids', 'pass_at_k'"):
+    with pytest.raises(ValueError, match=r"name='bleu' is unknown\. Choose one of 'exact_match_ids', 'pass_at_k'"):
         load_metric("bleu")
 
 

@@ -16,6 +16,7 @@ from transformers import TrainerControl, TrainerState
 
 from trl_ext import GRPOTrainer, PPOTrainer
 from trl_ext.evaluation.held_out import HeldOut
+from trl_ext.monitors import health
 from trl_ext.monitors.health import (
     EntropyCheck,
     ExplainedVarianceCheck,
@@ -384,7 +385,7 @@ def test_a_named_metric():
         (lambda: KLCheck(patience=1.5), "patience=1.5 must be"),
         (lambda: KLCheck(grace=1.0), "grace=1.0 is a share of the run"),
         (lambda: KLCheck(band=(2.0, 0.5)), r"band=\(2.0, 0.5\) must be two numbers, the lower one first"),
-        (lambda: KLCheck(per="word"), "per='word' is unknown. Choose 'sequence' or 'token'"),
+        (lambda: KLCheck(per="word"), "per='word' is unknown. Choose one of 'sequence', 'token'"),
         (lambda: PreferenceAccuracyCheck(75), "threshold=75 is a share of pairs"),
         (lambda: EntropyCheck(floor=0.0), "floor=0.0 is a share of the first entropy"),
         (lambda: EntropyCheck(start_logs=0), "start_logs=0 must be"),
@@ -416,6 +417,44 @@ def test_all_of_them():
     assert list(checks.checks) == ["kl", "preference_accuracy", "entropy", "reward_hacking", "explained_variance"]
     assert checks.checks["kl"].band == (0.0, 9.0)
     assert [check.stop for check in checks.checks.values()] == [False, True, True, True, True]
+
+
+class LossCheck(HealthCheck):
+    """A check as somebody adds one: a class, and an entry in the table."""
+
+    name = "loss"
+    advice = "Try a lower learning rate."
+
+    def read(self, logs):
+        return logs.get("loss")
+
+    def complaint(self, value, early):
+        return f"the loss is {value}" if value > 1 else None
+
+
+def test_a_new_check_is_one_class_and_one_entry(monkeypatch, caplog):
+    monkeypatch.setattr(health, "CHECKS", (*health.CHECKS, LossCheck))
+    checks = HealthChecks(stop=True)
+    assert list(checks.checks)[-1] == "loss" and checks.checks["loss"].stop
+    run = Run(checks).series("loss", *[2.0] * 5)
+    assert [alarm.check for alarm in checks.alarms] == ["loss"]
+    assert caplog.messages[0].startswith(
+        "Health check `loss` at step 5: the loss is 2.0, 5 logs in a row. Try a lower"
+    )
+    assert run.logged("health/loss_alarm") == [0, 0, 0, 0, 1] and run.flags == (True, True)
+    assert "loss" not in HealthChecks(without=["loss"]).checks
+
+
+def test_a_table_of_checks_has_each_name_once():
+    names = [check.name for check in health.CHECKS]
+    assert len(names) == len(set(names)) == 6
+
+
+@pytest.mark.parametrize("missing", ["name", "advice"])
+def test_a_check_that_lacks_a_part_is_an_error(missing):
+    half = type("Half", (LossCheck,), {missing: None})
+    with pytest.raises(TypeError, match=f"Half has no `{missing}`"):
+        half()
 
 
 # Real runs

@@ -15,7 +15,8 @@ import tiny
 from datasets import Dataset
 
 from trl_ext import DPOConfig, PPOConfig
-from trl_ext.pipelines.dpo_then_ppo import IMPLICIT_REWARD, DPOThenPPO
+from trl_ext.pipelines.dpo_then_ppo import DPOThenPPO
+from trl_ext.rewards.implicit import IMPLICIT_REWARD
 
 
 def lora(**overrides: Any) -> LoraConfig:

@@ -28,10 +28,12 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 import trl_ext
 from trl_ext import DAPOConfig, DAPOTrainer, DUPOConfig, DUPOTrainer, GSPOConfig, GSPOTrainer, PPOConfig
 from trl_ext.curriculum.schedule import DifficultyCurriculum
-from trl_ext.pipelines.dpo_then_ppo import IMPLICIT_REWARD, DPOThenPPO, StageStoppedError, StaysAbove
+from trl_ext.pipelines.dpo_then_ppo import DPOThenPPO
 from trl_ext.pipelines.stages import whole_checkpoint
+from trl_ext.pipelines.training import StageStoppedError, StaysAbove
 from trl_ext.preferences.cleaning import CleaningReport, clean_by_margin
 from trl_ext.preferences.pairs import NoPairsError
+from trl_ext.rewards.implicit import IMPLICIT_REWARD
 from trl_ext.roles.trunk import load_adapter, save_adapter, sharing_weights, storages
 
 
@@ -125,7 +127,7 @@ class TestRun:
         before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
         run = schedule(whole, rounds=2)
         run.train()
-        assert run._policy is None  # no model was wrapped
+        assert not run._policy.is_loaded
         assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
 
     def test_other_settings_are_refused(self, whole: Path) -> None:
@@ -278,18 +280,18 @@ class TestHandingOn:
         class Drawing:
             accelerator = SimpleNamespace(device="cpu")
 
-            def __init__(self) -> None:
+            def __init__(self, model: Any) -> None:
                 self.model, self.drawn = nn.Identity(), torch.rand(3).tolist()
 
         run, drawn = short(tmp_path), []
         for before in (1, 2):
             torch.manual_seed(before)
-            drawn.append(run._trained_alone(Drawing, seed=7).drawn)
+            drawn.append(run._policy.trainer(Drawing, seed=7).drawn)
         assert drawn[0] == drawn[1]
         # Nor on the type that generation, or an engine, left the weights in
         found = {name: weight.clone() for name, weight in run.policy.named_parameters() if "lora" in name}
         run.policy.to(torch.bfloat16)
-        run._trained_alone(Drawing, seed=7)
+        run._policy.trainer(Drawing, seed=7)
         assert same(found, {name: weight for name, weight in run.policy.named_parameters() if "lora" in name})
 
     def test_a_critic_goes_on_in_the_next_round(self, tmp_path: Path) -> None:
@@ -494,7 +496,7 @@ class TestPairs:
     def test_a_round_without_pairs_leaves_the_one_before(self, tmp_path: Path) -> None:
         with pytest.raises(NoPairsError) as caught:
             short(tmp_path, reward_funcs=tiny.constant, rounds=2).train()
-        assert f"What round 1 left is in {tmp_path}; rounds=1 ends there." in caught.value.__notes__
+        assert f"Round 1 is complete, in {tmp_path}; rounds=1 ends there." in caught.value.__notes__
         assert same(adapter(tmp_path), adapter(tmp_path / "round_1/ppo"))
         assert len(short(tmp_path, reward_funcs=tiny.constant, rounds=1).train()) == 3
 
@@ -554,7 +556,7 @@ class TestErrors:
             ({"eval_pairs": pairs()}, "dpo_args never evaluates"),
             ({"dpo_args": dpo_args(logging_strategy="no")}, "logging_strategy of dpo_args is 'no'"),
             ({"pair_settings": {"num_generation": 4}}, r"pair_settings has \['num_generation'\]"),
-            ({"reward_funcs": IMPLICIT_REWARD, "held_out": prompts()}, "nor the start"),
+            ({"reward_funcs": IMPLICIT_REWARD, "held_out": prompts()}, "nor the policy at the start"),
             (
                 {"policy_args": PPOConfig(**policy_settings(eval_strategy="steps", eval_steps=1))},
                 "eval_strategy of policy_args needs an eval_dataset",
@@ -571,7 +573,7 @@ class TestErrors:
         assert not (tmp_path / "start").exists()
 
     def test_a_model_with_an_adapter_and_a_peft_config(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="pass one of them"):
+        with pytest.raises(ValueError, match=r"already has an adapter\. Pass one of them"):
             short(tmp_path, model=get_peft_model(tiny.qwen2(), lora()))
 
     def test_an_adapter_that_cant_be_trained(self, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Cleaning on pairs whose wrong labels are known."""
 
+import copy
 import json
 import math
 import random
@@ -15,10 +16,11 @@ from trl_ext.preferences.cleaning import (
     clean_by_cross_fitting,
     clean_by_margin,
     cross_fitted_margins,
+    flip_pairs,
     pair_margins,
-    turn_around,
 )
-from trl_ext.preferences.scorers import ImplicitRewardFit, RewardModelFit
+from trl_ext.preferences.flags import flag_pairs
+from trl_ext.preferences.scorers import ImplicitRewardTraining, RewardModelTraining
 
 
 def by_number(prompts, completions):
@@ -73,7 +75,7 @@ def test_turning_around_takes_everything_along():
         ]
         * 2
     )
-    turned = turn_around(pairs, [1])
+    turned = flip_pairs(pairs, [1])
     assert turned[0] == pairs[0]
     assert turned[1] == {
         "prompt": "p",
@@ -86,7 +88,7 @@ def test_turning_around_takes_everything_along():
         "rejected_sampled_ids": [1],
         "prompt_row": 4,
     }
-    assert turn_around(turned, [1])[:] == pairs[:]
+    assert flip_pairs(turned, [1])[:] == pairs[:]
 
 
 def test_by_the_margin_of_a_scorer():
@@ -180,7 +182,7 @@ def with_wrong_labels(count: int, share: float, seed: int = 0, larger: bool = Tr
         better, worse = sorted((rng.random(), rng.random()), reverse=larger)
         rows.append({"prompt": f"p{i // 2}", "chosen": repr(better), "rejected": repr(worse)})  # two pairs a prompt
     wrong = sorted(rng.sample(range(count), round(share * count)))
-    return turn_around(Dataset.from_list(rows), wrong), wrong
+    return flip_pairs(Dataset.from_list(rows), wrong), wrong
 
 
 @pytest.mark.parametrize("larger", [True, False])  # it isn't told what is better
@@ -255,10 +257,10 @@ def test_scorers_that_learned_nothing_judge_nothing():
                 ]
 
             left, report = clean_by_cross_fitting(pairs, fit, folds=3, rounds=2)
-            assert not report.noise.is_told and report.noise_left is None
+            assert not report.noise.is_reliable and report.noise_left is None
             assert left[:] == pairs[:]
             assert "300 kept: the scorers learned too little" in str(report)
-            assert "can't be told" in str(report)
+            assert "is uncertain" in str(report)
 
 
 @pytest.mark.parametrize("score", [0.0, math.nan])
@@ -277,6 +279,28 @@ def test_the_report_can_be_kept(tmp_path):
     assert "of the labels are wrong (95 % interval" in str(report)
 
 
+def test_what_is_passed_in_stays_as_it_was():
+    pairs, _ = with_wrong_labels(60, 0.2)
+    rows, columns, features = pairs[:], list(pairs.column_names), dict(pairs.features)
+    assert clean_by_margin(pairs, by_number, flip_margin=0.0001)[1].rows("flipped")
+    clean_by_agreement(pairs, [by_number, by_number])
+    clean_by_cross_fitting(pairs, FitsANumber())
+    flag_pairs(flag_pairs(pairs)[0])
+    assert (pairs[:], pairs.column_names, dict(pairs.features)) == (rows, columns, features)
+
+
+def test_an_adapters_configuration_stays_as_it_was(policy):
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    before = copy.deepcopy(lora.to_dict())
+    arguments = {**tiny.pair_settings(".", max_steps=1), "bf16": False}
+    arguments.pop("output_dir")
+    words = {"prompt": [f"w{i} " for i in range(8)], "chosen": ["w4"] * 8, "rejected": ["w5"] * 8}
+    training = ImplicitRewardTraining(policy, arguments, lora, tiny.tokenizer())
+    scorer = training(Dataset.from_dict(words))
+    assert scorer.reward.policy.peft_config["default"].target_modules != "all-linear"
+    assert lora.to_dict() == before and training.peft_config is lora
+
+
 def test_bad_arguments_are_named():
     pairs, _ = with_wrong_labels(100, 0.2)
     for arguments, message in (
@@ -292,12 +316,12 @@ def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="The pairs are a IterableDataset"):
         clean_by_margin(pairs.to_iterable_dataset(), by_number)
     quick, adapter = {"max_steps": 1, "use_cpu": True}, LoraConfig(r=2, target_modules="all-linear")
-    scorer = ImplicitRewardFit(tiny.qwen2(), quick, adapter, tiny.tokenizer())
+    scorer = ImplicitRewardTraining(tiny.qwen2(), quick, adapter, tiny.tokenizer())
     words = {"prompt": [f"w{i} " for i in range(50)], "chosen": ["w4"] * 50, "rejected": ["w5"] * 50}
     with pytest.raises(ValueError, match="The model is loaded, and a scorer was trained on it"):
         clean_by_cross_fitting(Dataset.from_dict(words), scorer, folds=2)
     fit = FitsANumber()
-    with pytest.raises(ValueError, match="There are 49 pairs, but the share of wrong labels can be told from 50 on"):
+    with pytest.raises(ValueError, match="There are 49 pairs, but the share of wrong labels can be estimated from 50"):
         clean_by_cross_fitting(pairs.select(range(49)), fit)
     with pytest.raises(ValueError, match="no column prompt"):
         clean_by_margin(pairs.remove_columns("prompt"), by_number)
@@ -313,7 +337,7 @@ def policy(tmp_path_factory):
 
 
 @pytest.mark.parametrize("conversational", [False, True])
-@pytest.mark.parametrize("fit_class", [RewardModelFit, ImplicitRewardFit])
+@pytest.mark.parametrize("fit_class", [RewardModelTraining, ImplicitRewardTraining])
 def test_scorers_learn_what_pairs_say(fit_class, conversational, policy):
     """The completion that ends in w19 is better, wherever."""
     rng = random.Random(0)

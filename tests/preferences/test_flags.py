@@ -100,7 +100,7 @@ def test_pairs_that_differ_in_their_end_only():
     flagged, report = flag_pairs(pairs(("p", "a b c", "a b"), ("p", "a b", "a b c"), ("p", "a b c", "a c")))
     assert flagged["length_only"] == [True, True, False]
     assert report.length_only == 2
-    assert "2 differ in nothing but where they end" in str(report)
+    assert "2 differ only in where they end" in str(report)
 
 
 def test_punctuation_that_means_something():

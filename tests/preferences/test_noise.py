@@ -80,10 +80,10 @@ def test_what_dpo_gets():
     estimate = estimate_noise(margins(0.2, 5.0, 1.0))
     assert estimate.dpo_settings() == {"loss_type": ["robust"], "label_smoothing": estimate.rate}
     coin = type(estimate)(0.5, 0.4, 0.5, 1.0, 100)
-    assert not coin.is_told
+    assert not coin.is_reliable
     assert (coin.label_smoothing, coin.dpo_settings()) == (0.0, {})
     high = type(estimate)(0.4999, 0.4998, 0.49999, 1.0, 100)
-    assert high.is_told and high.label_smoothing == 0.49  # robust DPO divides by 1 − 2ε
+    assert high.is_reliable and high.label_smoothing == 0.49  # robust DPO divides by 1 − 2ε
     assert str(type(estimate)(0.21, 0.18, 0.25, 1.0, 100)) == (
         "21.0% of the labels are wrong (95 % interval 18.0% to 25.0%)"
     )
@@ -100,7 +100,7 @@ def test_bad_margins_are_named():
 
 def test_what_can_be_told():
     def told(low: float, high: float) -> bool:
-        return replace(estimate_noise(margins(0.2, 5.0, 1.0)), low=low, high=high).is_told
+        return replace(estimate_noise(margins(0.2, 5.0, 1.0)), low=low, high=high).is_reliable
 
     assert told(0.18, 0.22) and told(0.0, 0.25)
     assert not told(0.3, 0.5)  # no worse than a coin

@@ -9,9 +9,11 @@ import torch
 import trl
 from distributed.dpo_worker import pairs, settings
 from peft import LoraConfig, get_peft_model
+from transformers import ProcessorMixin
 
 import trl_ext
 from trl_ext import ImplicitReward
+from trl_ext.rewards.implicit import token_ids
 from trl_ext.rollouts.prompts import TokenizedPrompt
 
 
@@ -247,7 +249,7 @@ def test_a_snapshot_of_an_adapter_shares_the_base(tmp_path):
     policy = adapted()
     reward = ImplicitReward(policy, None, BETA, tiny.tokenizer(), snapshot=True)
     base = {weight.data_ptr() for name, weight in policy.named_parameters() if "lora_" not in name}
-    kept = reward._kept
+    kept = reward._copies
     assert kept is not None and kept.keys() == {name for name, _ in policy.named_parameters() if "lora_" in name}
     assert not base & {weight.data_ptr() for weight in kept.values()}
 
@@ -330,3 +332,35 @@ def test_what_makes_no_sense_is_refused(tmp_path):
     precomputed = dpo(tmp_path, adapted_name(tmp_path), precompute_ref_log_probs=True)
     with pytest.raises(ValueError, match="`reference` is None"):
         precomputed.implicit_reward()
+
+
+MESSAGES = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "template"), [("w1 w2", {}), (MESSAGES, {}), (MESSAGES[:1], {"add_generation_prompt": True})]
+)
+def test_token_ids_are_trls(text, template):
+    ids = token_ids(tiny.tokenizer(), text, **template)
+    assert ids == trl.data_utils._tokenize(tiny.tokenizer(), text, **template)["input_ids"] != []
+
+
+class Processor(ProcessorMixin):
+    """A processor around a tokenizer. It returns batches of one, and knows messages only in blocks."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str) -> dict[str, list[list[int]]]:
+        return {"input_ids": [self.tokenizer(text)["input_ids"]]}
+
+    def apply_chat_template(self, messages: Any, **kwargs: Any) -> dict[str, list[list[int]]]:
+        said = [{**message, "content": message["content"][0]["text"]} for message in messages]
+        return {"input_ids": [self.tokenizer.apply_chat_template(said, **kwargs)["input_ids"]]}
+
+
+@pytest.mark.parametrize("text", ["w1 w2", MESSAGES])
+def test_token_ids_of_a_processor_are_trls(text):
+    processor = Processor(tiny.tokenizer())
+    assert token_ids(processor, text) == trl.data_utils._tokenize(processor, text)["input_ids"]
+    assert token_ids(processor, text) == token_ids(tiny.tokenizer(), text)

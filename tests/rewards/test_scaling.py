@@ -5,8 +5,11 @@ import statistics
 from dataclasses import asdict
 
 import pytest
+import tiny
 
-from trl_ext.rewards.scaling import RunningScale
+from trl_ext.rewards import scaling
+from trl_ext.rewards.scaling import REWARD_SCALINGS, RunningScale
+from trl_ext.trainers.ppo import PPOConfig, PPOTrainer
 
 
 def test_by_hand():
@@ -53,3 +56,53 @@ def test_it_goes_on_from_its_state():
     for scale in (one, other):
         scale.update([-3.0, 0.5])
     assert one == other
+
+
+# What scores are divided by
+
+
+def never() -> list[float]:
+    raise AssertionError("the scores were gathered")
+
+
+def test_without_scaling_no_score_is_gathered():
+    running = RunningScale()
+    assert REWARD_SCALINGS["none"](never, running, True) == 1.0
+    assert running == RunningScale()
+
+
+def test_the_scale_of_a_batch_is_its_own():
+    running = RunningScale()
+    running.update([0.0, 100.0])
+    before = asdict(running)
+    assert REWARD_SCALINGS["batch"](lambda: [1.0, 3.0], running, True) == pytest.approx(2**0.5)
+    assert asdict(running) == before
+
+
+def test_the_running_scale_is_of_all_scores_of_training():
+    running = RunningScale()
+    assert REWARD_SCALINGS["running"](lambda: [1.0, 3.0], running, True) == pytest.approx(2**0.5)
+    assert REWARD_SCALINGS["running"](lambda: [50.0, 90.0], running, False) == pytest.approx(2**0.5)
+    assert REWARD_SCALINGS["running"](lambda: [8.0], running, True) == pytest.approx(13**0.5)
+    assert running.count == 3
+
+
+def by_their_largest(scores, running, training):
+    return max(map(abs, scores()))
+
+
+def test_a_new_scaling_is_one_function_and_one_entry(tmp_path, monkeypatch):
+    settings = {**tiny.cpu_settings(tmp_path), "reward_scaling": "largest"}
+    with pytest.raises(ValueError, match=r"reward_scaling='largest' is unknown\. Choose one of 'none', 'batch', 'run"):
+        PPOConfig(**settings)
+    monkeypatch.setitem(scaling.REWARD_SCALINGS, "largest", by_their_largest)
+    losses = {}
+    for name in ("none", "largest"):
+        reward = tiny.Remembering(lambda completion_ids, **_: [5.0 * r for r in tiny.hashed(completion_ids)])
+        settings = {"reward_scaling": name, "kl_coef": 0.0, "whiten_advantages": False, "max_steps": 1}
+        trainer = tiny.trainer(PPOTrainer, tmp_path / name, reward, **settings)
+        trainer.train()
+        largest = max(abs(r) for call in reward.at_step(0) for r in call.rewards)
+        losses[name] = tiny.history(trainer)[0]["val/return"]
+    # The values start at 0, so that without a penalty all returns are proportional to the scores
+    assert losses["largest"] == pytest.approx(losses["none"] / largest)

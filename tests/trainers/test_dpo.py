@@ -310,11 +310,15 @@ def test_two_processes_share_one_order_and_take_the_steps_of_one(tmp_path):
         (easy_to_hard(), pairs(3, hard=["a", "b", "c"]), "column 'hard' holds something else than finite numbers"),
         (easy_to_hard(), pairs(3, hard=[1.0, 0.0, float("nan")]), "column 'hard' holds something else than finite"),
         (easy_to_hard(), pairs(3, hard=[1, 1, 1]), "column 'hard' has the same number everywhere"),
-        (easy_to_hard(), pairs(3, hard=[1, 2, 3]).to_iterable_dataset(), "there as a whole, not as a IterableDataset"),
+        (
+            easy_to_hard(),
+            pairs(3, hard=[1, 2, 3]).to_iterable_dataset(),
+            "must be a datasets.Dataset, not IterableDataset",
+        ),
         (
             DifficultyCurriculum("easy_to_hard", "hard", start_completion_length=4),
             pairs(3, hard=[1, 2, 3]),
-            "start_completion_length=4 means nothing to DPO",
+            "start_completion_length=4 has no effect in DPO",
         ),
     ],
     ids=["no_column", "missing", "text", "nan", "alike", "stream", "length"],
@@ -334,7 +338,7 @@ def test_a_curriculum_is_an_object(curriculum, tmp_path):
 
 def test_two_orders_are_refused(tmp_path):
     config = trl_ext.DPOConfig(**settings(tmp_path, train_sampling_strategy="sequential"))
-    with pytest.raises(ValueError, match="both say in which order"):
+    with pytest.raises(ValueError, match="both set the order of the rows"):
         trl_ext.DPOTrainer(
             "no/such/model", args=config, train_dataset=pairs(2, hard=[1, 2]), curriculum=easy_to_hard()
         )

@@ -92,6 +92,7 @@ LEANED_ON = {
     "trl.trainer.utils.split_tensor_dict": (
         "makes the micro-batches that `on_new_buffer` deals anew; scalars such as `num_items_in_batch` go into each"
     ),
+    "trl.data_utils._tokenize": "`token_ids` makes the same ids of the same text, by public methods of transformers",
     "trl.rewards.other_rewards._SoftOverlongPunishment": (
         "its `__name__` is how the shaping reward is told from outcome rewards, its arguments are DAPO's eq. 13"
     ),
@@ -110,6 +111,9 @@ LEANED_ON = {
     ),
     "transformers.trainer.Trainer._save_checkpoint": (
         "writes `checkpoint-<global_step>` under `_get_output_dir`, where ours is already"
+    ),
+    "accelerate.state.AcceleratorState._reset_state": (
+        "clears what all accelerators of a process share, and leaves the process group alone"
     ),
     "accelerate.utils.operations.gather_object": "flattens one list a process, in the order of the processes",
 }

@@ -1,7 +1,7 @@
 """
-How hard each prompt is for a policy, and the offline half of DUPO (https://huggingface.co/papers/2507.02592, section
-4.2): before training, prompts that all of a model's G samples solve are dropped, because their groups have no variance
-and so nothing to teach.
+Measures how hard each prompt is for a policy, and drops prompts that are too easy. The second is the offline half of
+DUPO (https://huggingface.co/papers/2507.02592, section 4.2): before training, prompts that all of a model's G samples
+solve are dropped, because a group without variance has no gradient.
 """
 
 import math
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
+from ..errors import require
 from ..trainers.grpo import GRPOTrainer
 from .partial import roll_out_all
 
@@ -28,40 +29,42 @@ def pass_rates(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """
-    Rolls out every row and adds the column `pass_rate`: the fraction of its samples whose weighted outcome reward
-    reaches `args.success_threshold`, `None` where no outcome reward applied to any sample.
+    Samples completions for every row and adds the column `pass_rate`: the share of the samples whose weighted outcome
+    reward reaches `args.success_threshold`, or `None` if no outcome reward applied to any sample.
 
     Args:
         trainer ([`GRPOTrainer`]):
-            A `trl_ext` trainer with the policy and the reward functions. Every process must make the call.
+            A trainer of `trl_ext` with the policy and the reward functions. Every process must make the call.
         dataset ([`~datasets.Dataset`]):
-            Rows with `prompt` and the columns the rewards need.
+            Rows with `prompt` and the columns that the reward functions need.
         num_generations (`int`, *optional*):
             Samples per prompt (G), by default the trainer's.
         batch_size (`int`, *optional*, defaults to `32`):
-            Prompts per generation.
+            Prompts per generation batch.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling. The batch that starts at row i has `seed + i`, so that a continued roll-out draws
-            what an uninterrupted one would have drawn.
+            Seed of the sampling. The batch that starts at row i has the seed `seed + i`, so that an interrupted call
+            and its continuation draw what an uninterrupted call would have drawn.
         partial_results (`str` or `Path`, *optional*):
-            File in which finished batches are kept. If it is there already, with the same data set and settings, the
-            roll-out goes on where it stopped.
+            A file to which the results of each finished batch are written. If the file exists and belongs to the same
+            policy, data set and settings, only missing batches are generated.
         on_progress (`Callable[[int, int], None]`, *optional*):
-            Called with (rows done, rows in all) after each batch.
+            Called after each batch with the number of finished rows and the number of all rows.
 
     Returns:
-        [`~datasets.Dataset`]: the same rows in the same order, with the new column.
+        [`~datasets.Dataset`]: a copy with the same rows in the same order, and the new column.
 
     Raises:
-        `ValueError`: if the data set is streamed or already has the column, or `partial_results` is from another
-            roll-out.
+        ValueError: if the data set is streamed or already has the column, or if `partial_results` belongs to a
+            different call.
     """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"`dataset` is a {type(dataset).__name__}, whose length isn't known. Load it without streaming."
-        )
-    if PASS_RATE in dataset.column_names:
-        raise ValueError(f"The data set already has a column `{PASS_RATE}`. Remove it before rolling out again.")
+    require(
+        isinstance(dataset, Dataset),
+        f"`dataset` is a {type(dataset).__name__}, whose length isn't known. Load it without streaming.",
+    )
+    require(
+        PASS_RATE not in dataset.column_names,
+        f"The data set already has a column `{PASS_RATE}`. Remove it before measuring pass rates again.",
+    )
     rates = roll_out_all(
         trainer,
         dataset,
@@ -82,27 +85,30 @@ def pass_rates(
 
 def drop_solved(dataset: Dataset, drop_unsolved: bool = False) -> Dataset:
     """
-    Drops the prompts that every sample solved. Rows whose `pass_rate` is `None` stay.
+    Drops the prompts that every sample solved. Rows whose `pass_rate` is `None` are kept.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            What [`pass_rates`] returned.
+            The result of [`pass_rates`].
         drop_unsolved (`bool`, *optional*, defaults to `False`):
-            Drop also the prompts that no sample solved. A policy that learns may come to solve them later.
+            Also drop the prompts that no sample solved. During training the policy may learn to solve them.
+
+    Returns:
+        [`~datasets.Dataset`]: the remaining rows, in order.
 
     Raises:
-        `ValueError`: if there is no column `pass_rate`.
+        ValueError: if there is no column `pass_rate`.
     """
-    if PASS_RATE not in dataset.column_names:
-        raise ValueError(
-            f"The data set has no column `{PASS_RATE}` (it has {dataset.column_names}). Add it by `pass_rates`."
-        )
+    require(
+        PASS_RATE in dataset.column_names,
+        f"The data set has no column `{PASS_RATE}` (it has {dataset.column_names}). Add it with `pass_rates`.",
+    )
     dropped = {1.0, 0.0} if drop_unsolved else {1.0}
     return dataset.filter(lambda rate: rate not in dropped, input_columns=PASS_RATE)
 
 
 def _solved_fraction(trainer: GRPOTrainer, rewards: torch.Tensor) -> list[float | None]:
-    """Fraction of solved samples of each prompt, from rewards of shape (P, G, F)."""
+    """Share of solved samples of each prompt, from rewards of shape `(P, G, F)`."""
     outcome = trainer.group_outcomes(rewards.flatten(0, 1), rewards.shape[1])  # (P, G), NaN where not applicable
     solved = (outcome >= trainer.args.success_threshold).to(torch.float64)
     rates = solved.masked_fill(outcome.isnan(), torch.nan).nanmean(dim=1).tolist()

@@ -1,6 +1,6 @@
 """
-Roll-outs of a whole data set that outlive their process: every finished batch is a line in a file, and the same call
-goes on behind the last of them.
+Samples completions for a whole data set, in a call that can be interrupted: every finished batch is written to a file
+as one line, and the same call made again continues after the last line.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from ..rollouts.rollout import ScoredGroups
 from ..trainers.grpo import GRPOTrainer
 
 
-# What the trainer says of sampling, and its configuration
+# Settings of sampling: attributes of the trainer, and of its configuration
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length")
 SAMPLING_OF_ARGS = ("generation_kwargs", "chat_template_kwargs")
-# Rows that are hashed together
-ROWS = 1000
+# Number of rows that are hashed together
+HASHED_ROWS = 1000
 
 
 def roll_out_all(
@@ -39,53 +39,44 @@ def roll_out_all(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Any]:
     """
-    Rolls out every row, and keeps what `read` makes of it.
+    Samples and scores completions for every row, and returns what `read` extracts from them.
 
     Args:
         trainer ([`GRPOTrainer`]):
-            A `trl_ext` trainer with the policy and the reward functions. Every process must make the call.
+            A trainer of `trl_ext` with the policy and the reward functions. Every process must make the call.
         dataset ([`~datasets.Dataset`]):
-            Rows with `prompt` and the columns the rewards need.
+            Rows with `prompt` and the columns that the reward functions need.
         num_generations (`int`):
-            Completions for each row.
+            Completions per row.
         batch_size (`int`):
-            Rows per generation.
+            Rows per generation batch.
         seed (`int`):
-            Seed of the sampling. The batch that starts at row i has `seed + i`, so that a continued roll-out draws
-            what an uninterrupted one would have drawn.
+            Seed of the sampling. The batch that starts at row i has the seed `seed + i`, so that an interrupted call
+            and its continuation draw what an uninterrupted call would have drawn.
         read (`Callable`):
-            From the scored completions of a batch to one result for each row, as JSON takes it. Every process makes
-            the call, and gets the same.
+            From the scored completions of a batch to one result per row, of types that JSON has. Every process calls
+            it, and must get the same result.
         depends_on (`dict`):
-            What results depend on beside the policy, the rows, the sampling and the names of the reward functions.
+            Everything on which results depend, other than the policy, the rows, the sampling and the names of the
+            reward functions.
         partial_results (`str` or `Path`, *optional*):
-            File in which finished batches are kept. If it is there already, from a roll-out of the same, this one goes
-            on where that stopped.
+            A file to which the results of each finished batch are written. If the file exists and belongs to the same
+            call, only missing batches are generated.
         on_progress (`Callable[[int, int], None]`, *optional*):
-            Called with (rows done, rows in all) after each batch.
+            Called after each batch with the number of finished rows and the number of all rows.
 
     Returns:
-        `list`: a result for each row, the same on every process.
+        `list`: one result per row, the same on every process.
 
     Raises:
-        `ValueError`: if `partial_results` is from another roll-out.
+        ValueError: if `partial_results` belongs to a different call.
     """
     writes = trainer.is_world_process_zero()
     results: list[Any] = []
     if partial_results is not None:
-        identity = {
-            "model": weights_key(trainer.accelerator.unwrap_model(trainer.model)),
-            "rows": content_key(dataset),
-            "sampling": {name: getattr(trainer, name) for name in SAMPLING}
-            | {name: getattr(trainer.args, name) for name in SAMPLING_OF_ARGS},
-            "reward_funcs": trainer.reward_func_names,
-            "num_generations": num_generations,
-            "batch_size": batch_size,
-            "seed": seed,
-            **depends_on,
-        }
+        identity = _identity_of(trainer, dataset, num_generations, batch_size, seed) | depends_on
         identity = json.loads(json.dumps(identity, default=str))
-        results = _continued(Path(partial_results), identity, writes)
+        results = _read_results(Path(partial_results), identity, writes)
     for start in range(len(results), len(dataset), batch_size):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         batch = read(trainer.roll_out(rows, num_generations, seed=seed + start))
@@ -98,10 +89,26 @@ def roll_out_all(
     return results
 
 
+def _identity_of(
+    trainer: GRPOTrainer, dataset: Dataset, num_generations: int, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """What the file of a call says of it. Every process must make the call."""
+    return {
+        "model": weights_key(trainer.accelerator.unwrap_model(trainer.model)),
+        "rows": content_key(dataset),
+        "sampling": {name: getattr(trainer, name) for name in SAMPLING}
+        | {name: getattr(trainer.args, name) for name in SAMPLING_OF_ARGS},
+        "reward_funcs": trainer.reward_func_names,
+        "num_generations": num_generations,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+
+
 def weights_key(model: nn.Module) -> str:
     """
-    Identity of a model by its weights, the same where ZeRO-3 spreads them: it takes one after the other together.
-    Every process must make the call.
+    A hash of a model's weights. It is the same if ZeRO-3 shards them, and gathers one weight at a time. Every process
+    must make the call.
     """
     digest = hashlib.sha256()
     for parameter in model.parameters():
@@ -113,17 +120,17 @@ def weights_key(model: nn.Module) -> str:
 
 def content_key(dataset: Dataset) -> str:
     """
-    Identity of a data set by what is in its rows, whichever process read them and from where. (Its fingerprint is
-    random after a function that can't be pickled, and differs between two copies of the same file.)
+    A hash of a data set's rows, the same in every process and for every copy of the data set. (The fingerprint of
+    `datasets` is random after a function that can't be pickled, and differs between two copies of the same file.)
     """
     digest = hashlib.sha256()
-    for table in dataset.with_format("arrow").iter(ROWS):
+    for table in dataset.with_format("arrow").iter(HASHED_ROWS):
         digest.update(repr(table.to_pylist()).encode())
     return digest.hexdigest()
 
 
-def _continued(path: Path, identity: dict[str, Any], writes: bool) -> list[Any]:
-    """Results of finished batches, the same on every process: the main one reads the file and tells the others."""
+def _read_results(path: Path, identity: dict[str, Any], writes: bool) -> list[Any]:
+    """Results of finished batches. The main process reads the file and broadcasts the results to all others."""
     outcome: list[Any] = [None]
     if writes:
         try:
@@ -137,19 +144,22 @@ def _continued(path: Path, identity: dict[str, Any], writes: bool) -> list[Any]:
 
 
 def _open_partial(path: Path, identity: dict[str, Any]) -> list[Any]:
-    """Reads the file, or creates it. Its first line says what it belongs to, each further one holds a batch."""
+    """
+    Reads the file, or creates it. The first line says to which call it belongs; each further line holds the results of
+    one batch.
+    """
     whole = path.read_bytes() if path.exists() else b""
     whole = whole[: whole.rfind(b"\n") + 1]
-    if not whole:  # a process may have stopped before it had said what the file belongs to
+    if not whole:  # the process may have been stopped before it had written the first line
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(identity) + "\n")
         return []
     header, *batches = whole.decode().splitlines()
     if json.loads(header) != identity:
         raise ValueError(
-            f"`partial_results` is {path}, which holds another roll-out ({header.strip()}; this one is "
-            f"{json.dumps(identity)}). Remove it or name another file."
+            f"`partial_results` is {path}, which holds results of a different call ({header.strip()}; this one is "
+            f"{json.dumps(identity)}). Remove the file, or name a different one."
         )
-    # A line without its end was being written when the process stopped: that batch is done again
+    # A line without its end was being written when the process was stopped, and its batch is generated again
     os.truncate(path, len(whole))
     return [result for batch in batches for result in json.loads(batch)]

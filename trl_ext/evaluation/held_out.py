@@ -1,13 +1,14 @@
 """
-How good is a policy on prompts it never saw, and how sure are we?
+How good a policy is on prompts it was not trained on, and how certain that is.
 
-Several completions are sampled for each prompt. Those of one prompt are not independent (an easy prompt is solved
-every time), so the prompt is the unit of evidence, not the sample: a metric's estimate is the mean over prompts of the
-mean over that prompt's samples, and its interval is Student's t interval on the prompt means. Treating 256 x 4 samples
-as 1,024 independent ones would give intervals up to twice too narrow.
+Several completions are sampled for each prompt. The completions of one prompt are not independent, because an easy
+prompt is solved every time. The unit of evidence is therefore the prompt and not the sample: the estimate of a metric
+is the mean over prompts of the mean over each prompt's samples, and its interval is Student's t interval of the prompt
+means. Treating 256 × 4 samples as 1,024 independent ones would give intervals that are up to a factor of two too
+narrow.
 
-Before and after training the same prompts are asked with the same sampling seeds, which removes the prompts' own
-difficulty from the difference: [`difference`] pairs them.
+Before and after training, the same prompts are sampled with the same seeds. [`difference`] pairs them, which removes
+the difficulty of the prompts from the difference.
 """
 
 import math
@@ -21,19 +22,21 @@ import torch
 from scipy import stats
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import require
+
 
 LOG_PREFIX = "held_out/"
 
 
 class ScoredSamples(Protocol):
-    """What `roll_out` returns, as far as evaluation reads it."""
+    """The part of what `roll_out` returns that evaluation reads."""
 
     rewards: torch.Tensor  # (P, G, F), NaN where a reward function doesn't apply
     reward_func_names: list[str]
 
 
 class RollsOut(Protocol):
-    """A trainer that can sample and score prompts without training on them, as all of `trl_ext`'s can."""
+    """A trainer that can sample and score prompts without training on them, as all trainers of `trl_ext` can."""
 
     def roll_out(self, rows: list[dict[str, Any]], num_generations: int, seed: int | None = None) -> ScoredSamples: ...
 
@@ -55,8 +58,8 @@ class Estimate:
         samples (`int`):
             Number of samples to which it applied.
         per_prompt (`tuple[float, ...]`, *optional*):
-            Mean of each prompt, in the order of the data set, NaN where the metric didn't apply. Empty when only the
-            summary is known, e.g. read back from a log.
+            Mean of each prompt, in the order of the data set, NaN where the metric didn't apply. Empty if only the
+            other numbers are known, as for an estimate that was read from a log.
     """
 
     mean: float
@@ -69,16 +72,16 @@ class Estimate:
     @classmethod
     def of(cls, values: torch.Tensor) -> "Estimate":
         """
-        Estimates the mean of a metric. A metric whose every value is 0 or 1 is taken for a rate: its interval is cut
-        to [0, 1], and where all samples agree, which says that the variance is small and not that it is zero, it is
-        Clopper and Pearson's exact interval with one trial a prompt.
+        Estimates the mean of a metric. If all values are 0 or 1, the metric is taken for a rate, and its interval is
+        cut to [0, 1]. If all samples of a rate agree, their variance is small rather than zero, and the interval is
+        Clopper and Pearson's exact one with one trial per prompt.
 
         Args:
-            values (`torch.Tensor`):
-                The metric, of shape (P, G): G samples of each of P prompts, NaN where not applicable.
+            values (`torch.Tensor` of shape `(P, G)`):
+                The metric for G samples of each of P prompts, NaN where it doesn't apply.
 
         Raises:
-            `ValueError`: if fewer than 2 prompts have a value, because there is no interval then.
+            ValueError: if fewer than 2 prompts have a value, because there is no interval then.
         """
         applies = ~values.isnan()
         per_prompt = values.double().nanmean(dim=1).tolist()
@@ -86,7 +89,7 @@ class Estimate:
         if len(means) < 2:
             raise ValueError(
                 f"An interval needs values for at least 2 prompts, got {len(means)} of {len(per_prompt)}. Evaluate on "
-                "more prompts, or leave out a metric that applies to none."
+                "more prompts, or leave the metric out."
             )
         mean = fmean(means)
         low, high = _t_interval(means)
@@ -100,11 +103,11 @@ class Estimate:
 
 def difference(before: Estimate, after: Estimate) -> Estimate:
     """
-    `after - before` with its 95 % interval. With the prompts' own means at hand the prompts are paired; otherwise the
-    two intervals are added in quadrature, which is too wide when the prompts were the same, never too narrow.
+    `after - before` with its 95 % interval. If both estimates have `per_prompt`, the prompts are paired. Otherwise the
+    two intervals are added in quadrature, which is too wide if the prompts were the same, and never too narrow.
 
     Raises:
-        `ValueError`: if the two were measured on different numbers of prompts.
+        ValueError: if both have `per_prompt`, for different numbers of prompts.
     """
     if before.per_prompt and after.per_prompt:
         pairs = zip(before.per_prompt, after.per_prompt, strict=True)
@@ -131,8 +134,8 @@ def evaluate_policy(
     seed: int = 0,
 ) -> dict[str, Estimate]:
     """
-    Samples completions for held-out prompts and estimates the mean of each reward function. It draws with its own
-    seeds, so calling it changes nothing about the training run, and two calls ask the same questions.
+    Samples completions for held-out prompts and estimates the mean of each reward function. It has its own seeds, so
+    that a call changes nothing about the training run, and two calls with the same policy sample the same completions.
 
     Args:
         trainer ([`GRPOTrainer`]):
@@ -142,31 +145,29 @@ def evaluate_policy(
         num_samples (`int`, *optional*, defaults to `4`):
             Samples per prompt (G), at the trainer's own temperature.
         batch_size (`int`, *optional*, defaults to `64`):
-            Prompts per call of `roll_out`. It decides memory, and since every batch has its own seed, also which
-            samples are drawn: keep it the same to compare.
+            Prompts per call of `roll_out`. It decides how much memory is used. Because every batch has its own seed,
+            it also decides which samples are drawn: keep it the same for results that are compared.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the first batch; that of the i-th is `seed + 1000 * i`.
+            Seed of batch 0; batch i has the seed `seed + 1000 * i`.
 
     Returns:
         `dict[str, Estimate]`: one estimate per reward function, by its name. Functions that applied to fewer than two
         prompts are left out.
 
     Raises:
-        `ValueError`: if `num_samples` or `batch_size` isn't positive, or the data set has fewer than 2 rows.
+        ValueError: if `num_samples` or `batch_size` isn't positive, or if the data set has fewer than 2 rows.
     """
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"`{name}` is {value}, but it must be at least 1.")
+        require(value >= 1, f"`{name}` is {value}, but it must be at least 1.")
     rewards: list[torch.Tensor] = []
     names: list[str] = []
     for index, rows in enumerate(_batches(dataset, batch_size)):
-        # A thousand apart, because `roll_out` gives each process the next seed
+        # A thousand apart, because `roll_out` adds the index of the process to the seed
         scored = trainer.roll_out(rows, num_samples, seed=seed + 1000 * index)
         rewards.append(scored.rewards.detach().cpu())
         names = list(scored.reward_func_names)
     prompts = sum(len(batch) for batch in rewards)
-    if prompts < 2:
-        raise ValueError(f"`dataset` has {prompts} rows, but held-out evaluation needs at least 2.")
+    require(prompts >= 2, f"`dataset` has {prompts} rows, but held-out evaluation needs at least 2.")
     values = torch.cat(rewards)  # (P, G, F)
     applicable = (~values.isnan()).any(dim=1).sum(dim=0) >= 2  # (F,)
     return {name: Estimate.of(values[:, :, i]) for i, name in enumerate(names) if applicable[i]}
@@ -174,10 +175,10 @@ def evaluate_policy(
 
 class HeldOut(TrainerCallback):
     """
-    Measures a policy before training, after it, and every `every` steps between.
+    Measures a policy before training, after training, and every `every` steps in between.
 
-    What it finds goes to the trackers and into `state.log_history`, under `held_out/<metric>`, so it is in every
-    checkpoint: a resumed run still knows how good the policy was at step 0 and doesn't measure it again.
+    The results go to the trackers and into `state.log_history`, under `held_out/<metric>`. Every checkpoint contains
+    that history, so that a resumed run knows how good the policy was at step 0 and doesn't measure it again.
 
     Args:
         trainer ([`GRPOTrainer`]):
@@ -189,9 +190,13 @@ class HeldOut(TrainerCallback):
         batch_size (`int`, *optional*, defaults to `64`):
             Prompts per call of `roll_out`.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling, the same each time.
+            Seed of the sampling, the same for every measurement.
         every (`int`, *optional*, defaults to `0`):
-            Optimizer steps between measurements; 0 measures the ends only.
+            Optimizer steps between measurements. With 0, the policy is measured only before and after training.
+
+    Attributes:
+        measured (`dict[int, dict[str, Estimate]]`):
+            Estimates by optimizer step and metric, in the order of steps.
     """
 
     def __init__(
@@ -207,12 +212,12 @@ class HeldOut(TrainerCallback):
         self.dataset = dataset
         self.settings = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
         self.every = every
-        self.measured: dict[int, dict[str, Estimate]] = {}  # by optimizer step, in ascending order
+        self.measured: dict[int, dict[str, Estimate]] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Here and not before `train()`: DeepSpeed and FSDP place the model on its devices only there.
+        # Here and not before `train()`, because DeepSpeed and FSDP place the model on its devices in `train()`
         self.measured = read_estimates(state.log_history)
         if not self.measured:
             self.measure(state)
@@ -220,7 +225,7 @@ class HeldOut(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # The last step belongs to `on_train_end`, which sees the model that will be saved.
+        # The last step is left to `on_train_end`, which sees the model that will be saved
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
             self.measure(state)
 
@@ -231,6 +236,7 @@ class HeldOut(TrainerCallback):
             self.measure(state)
 
     def measure(self, state: TrainerState) -> None:
+        """Measures the policy as it is now, and logs the result. Every process must make the call."""
         estimates = evaluate_policy(self.trainer, self.dataset, **self.settings)
         self.measured[state.global_step] = estimates
         logs: dict[str, float] = {}
@@ -238,23 +244,24 @@ class HeldOut(TrainerCallback):
             logs[f"{LOG_PREFIX}{name}"] = estimate.mean
             for part in ("low", "high", "prompts", "samples"):
                 logs[f"{LOG_PREFIX}{name}/{part}"] = getattr(estimate, part)
-        # `trainer.log` would also flush the training metrics that are being collected for this step, and `on_log`
-        # tells the control it is given that this step has been logged: hence neither that nor the trainer's own
-        # control.
+        # Not by `trainer.log`, which would also flush the training metrics that are being collected for this step. And
+        # not with the trainer's own control, in which `on_log` notes that this step has been logged.
         state.log_history.append({**logs, "step": state.global_step, "epoch": state.epoch})
         self.trainer.callback_handler.on_log(self.trainer.args, state, TrainerControl(), dict(logs))
 
     @property
     def before(self) -> dict[str, Estimate]:
+        """The first measurement."""
         return next(iter(self.measured.values()))
 
     @property
     def after(self) -> dict[str, Estimate]:
+        """The latest measurement."""
         return next(reversed(self.measured.values()))
 
 
 def read_estimates(log_history: Sequence[dict[str, Any]]) -> dict[int, dict[str, Estimate]]:
-    """Reads what [`HeldOut`] logged: estimates by optimizer step and metric, without the prompts' own means."""
+    """Reads what [`HeldOut`] logged: estimates by optimizer step and metric, without `per_prompt`."""
     measured: dict[int, dict[str, Estimate]] = {}
     for entry in log_history:
         metrics = [key.removesuffix("/low") for key in entry if key.startswith(LOG_PREFIX) and key.endswith("/low")]

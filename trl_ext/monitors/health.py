@@ -1,23 +1,26 @@
 """
-Is the run still on the road? Callbacks that read what a trainer logs, ours or TRL's own, and say when it isn't.
+Callbacks that read what a trainer logs, ours or TRL's own, and warn when a run leaves its healthy range.
 
 | check | reads | healthy |
 |---|---|---|
 | [`KLCheck`] | `objective/kl`, `kl` | 0.5 to 2 nats per completion |
 | [`PreferenceAccuracyCheck`] | `rewards/accuracies`, `accuracy`, also of evaluation | above 0.75 |
 | [`EntropyCheck`] | `entropy`, `computed/entropy` | above a fifth of its start |
-| [`RewardHackingCheck`] | `reward`, and a `held_out/…` metric | not: reward up, held-out metric down |
+| [`RewardHackingCheck`] | `reward`, and a `held_out/…` metric | the metric doesn't fall while the reward rises |
 | [`LengthCheck`] | `completions/mean_length` | half to twice its start |
 | [`ExplainedVarianceCheck`] | `val/explained_variance` | above 0 |
 
-[`HealthChecks`] is all of them; what a trainer doesn't log is not checked. A log that isn't healthy is noise;
-`patience` of them in a row are an episode. It is told once, with what to try, and over after `patience` healthy logs.
-With `stop=True` it ends the run with a checkpoint. Logs are the same on all processes, so that all decide alike.
+[`HealthChecks`] runs all of them; a check whose quantity a trainer doesn't log stays silent. A single unhealthy log
+may be noise, so that it takes `patience` of them in a row to begin an episode. An episode is reported once, with
+advice, and ends after `patience` healthy logs. With `stop=True` it ends the run with a checkpoint. Logs are the same
+on all processes, so that all of them decide alike.
 
-Each adds what it measured to the log that it read: `health/<name>`, and `health/<name>_alarm`, 1 during an episode.
+Each check adds what it measured to the log that it read: `health/<name>`, and `health/<name>_alarm`, which is 1 during
+an episode.
 
-What a check knows is a function of `state.log_history`, which every checkpoint holds: a resumed run reads it again and
-goes on as if it had never stopped. An episode that had been told is not told again and doesn't stop the run again.
+The state of a check depends only on `state.log_history`, which every checkpoint contains: a resumed run reads that
+history again and continues as if it had never stopped. An episode that was reported before is not reported again, and
+doesn't stop the run again.
 """
 
 import math
@@ -29,32 +32,39 @@ from typing import Any, ClassVar
 from scipy import stats
 from transformers import TrainerCallback
 
-from ..errors import require
+from .. import metric_keys
+from ..errors import require, require_one_of
 from ..evaluation.held_out import LOG_PREFIX
+from ..rollouts.statistics import COMPUTED
 from .health_check import Alarm, HealthCheck, Logs
+
+
+KL_UNITS = {"sequence": "completion", "token": "token"}
+TRL_1_12_ENTROPY = "policy/entropy_avg"
 
 
 class KLCheck(HealthCheck):
     """
-    KL to the reference: too little, and the policy doesn't learn; too much, and it leaves what the reward is made for.
+    KL to the reference. With too little of it the policy learns nothing; with too much it leaves the region for which
+    the reward was made.
 
-    PPO's `objective/kl` is a mean per completion. `kl` of GRPO, RLOO and their relatives is a mean per token: it is
-    multiplied by `completions/mean_length`, which is exact where all micro-batches of a log hold equally many tokens
-    (and close otherwise). Both are estimates on samples of the policy, of KL(π_θ‖π_ref). GRPO logs none if `beta=0`.
+    PPO's `objective/kl` is a mean per completion. The `kl` of GRPO, RLOO and their relatives is a mean per token: it
+    is multiplied by `completions/mean_length`, which is exact if all micro-batches of a log have equally many tokens,
+    and close otherwise. Both estimate KL(π_θ‖π_ref) on samples of the policy. GRPO logs neither if `beta=0`.
 
     Args:
         band (`tuple[float, float]`, *optional*, defaults to `(0.5, 2.0)`):
-            Healthy KL, in nats. The lower end holds after `grace`, since a run starts at 0.
+            Healthy KL, in nats. The lower end applies after `grace`, because a run starts at 0.
         per (`str`, *optional*, defaults to `"sequence"`):
-            `"sequence"` or `"token"`: what the band is given for.
+            Whether the band is in nats per `"sequence"` (completion) or per `"token"`.
         patience, grace, stop (*optional*):
             See [`HealthCheck`].
     """
 
     name = "kl"
     advice = (
-        "Above the band, try a larger KL coefficient (`kl_coef`, `beta`), a target for it (`kl_target`), a lower "
-        "learning rate or fewer epochs on a batch. Below it, the reverse."
+        "Above the band, try a larger KL coefficient (`kl_coef`, `beta`), a KL target (`kl_target`), a lower learning "
+        "rate, or fewer epochs per generation batch. Below the band, try the opposite."
     )
 
     def __init__(
@@ -67,13 +77,14 @@ class KLCheck(HealthCheck):
         stop: bool = False,
     ) -> None:
         _require_band("band", band, -math.inf)
-        require(per in ("sequence", "token"), f"per={per!r} is unknown. Choose 'sequence' or 'token'.")
+        require_one_of("per", per, KL_UNITS)
         self.band = band
         self.per = per
         super().__init__(patience=patience, grace=grace, stop=stop)
 
     def read(self, logs: Logs) -> float | None:
-        sequence, token, length = (_number(logs, key) for key in ("objective/kl", "kl", "completions/mean_length"))
+        sequence = _number(logs, metric_keys.KL_PER_COMPLETION)
+        token, length = _number(logs, metric_keys.KL_PER_TOKEN), _number(logs, metric_keys.MEAN_LENGTH)
         if self.per == "sequence":
             if sequence is not None or token is None or length is None:
                 return sequence
@@ -85,31 +96,31 @@ class KLCheck(HealthCheck):
     def complaint(self, value: float, early: bool) -> str | None:
         low, high = self.band
         side = "above" if value > high else "below" if value < low and not early else None
-        unit = "completion" if self.per == "sequence" else "token"
-        return side and f"KL to the reference is {value:.3g} nats per {unit}, {side} its band of {low:g} to {high:g}"
+        kl = f"{value:.3g} nats per {KL_UNITS[self.per]}"
+        return side and f"KL to the reference is {kl}, {side} its band of {low:g} to {high:g}"
 
 
 class PreferenceAccuracyCheck(HealthCheck):
     """
-    Share of pairs whose chosen completion is scored higher: by DPO's implicit reward, or by a reward model.
+    Share of pairs whose chosen completion has the higher score, by DPO's implicit reward or by a reward model.
 
     Args:
         threshold (`float`, *optional*, defaults to `0.75`):
-            Healthy is what lies above.
+            An accuracy above it is healthy.
         metric (`str`, *optional*):
-            The key of the log. `None`: `eval_rewards/accuracies` or `eval_accuracy` once a log has it (of several
-            evaluation sets with names, that of the first), until then, and in a run without evaluation,
+            The key in the logs. `None`: `eval_rewards/accuracies` or `eval_accuracy` once a log contains it (if there
+            are several named evaluation sets, that of the first one); before that, and in a run without evaluation,
             `rewards/accuracies` or `accuracy`.
         patience, grace, stop (*optional*):
-            See [`HealthCheck`]. Accuracy starts at chance, so that `grace` is a quarter of the run.
+            See [`HealthCheck`]. `grace` is a quarter of the run by default, because accuracy starts at chance.
     """
 
     name = "preference_accuracy"
     advice = (
-        "Try more steps or a higher learning rate, a smaller `beta`, and a look at the pairs: are labels noisy "
-        "(`label_smoothing`), margins small, or the prompts unlike those of training?"
+        "Try more steps, a higher learning rate or a smaller `beta`, and look at the pairs: are labels noisy "
+        "(`label_smoothing`), are margins small, or are the prompts unlike those of training?"
     )
-    KEYS: ClassVar = ("rewards/accuracies", "accuracy")
+    KEYS: ClassVar = (metric_keys.PREFERENCE_ACCURACY, metric_keys.REWARD_MODEL_ACCURACY)
 
     def __init__(
         self,
@@ -130,13 +141,14 @@ class PreferenceAccuracyCheck(HealthCheck):
         self.key: str | None = self.metric
 
     def read(self, logs: Logs) -> float | None:
-        if self.metric is None and not (self.key or "").startswith("eval_"):
-            # An evaluation set with a name has it between "eval_" and each metric, the loss among them
-            sets = ["eval_", *(key.removesuffix("loss") for key in logs if re.fullmatch("eval_.+_loss", key))]
+        evaluation = metric_keys.EVALUATION
+        if self.metric is None and not (self.key or "").startswith(evaluation):
+            # The name of an evaluation set stands between "eval_" and each of its metrics, one of which is the loss
+            sets = [evaluation, *(k.removesuffix("loss") for k in logs if re.fullmatch(f"{evaluation}.+_loss", k))]
             known = [f"{prefix}{key}" for prefix in (*sets, "") for key in self.KEYS]
             better = next((key for key in known if key in logs), self.key)
-            if better != self.key:  # logs of one kind in a row
-                self.key, self.sick_logs, self.healthy_logs = better, 0, 0
+            if better != self.key:  # only logs of one key count as "in a row"
+                self.key, self.unhealthy_logs, self.healthy_logs = better, 0, 0
         return None if self.key is None else _number(logs, self.key)
 
     def complaint(self, value: float, early: bool) -> str | None:
@@ -146,7 +158,7 @@ class PreferenceAccuracyCheck(HealthCheck):
 
 
 class _AgainstStart(HealthCheck):
-    """A quantity whose mean over the first logs is its own measure."""
+    """A quantity that is compared with its own mean over the first logs."""
 
     def __init__(self, start_logs: int, *, patience: int, grace: float, stop: bool) -> None:
         require(
@@ -162,7 +174,7 @@ class _AgainstStart(HealthCheck):
 
     @property
     def start(self) -> float | None:
-        """Mean over the first logs; `None` before they are there."""
+        """Mean over the first `start_logs` logs; `None` before there are that many."""
         return fmean(self._first) if len(self._first) == self.start_logs else None
 
     def observe(self, logs: Logs, step: int, max_steps: int) -> Alarm | None:
@@ -174,14 +186,14 @@ class _AgainstStart(HealthCheck):
 
 class EntropyCheck(_AgainstStart):
     """
-    Entropy of the policy, in nats per token: once it has collapsed, all samples of a prompt are alike, and nothing is
-    left to learn from.
+    Entropy of the policy, in nats per token. Once it has collapsed, all samples of a prompt are alike and there is
+    nothing to learn from.
 
     Args:
         floor (`float`, *optional*, defaults to `0.2`):
-            Healthy is what lies above this share, in (0, 1), of the start.
+            Share of the starting entropy, in (0, 1). An entropy above it is healthy.
         start_logs (`int`, *optional*, defaults to `3`):
-            The start is the mean of so many first logs.
+            The starting entropy is the mean of this many first logs.
         patience, stop (*optional*):
             See [`HealthCheck`].
     """
@@ -189,7 +201,7 @@ class EntropyCheck(_AgainstStart):
     name = "entropy"
     advice = (
         "Try a higher upper clip (`epsilon_high=0.28`), an entropy bonus (`entropy_coef`), a lower learning rate, a "
-        "KL term, or harder prompts. Going on from an earlier checkpoint is better than from here."
+        "KL term, or harder prompts. Resume from an earlier checkpoint rather than from here."
     )
 
     def __init__(
@@ -200,8 +212,9 @@ class EntropyCheck(_AgainstStart):
         super().__init__(start_logs, patience=patience, grace=grace, stop=stop)
 
     def read(self, logs: Logs) -> float | None:
-        # Where rows without advantage aren't computed, that of the others is all there is
-        found = (_number(logs, key) for key in ("entropy", "policy/entropy_avg", "computed/entropy"))
+        # If rows without advantage aren't computed, only the entropy of the others is known
+        keys = (metric_keys.ENTROPY, TRL_1_12_ENTROPY, f"{COMPUTED}{metric_keys.ENTROPY}")
+        found = (_number(logs, key) for key in keys)
         return next((entropy for entropy in found if entropy is not None), None)
 
     def complaint(self, value: float, early: bool) -> str | None:
@@ -213,22 +226,22 @@ class EntropyCheck(_AgainstStart):
 
 class LengthCheck(_AgainstStart):
     """
-    Mean length of completions, in tokens, against its start: rewards that can be had by length alone are. Where a
-    curriculum lets completions grow, it is the share of their limit.
+    Mean length of completions, in tokens, compared with its start. A policy finds any reward that length alone can
+    earn. If a curriculum raises the length limit during the run, the length is taken as a share of that limit.
 
     Args:
         band (`tuple[float, float]`, *optional*, defaults to `(0.5, 2.0)`):
-            Healthy multiples of the start.
+            Healthy multiples of the starting length.
         start_logs (`int`, *optional*, defaults to `3`):
-            The start is the mean of so many first logs.
+            The starting length is the mean of this many first logs.
         patience, stop (*optional*):
             See [`HealthCheck`].
     """
 
     name = "length"
     advice = (
-        "Read some completions: is that what the prompts ask for? If not, try a reward that doesn't grow with length, "
-        "the overlong punishment (`soft_punish_cache`), a token-level loss (`loss_type='dapo'`), or a KL term."
+        "Read some completions: do the prompts ask for this length? If not, try a reward that doesn't grow with "
+        "length, the overlong punishment (`soft_punish_cache`), a token-level loss (`loss_type='dapo'`), or a KL term."
     )
 
     def __init__(
@@ -249,7 +262,7 @@ class LengthCheck(_AgainstStart):
         self._limit: float | None = None
 
     def read(self, logs: Logs) -> float | None:
-        limit, length = _number(logs, "curriculum/completion_length"), _number(logs, "completions/mean_length")
+        limit, length = _number(logs, metric_keys.COMPLETION_LIMIT), _number(logs, metric_keys.MEAN_LENGTH)
         self._limit = self._limit if limit is None else limit
         return length if length is None or not self._limit else length / self._limit
 
@@ -267,19 +280,19 @@ class LengthCheck(_AgainstStart):
 
 class ExplainedVarianceCheck(HealthCheck):
     """
-    Share of the returns' variance that the critic explains; at 0 and below, a constant would do as well.
+    Share of the returns' variance that the critic explains. At 0 and below, a constant would predict as well.
 
     Args:
         threshold (`float`, *optional*, defaults to `0.0`):
-            Healthy is what lies above; less than 1.
+            An explained variance above it is healthy; less than 1.
         patience, grace, stop (*optional*):
-            See [`HealthCheck`]. A critic that starts at zero has to learn first.
+            See [`HealthCheck`]. `grace` is a quarter of the run by default, because a critic has to learn first.
     """
 
     name = "explained_variance"
     advice = (
         "Try a higher `critic_learning_rate`, `critic_warmup_steps`, more `value_updates_per_policy_update`, a larger "
-        "`cliprange_value`, `reward_scaling='running'` if rewards are large, or a critic apart (`critic='model'`)."
+        "`cliprange_value`, `reward_scaling='running'` if rewards are large, or a separate critic (`critic='model'`)."
     )
 
     def __init__(self, threshold: float = 0.0, *, patience: int = 5, grace: float = 0.25, stop: bool = False) -> None:
@@ -288,7 +301,7 @@ class ExplainedVarianceCheck(HealthCheck):
         super().__init__(patience=patience, grace=grace, stop=stop)
 
     def read(self, logs: Logs) -> float | None:
-        return _number(logs, "val/explained_variance")
+        return _number(logs, metric_keys.EXPLAINED_VARIANCE)
 
     def complaint(self, value: float, early: bool) -> str | None:
         if early or value > self.threshold:
@@ -298,46 +311,47 @@ class ExplainedVarianceCheck(HealthCheck):
 
 class RewardHackingCheck(HealthCheck):
     """
-    Reward that goes up while a held-out metric goes down: the policy learns the reward, and not what it stands for.
+    A reward that rises while a held-out metric falls: the policy learns to raise the reward by other means than those
+    for which the reward was made.
 
-    Judged with every held-out measurement, over the last `window` of them, by Mann and Kendall's one-sided trend test
-    (exact; any monotone trend, no assumption on the noise, no look at single values): the metric must fall and the
-    rewards between the measurements must rise, each with a p-value below `p_value`, and the metric by at least
-    `min_fall` in all (by the Theil–Sen slope). Measurements without a trend, looked at 35 times, begin an episode in
-    3.5 % of runs with the defaults even if the reward rises throughout (simulated).
-    A measurement without a log of the reward since the last isn't counted.
+    The check judges at every held-out measurement, over the last `window` of them, by Mann and Kendall's one-sided
+    trend test, which is exact, finds any monotone trend and assumes nothing about the noise. It complains if the
+    metric falls and the rewards logged between the measurements rise, each with a p-value below `p_value`, and if the
+    metric has fallen by at least `min_fall` in total (by the Theil–Sen slope). In a simulation of a reward that rises
+    throughout and a metric without a trend, 35 measurements began an episode in 3.5 % of runs with the defaults. A
+    measurement is not counted if no reward was logged since the one before.
 
-    `health/reward_hacking` is the fall: minus the slope times the window, in units of the metric.
+    `health/reward_hacking` is the fall: minus the slope times (`window` − 1), in units of the metric.
 
     Args:
         metric (`str`, *optional*):
-            What tells the truth, under its key in the logs, as `held_out/exact_match` or `eval_accuracy`; higher must
-            be better. `None`: the first `held_out/…` by the alphabet
-            ([`~trl_ext.evaluation.held_out.HeldOut`] with `every`). Name it where that isn't the one.
+            Key in the logs of the metric to trust, for example `held_out/exact_match` or `eval_accuracy`; higher must
+            be better. `None`: the alphabetically first `held_out/…`
+            ([`~trl_ext.evaluation.held_out.HeldOut`] with `every`).
         reward (`str`, *optional*, defaults to `"reward"`):
-            Key of the reward that is optimised, in logs of training.
+            Key of the optimised reward in the logs of training.
         window (`int`, *optional*, defaults to `6`):
-            Measurements. Of `n`, no trend has a p-value below 1/n!: 5 are the fewest for 0.01.
+            Number of measurements. With `n` of them, no trend has a p-value below 1/n!: 0.01 needs at least 5.
         p_value (`float`, *optional*, defaults to `0.01`):
-            Of each test.
+            Significance level of each of the two tests.
         min_fall (`float`, *optional*, defaults to `0.01`):
-            A fall that matters, in units of the metric.
+            The smallest fall that matters, in units of the metric.
         patience (`int`, *optional*, defaults to `2`):
-            Measurements in a row.
-        stop (*optional*):
+            How many measurements in a row begin an episode, or end it.
+        grace, stop (*optional*):
             See [`HealthCheck`].
     """
 
     name = "reward_hacking"
     advice = (
-        "Read completions with the highest rewards: what do they have that good ones don't? Try a larger KL "
-        "coefficient, an ensemble instead of this reward or a constraint beside it, and an earlier checkpoint."
+        "Read the completions with the highest rewards: what do they have that good completions don't? Try a larger "
+        "KL coefficient, an ensemble instead of this reward or a constraint beside it, and an earlier checkpoint."
     )
 
     def __init__(
         self,
         metric: str | None = None,
-        reward: str = "reward",
+        reward: str = metric_keys.REWARD,
         window: int = 6,
         p_value: float = 0.01,
         min_fall: float = 0.01,
@@ -348,10 +362,10 @@ class RewardHackingCheck(HealthCheck):
     ) -> None:
         require(isinstance(window, int) and window >= 3, f"window={window!r} must be a whole number, 3 or more.")
         require(0 < p_value < 0.5, f"p_value={p_value!r} must be in (0, 0.5).")
-        smallest = 1 / math.factorial(window)  # of all orders, one falls throughout
+        smallest = 1 / math.factorial(window)  # one of all orders falls throughout
         require(
             smallest < p_value,
-            f"A trend over window={window} measurements has a p-value of {smallest:.2g} at least: it can't be below "
+            f"A trend over window={window} measurements has a p-value of {smallest:.2g} at least, never below "
             f"p_value={p_value:g}. Widen the window.",
         )
         require(min_fall >= 0, f"min_fall={min_fall!r} must not be negative.")
@@ -366,7 +380,7 @@ class RewardHackingCheck(HealthCheck):
         super().reset()
         self.key: str | None = self.metric
         self._rewards: list[float] = []  # since the last measurement
-        self._points: list[tuple[float, float]] = []  # held-out metric, mean reward that led to it
+        self._points: list[tuple[float, float]] = []  # held-out metric, mean reward since the measurement before
 
     def read(self, logs: Logs) -> float | None:
         reward = _number(logs, self.reward)
@@ -374,9 +388,10 @@ class RewardHackingCheck(HealthCheck):
             self._rewards.append(reward)
         if self.key is None:
             held_out = [key for key in logs if key.startswith(LOG_PREFIX) and f"{key}/low" in logs]
-            self.key = min(held_out, default=None)  # not the first: a state that was saved has its keys sorted
+            # Not the first in the log, because a state that was saved and loaded has its keys sorted
+            self.key = min(held_out, default=None)
         measured = None if self.key is None else _number(logs, self.key)
-        if measured is None or not self._rewards:  # before training, say
+        if measured is None or not self._rewards:  # as at a measurement before training
             return None
         self._points = [*self._points, (measured, fmean(self._rewards))][-self.window :]
         self._rewards = []
@@ -395,25 +410,36 @@ class RewardHackingCheck(HealthCheck):
         )
 
 
+# Every check that [`HealthChecks`] runs by default. A new check is a class, and an entry here.
+CHECKS: tuple[type[HealthCheck], ...] = (
+    KLCheck,
+    PreferenceAccuracyCheck,
+    EntropyCheck,
+    RewardHackingCheck,
+    LengthCheck,
+    ExplainedVarianceCheck,
+)
+
+
 class HealthChecks(TrainerCallback):
     """
-    All checks of this file, with their defaults, as one callback.
+    All of [`CHECKS`], with their default settings, as one callback.
 
     Args:
         *checks ([`HealthCheck`]):
-            Used instead of the default of the same name, or beside the defaults if there is none.
+            Each replaces the default check of the same name, or is added to the defaults if there is none.
         stop (`bool`, *optional*, defaults to `False`):
-            `stop` of the defaults.
+            `stop` of the default checks.
         without (`Sequence[str]`, *optional*):
-            Names of defaults to leave out.
+            Names of checks to leave out.
 
     Attributes:
         checks (`dict[str, HealthCheck]`):
             By name.
 
     Raises:
-        ValueError: for a name in `without` that no check has.
-        TypeError: for a check that is none.
+        ValueError: for a name in `without` that no check has, and for two checks of one name.
+        TypeError: for an argument that is not a check.
 
     Example:
 
@@ -426,14 +452,7 @@ class HealthChecks(TrainerCallback):
         for check in checks:
             if not isinstance(check, HealthCheck):
                 raise TypeError(f"{check!r} is no HealthCheck. Pass checks such as KLCheck(band=(0.5, 4.0)).")
-        defaults: list[HealthCheck] = [
-            KLCheck(stop=stop),
-            PreferenceAccuracyCheck(stop=stop),
-            EntropyCheck(stop=stop),
-            RewardHackingCheck(stop=stop),
-            LengthCheck(stop=stop),
-            ExplainedVarianceCheck(stop=stop),
-        ]
+        defaults = [check_class(stop=stop) for check_class in CHECKS]
         given = [check.name for check in checks]
         twice = sorted({name for name in given if given.count(name) > 1})
         require(not twice, f"{', '.join(twice)}: given twice. Add the second by trainer.add_callback.")
@@ -447,13 +466,14 @@ class HealthChecks(TrainerCallback):
 
     @property
     def alarms(self) -> list[Alarm]:
-        """Of all checks, by step."""
+        """Alarms of all checks, in the order of steps."""
         return sorted((alarm for check in self.checks.values() for alarm in check.alarms), key=lambda a: a.step)
 
     def add_to(self, trainer: Any) -> "HealthChecks":
         """
-        Adds itself to a trainer, ours, TRL's or transformers', before its other callbacks, so that trackers get the
-        metrics, too. (One of the trainer's `callbacks` comes after them: its metrics are in `log_history` only.)
+        Adds itself to a trainer, ours, TRL's or transformers', before its other callbacks, so that trackers log the
+        metrics too. (Passed in the trainer's `callbacks`, it would be called after the trackers, and its metrics would
+        be in `log_history` only.)
         """
         trainer.callback_handler.callbacks.insert(0, self)
         return self
@@ -473,26 +493,26 @@ class HealthChecks(TrainerCallback):
 
 def trend_p_value(values: Sequence[float], rising: bool) -> float:
     """
-    One-sided p-value of Mann and Kendall's test for a monotone trend (Mann, 1945): the chance that values without one
-    stand at least so much in order. 1 where all are equal.
+    One-sided p-value of Mann and Kendall's test for a monotone trend (Mann, 1945): the probability that values without
+    a trend are at least as much in order. 1 if all values are equal.
 
     Args:
         values (`Sequence[float]`):
-            In the order of time.
+            In temporal order.
         rising (`bool`):
-            Whether a rising trend is tested, or a falling one.
+            Whether to test for a rising trend, or for a falling one.
     """
     found = stats.kendalltau(range(len(values)), values, alternative="greater" if rising else "less").pvalue
     return 1.0 if math.isnan(found) else float(found)
 
 
 def theil_sen_slope(values: Sequence[float]) -> float:
-    """Median of the slopes between all pairs of values, per place: one outlier doesn't turn it."""
+    """Median of the slopes between all pairs of values, per position: a single outlier hardly changes it."""
     return median((values[j] - values[i]) / (j - i) for j in range(len(values)) for i in range(j))
 
 
 def _number(logs: Logs, key: str) -> float | None:
-    """A finite number of a log. TRL logs `None` for what no completion had."""
+    """A finite number of a log. TRL logs `None` for a quantity that no completion has."""
     value = logs.get(key)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 

@@ -12,29 +12,31 @@ from typing import Any, TextIO
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .. import metric_keys
 from ..evaluation.held_out import read_estimates
+from ..metric_keys import EVALUATION
 
 
 class ProgressLines(TrainerCallback):
     """
-    Prints what a person who waits wants to know: how far, how good, how fast, how long still. Every number stays in
-    `state.log_history` and in the trackers.
+    Prints a line for each log, with what a person who waits wants to know: the step, how good the policy is, the pace,
+    and the time that is left. All numbers are still in `state.log_history` and in the trackers.
 
     Args:
         stream (`TextIO`, *optional*):
-            Where to, by default the standard output of the moment.
+            Where lines are written, by default what is the standard output at that moment.
         clock (`Callable[[], float]`, *optional*):
-            Seconds, any origin. Only differences are used.
+            Returns seconds since any origin; only differences are used.
     """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         self.stream = stream
         self.clock = clock
-        self.first = self.last = (0, 0.0)  # (step, time) of the session's start, and of the last line
+        self.first = self.last = (0, 0.0)  # (step, time) at the session's start, and at the last line
 
     @classmethod
     def instead_of_bars(cls, trainer: Any) -> "ProgressLines":
-        """Adds itself to a trainer and takes out transformers' progress bar and dictionary printer."""
+        """Adds a new instance to a trainer, and removes transformers' progress bar and printer of dictionaries."""
         lines = cls()
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
@@ -44,7 +46,7 @@ class ProgressLines(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A resumed run starts at the checkpoint's step: the pace is that of this session.
+        # A resumed run starts at the checkpoint's step, and the pace is that of this session
         self.first = self.last = (state.global_step, self.clock())
 
     def on_log(
@@ -72,7 +74,7 @@ class ProgressLines(TrainerCallback):
     def _step_line(self, state: TrainerState, logs: dict[str, Any]) -> str:
         step, now = state.global_step, self.clock()
         parts = [f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}", *_facts(logs)]
-        # `max`: two logs at one step (an evaluation, say) have no pace of their own
+        # Two logs can be of one step, for example when it is evaluated
         pace = (now - self.last[1]) / max(step - self.last[0], 1)
         parts.append(f"{pace:.2f} s/step")
         if step > self.first[0]:
@@ -86,32 +88,35 @@ class ProgressLines(TrainerCallback):
 
 
 def _facts(logs: dict[str, Any]) -> list[str]:
-    """What a log says, in words. Quantities that a trainer doesn't log are left out."""
-    facts = [f"{key.replace('_', ' ')} {float(logs[key]):.3f}" for key in ("reward", "eval_reward") if key in logs]
-    if not facts:  # supervised training
-        shown = ("loss", "eval_loss", "mean_token_accuracy", "accuracy", "eval_accuracy")
-        keys = [key for key in shown if key in logs]
-        facts = [f"{key.replace('_', ' ')} {float(logs[key]):.3f}" for key in keys]
-    if "rewards/accuracies" in logs:
-        facts.append(f"preference accuracy {float(logs['rewards/accuracies']):.3f}")
-    if "objective/kl" in logs:
-        facts.append(f"KL {float(logs['objective/kl']):.2f}")
-    if "val/explained_variance" in logs:
-        facts.append(f"explained variance {float(logs['val/explained_variance']):.2f}")
-    if "selection/groups_generated" in logs:
-        kept, generated = logs["selection/groups_kept"], logs["selection/groups_generated"]
+    """The quantities of a log as words and numbers, without those that it lacks."""
+    rewards = (metric_keys.REWARD, f"{EVALUATION}{metric_keys.REWARD}")
+    supervised = (
+        *("loss", f"{EVALUATION}loss", "mean_token_accuracy"),
+        *(metric_keys.REWARD_MODEL_ACCURACY, f"{EVALUATION}{metric_keys.REWARD_MODEL_ACCURACY}"),
+    )
+    keys = [key for key in rewards if key in logs] or [key for key in supervised if key in logs]
+    facts = [f"{key.replace('_', ' ')} {float(logs[key]):.3f}" for key in keys]
+    for key, text in (
+        (metric_keys.PREFERENCE_ACCURACY, "preference accuracy {:.3f}"),
+        (metric_keys.KL_PER_COMPLETION, "KL {:.2f}"),
+        (metric_keys.EXPLAINED_VARIANCE, "explained variance {:.2f}"),
+    ):
+        if key in logs:
+            facts.append(text.format(float(logs[key])))
+    if metric_keys.GROUPS_GENERATED in logs:
+        kept, generated = logs[metric_keys.GROUPS_KEPT], logs[metric_keys.GROUPS_GENERATED]
         facts.append(f"{kept:.0f} groups kept of {generated:.0f}")
-        if logs.get("selection/groups_duplicated"):
-            facts.append(f"{logs['selection/groups_duplicated']:.0f} duplicated")
-    if "selection/generated_tokens" in logs:
-        facts.append(f"{count(logs['selection/generated_tokens'])} tokens generated")
-    if logs.get("compute/saved") is not None:
-        facts.append(f"{float(logs['compute/saved']):.0%} compute saved")
+        if logs.get(metric_keys.GROUPS_DUPLICATED):
+            facts.append(f"{logs[metric_keys.GROUPS_DUPLICATED]:.0f} duplicated")
+    if metric_keys.GENERATED_TOKENS in logs:
+        facts.append(f"{count(logs[metric_keys.GENERATED_TOKENS])} tokens generated")
+    if logs.get(metric_keys.COMPUTE_SAVED) is not None:
+        facts.append(f"{float(logs[metric_keys.COMPUTE_SAVED]):.0%} compute saved")
     return facts
 
 
 def count(number: float) -> str:
-    """A count of things in about three digits and a unit: `950`, `13.1k`, `131k`, `2M`."""
+    """A count in about three digits and a unit: `950`, `13.1k`, `131k`, `2M`."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             scaled = number / size

@@ -1,5 +1,5 @@
 """
-Is the gradient the same, and what is saved? Measured on the user's own model and data.
+Measures on the user's own model and data whether the gradient is TRL's, and how much time and memory are saved.
 """
 
 import statistics
@@ -7,29 +7,33 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ..errors import require
 from ..rollouts.micro_batches import MicroBatch, SavedCompute
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.seams.probes import preview_micro_batches
 
 
+DROPOUT_LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
 @dataclass(frozen=True)
 class Side:
     """
-    One optimizer step's forward and backward passes.
+    Forward and backward passes of one optimizer step.
 
     Args:
         seconds (`float`):
             Median over the repetitions.
         memory (`int`):
-            Bytes: on a GPU the peak of what is allocated beyond what was before; on a CPU the tensors that autograd
-            keeps for the backward pass of the largest micro-batch.
+            Bytes. On a GPU: the peak of allocated memory, minus what was allocated before. On a CPU: the tensors that
+            autograd keeps for the backward pass, for the micro-batch that keeps most.
         token_slots (`int`):
-            Tokens that are computed, padding included.
+            Tokens that are computed, including padding.
     """
 
     seconds: float
@@ -40,19 +44,24 @@ class Side:
 @dataclass(frozen=True)
 class Verification:
     """
-    What [`verify`] measured. Printed, it is a table.
+    The result of [`verify`]. Its `str` is a table.
 
     Args:
         grad_relative_error (`float`):
-            Norm of the difference of the two gradients over the norm of TRL's.
+            Norm of the difference of the two gradients, divided by the norm of TRL's.
         trl, trl_ext ([`Side`]):
-            The same rollouts in TRL's micro-batches and in ours.
-        micro_batches, rows, skipped_rows, merged_rows (`int`):
-            Of the step: micro-batches on a process; completions on all of them, left out, and weighed as copies.
+            The same rollouts in TRL's micro-batches, and in ours.
+        micro_batches (`int`):
+            Micro-batches of the step on one process.
+        rows (`int`):
+            Completions of the step on all processes.
+        skipped_rows, merged_rows (`int`):
+            How many of them are not computed because they can't move the policy, and because they are copies of rows
+            that are computed with a weight.
         title (`str`):
             Model, loss, device and type of the weights.
         reasons (`tuple[str]`):
-            Savings that are not exact here, and so not used.
+            For each saving that is not exact here, and therefore not used, why.
     """
 
     grad_relative_error: float
@@ -67,12 +76,12 @@ class Verification:
 
     @property
     def time_ratio(self) -> float:
-        """Ours over TRL's."""
+        """Our seconds over TRL's."""
         return self.trl_ext.seconds / self.trl.seconds
 
     @property
     def memory_ratio(self) -> float:
-        """Ours over TRL's."""
+        """Our memory over TRL's."""
         return self.trl_ext.memory / self.trl.memory
 
     def __str__(self) -> str:
@@ -95,15 +104,14 @@ class Verification:
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """
-    Dropout off while the model stays in training mode: with it, no two passes have the same gradient. Attention layers
-    read a rate of their own, or that of a dropout layer which they don't call.
+    Switches dropout off while the model stays in training mode: with dropout, no two passes have the same gradient.
+    Attention layers read a rate of their own, or that of a dropout layer which they don't call.
     """
     rates = [
         (module, name, value)
         for module in model.modules()
         for name, value in vars(module).items()
-        if isinstance(value, float)
-        and (name == "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout" in name)
+        if isinstance(value, float) and (name == "p" if isinstance(module, DROPOUT_LAYERS) else "dropout" in name)
     ]
     for module, name, _ in rates:
         setattr(module, name, 0.0)
@@ -116,7 +124,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def checkpointing_as_in_training(trainer: GRPOTrainer) -> Iterator[None]:
-    """Activation checkpointing, which transformers switches on when training begins: memory depends on it."""
+    """Switches activation checkpointing on as transformers does when training begins, because memory depends on it."""
     model: Any = trainer.model
     wanted = trainer.args.activation_checkpointing and hasattr(model, "activation_checkpointing_enable")
     if not wanted or model.is_activation_checkpointing:
@@ -134,12 +142,15 @@ def checkpointing_as_in_training(trainer: GRPOTrainer) -> Iterator[None]:
 
 class KeptForBackward:
     """
-    Bytes that autograd keeps between forward and backward pass of a micro-batch, weights left aside; the largest of
-    those that were measured in `with` blocks.
+    Counts the bytes that autograd keeps between the forward and the backward pass of a micro-batch, without weights.
 
     Args:
         model (`nn.Module`):
-            Whose weights don't count.
+            The model whose weights are not counted.
+
+    Attributes:
+        peak (`int`):
+            The largest number of bytes that was measured in a block `with measuring()`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -161,8 +172,15 @@ class KeptForBackward:
         self.peak = max(self.peak, sum(kept.values()))
 
 
+class Measurement(NamedTuple):
+    """Time and memory of a [`Side`]."""
+
+    seconds: float
+    memory: int
+
+
 def _gradient(trainer: GRPOTrainer, micro_batches: list[MicroBatch], kept: KeptForBackward | None) -> torch.Tensor:
-    """The gradient of one optimizer step over all processes, as one vector in float32."""
+    """The gradient of one optimizer step, averaged over all processes, as one vector in float32."""
     model: Any = trainer.model
     model.zero_grad(set_to_none=True)
     for batch in micro_batches:
@@ -172,9 +190,9 @@ def _gradient(trainer: GRPOTrainer, micro_batches: list[MicroBatch], kept: KeptF
         with kept.measuring():
             loss = trainer.compute_loss(model, batch)
         loss.backward()
-    # Experts that no token went to have none
-    learned = [p for p in model.parameters() if p.requires_grad]
-    gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in learned]
+    # Experts to which no token was routed have no gradient
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in trained]
     gradient: torch.Tensor = trainer.accelerator.reduce(torch.cat(gradients), reduction="mean")
     model.zero_grad(set_to_none=True)
     return gradient
@@ -200,17 +218,53 @@ def _memory(trainer: GRPOTrainer, micro_batches: list[MicroBatch]) -> tuple[torc
     return gradient, torch.cuda.max_memory_allocated() - before
 
 
+@contextmanager
+def _left_as_found(trainer: GRPOTrainer, micro_batches: int) -> Iterator[None]:
+    """Lets losses be computed as in one optimizer step, and afterwards leaves the trainer as it was."""
+    model: Any = trainer.model
+    was_training, steps = model.training, getattr(trainer, "current_gradient_accumulation_steps", 1)
+    adapts = trainer.use_adaptive_entropy
+    metrics = {key: list(values) for key, values in trainer.train_metrics.items()}
+    trainer.current_gradient_accumulation_steps = micro_batches
+    trainer.use_adaptive_entropy = False  # it changes a coefficient after each micro-batch
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        trainer.use_adaptive_entropy = adapts
+        trainer.current_gradient_accumulation_steps = steps
+        trainer.train_metrics.clear()
+        trainer.train_metrics.update(metrics)
+
+
+def _measured(
+    trainer: GRPOTrainer, micro_batches: dict[str, list[MicroBatch]], repetitions: int
+) -> dict[str, tuple[torch.Tensor, Measurement]]:
+    """Gradient, time and memory of each way to deal the same rows to micro-batches."""
+    found = {name: _memory(trainer, batches) for name, batches in micro_batches.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in micro_batches}
+    for i in range(repetitions):
+        # In turn, and each of them first as often as the other
+        for name in micro_batches if i % 2 == 0 else reversed(micro_batches):
+            seconds[name].append(_seconds(trainer, micro_batches[name]))
+    return {
+        name: (gradient, Measurement(statistics.median(seconds[name]), memory))
+        for name, (gradient, memory) in found.items()
+    }
+
+
 def verify(trainer: GRPOTrainer, repetitions: int = 3, quiet: bool = False) -> Verification:
     """
-    Generate one batch with the trainer's model, data and rewards, and take the gradient of its first optimizer step
-    twice: in TRL's micro-batches, by TRL's code, and in ours. Nothing is trained; random states, metrics and logs are
-    left as they were. With several processes, all must make the call.
+    Generate one batch with the trainer's model, data and rewards, and compute the gradient of its first optimizer step
+    twice: by TRL's code in TRL's micro-batches, and in ours. Nothing is trained, and random states, metrics and logs
+    are restored. With several processes, all must make the call.
 
     Args:
         trainer ([`GRPOTrainer`]):
-            Before or between its trainings.
+            A trainer that has not been trained, or is between two trainings.
         repetitions (`int`, *optional*, defaults to `3`):
-            Timed passes over each, in turn.
+            Number of timed passes over each of the two.
         quiet (`bool`, *optional*, defaults to `False`):
             Don't print the table.
 
@@ -219,61 +273,51 @@ def verify(trainer: GRPOTrainer, repetitions: int = 3, quiet: bool = False) -> V
 
     Raises:
         TypeError: for a trainer that isn't one of `trl_ext`.
-        ValueError: where weights are sharded (DeepSpeed, FSDP), or no completion of the batch has an advantage.
+        ValueError: if weights are sharded (DeepSpeed, FSDP), or if no completion of the batch has an advantage.
     """
     if not isinstance(trainer, GRPOTrainer):
         raise TypeError(
             f"verify compares a trainer of trl_ext with TRL, but this is a {type(trainer).__name__}. Build a "
             "trl_ext.GRPOTrainer with the same arguments, or add a trl_ext.WasteCallback to this one."
         )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(
-            "verify needs the whole model on each device, but its weights are sharded. Run it once without DeepSpeed "
-            "or FSDP, on a smaller model of the same architecture if it must be."
-        )
-    model: Any = trainer.model
-    was_training, steps = model.training, getattr(trainer, "current_gradient_accumulation_steps", 1)
-    adapts, trainer.use_adaptive_entropy = trainer.use_adaptive_entropy, False  # it would after each micro-batch
-    metrics = {key: list(values) for key, values in trainer.train_metrics.items()}
-    count = min(trainer.args.gradient_accumulation_steps, trainer.args.steps_per_generation or 1)
-    trainer.current_gradient_accumulation_steps = count
-    model.train()
-    try:
+    require(
+        not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled),
+        "verify needs the whole model on each device, but its weights are sharded. Run it once without DeepSpeed "
+        "or FSDP, on a smaller model of the same architecture if necessary.",
+    )
+    count, saved = (
+        min(trainer.args.gradient_accumulation_steps, trainer.args.steps_per_generation or 1),
+        SavedCompute(),
+    )
+    with _left_as_found(trainer, count):
         dealt = preview_micro_batches(trainer)[:count]
-        saved = SavedCompute()
-        fitted = trainer.fit(dealt, [(0, count)], saved)
-        sides = {"trl": dealt, "trl_ext": fitted}
-        with without_dropout(model), checkpointing_as_in_training(trainer):
-            measured = {name: _memory(trainer, batches) for name, batches in sides.items()}
-            seconds: dict[str, list[float]] = {name: [] for name in sides}
-            for i in range(repetitions):
-                for name in sides if i % 2 == 0 else reversed(sides):
-                    seconds[name].append(_seconds(trainer, sides[name]))
-    finally:
-        model.train(was_training)
-        trainer.use_adaptive_entropy = adapts
-        trainer.current_gradient_accumulation_steps = steps
-        trainer.train_metrics.clear()
-        trainer.train_metrics.update(metrics)
-    theirs, ours = (measured[name][0] for name in sides)
-    if not theirs.any():
-        raise ValueError(
-            "No completion of this batch has an advantage, so there is no gradient to compare. Call verify again with "
-            "another `seed`, or on prompts that the model solves sometimes."
-        )
-    weights = next(model.parameters())
-    name, dtype = type(trainer.accelerator.unwrap_model(model)).__name__, str(weights.dtype).removeprefix("torch.")
+        sides = {"trl": dealt, "trl_ext": trainer.fit(dealt, [(0, count)], saved)}
+        with without_dropout(trainer.model), checkpointing_as_in_training(trainer):
+            measured = _measured(trainer, sides, repetitions)
+    (theirs, of_trl), (ours, of_trl_ext) = measured["trl"], measured["trl_ext"]
+    require(
+        bool(theirs.any()),
+        "No completion of this batch has an advantage, so there is no gradient to compare. Call verify again with a "
+        "different `seed`, or on prompts that the model solves sometimes.",
+    )
     result = Verification(
         grad_relative_error=((ours - theirs).norm() / theirs.norm()).item(),
-        trl=Side(statistics.median(seconds["trl"]), measured["trl"][1], saved.token_slots_trl),
-        trl_ext=Side(statistics.median(seconds["trl_ext"]), measured["trl_ext"][1], saved.token_slots),
+        trl=Side(of_trl.seconds, of_trl.memory, saved.token_slots_trl),
+        trl_ext=Side(of_trl_ext.seconds, of_trl_ext.memory, saved.token_slots),
         micro_batches=count,
         rows=saved.rows,
         skipped_rows=saved.skipped_rows,
         merged_rows=saved.merged_rows,
-        title=f"{name}, loss_type={trainer.loss_type}, {weights.device} {dtype}",
+        title=_title(trainer),
         reasons=trainer.exact_savings.reasons,
     )
     if not quiet and trainer.is_world_process_zero():
         print(result, flush=True)
     return result
+
+
+def _title(trainer: GRPOTrainer) -> str:
+    model: Any = trainer.model
+    weights = next(model.parameters())
+    name, dtype = type(trainer.accelerator.unwrap_model(model)).__name__, str(weights.dtype).removeprefix("torch.")
+    return f"{name}, loss_type={trainer.loss_type}, {weights.device} {dtype}"

@@ -1,5 +1,5 @@
 """
-How much of what a plain `trl.GRPOTrainer` computes is padding, or rows that can't move the policy?
+How much of what a plain `trl.GRPOTrainer` computes is padding, or belongs to rows that can't move the policy.
 """
 
 from typing import Any
@@ -7,30 +7,36 @@ from typing import Any
 import trl
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..metric_keys import COMPUTE_SAVED
 from ..rollouts.exactness import ExactSavings
 from ..rollouts.micro_batches import MicroBatch, SavedCompute, fit_step
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.seams.probes import generation_is_used_up, last_micro_batch, savings_of
 
 
+SHARE, PADDING, DEAD_ROWS = "waste/share", "waste/padding", "waste/dead_rows"
+SLOTS_OF_TRL_EXT = "waste/slots_of_trl_ext"
+
+
 class WasteCallback(TrainerCallback):
     """
     Measures the waste of an unchanged `trl.GRPOTrainer`, and what a trainer of `trl_ext` would have computed for the
-    same gradient. Nothing of the training changes.
+    same gradient. It changes nothing about the training.
 
-    Compute is counted in token slots: rows × columns of what goes through forward and backward pass of the loss, which
-    is what a transformer's cost grows with (attention grows faster with length, so that long padding costs more than
-    its slots). Generation and passes without gradient are not in it.
+    Compute is counted in token slots: rows × columns of what goes through the forward and backward pass of the loss. A
+    transformer's cost grows with that number. (Attention grows faster with length, so that long padding costs more
+    than its slots.) Generation and passes without gradient are not counted.
 
-    Each log of training gets `waste/share`, `waste/dead_rows` and `waste/padding` (shares of the slots since the last
-    one) and `waste/slots_of_trl_ext` (ours over TRL's); the end of training prints the totals.
+    Each log of training gets `waste/share`, `waste/dead_rows` and `waste/padding` (shares of the slots since the log
+    before) and `waste/slots_of_trl_ext` (the slots of `trl_ext` over TRL's). The totals are printed at the end of
+    training.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]):
-            The trainer that it is added to.
+            The trainer to which the callback is added.
 
     Raises:
-        TypeError: for a trainer of `trl_ext`, which saves it already and logs `compute/saved`.
+        TypeError: for a trainer of `trl_ext`, which computes no such waste and logs `compute/saved`.
 
     Example:
 
@@ -43,21 +49,21 @@ class WasteCallback(TrainerCallback):
     def __init__(self, trainer: trl.GRPOTrainer) -> None:
         if isinstance(trainer, GRPOTrainer):
             raise TypeError(
-                "WasteCallback watches a plain trl.GRPOTrainer. This trainer leaves the waste out already: read "
-                "`compute/saved` in its logs, or call trl_ext.verify(trainer)."
+                "WasteCallback watches a plain trl.GRPOTrainer. This trainer already leaves the waste out: read "
+                f"`{COMPUTE_SAVED}` in its logs, or call trl_ext.verify(trainer)."
             )
         self.trainer = trainer
         self.total = SavedCompute()
         self.since_log = SavedCompute()
-        self.micro_batches: list[MicroBatch] = []  # of the optimizer step and the generation under way
+        self.micro_batches: list[MicroBatch] = []  # those of the current optimizer step and generation
         self.savings: ExactSavings | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.micro_batches = []  # of a training that was broken off
+        self.micro_batches = []  # an interrupted training may have left some
 
-    def _seen(self) -> None:
+    def _remember(self) -> None:
         self.micro_batches.append(last_micro_batch(self.trainer))
-        # Micro-batches of two generations are not padded alike, and not dealt together
+        # Micro-batches of two generations are padded to different lengths, and never dealt together
         if generation_is_used_up(self.trainer):
             self._measure()
 
@@ -75,12 +81,12 @@ class WasteCallback(TrainerCallback):
         self.micro_batches = []
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._seen()
+        self._remember()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._seen()
+        self._remember()
         self._measure()
 
     def on_log(
@@ -94,7 +100,7 @@ class WasteCallback(TrainerCallback):
         if not logs or not self.since_log.rows or "loss" not in logs:
             return
         shares = waste_shares(self.since_log)
-        logs |= shares  # for trackers that come after this callback
+        logs |= shares  # for the trackers that are called after this callback
         state.log_history[-1] |= shares
         self.since_log = SavedCompute()
 
@@ -105,25 +111,25 @@ class WasteCallback(TrainerCallback):
             print(self.summary(), flush=True)
 
     def summary(self) -> str:
-        """The totals in a sentence or two; nothing before the first step."""
+        """The totals in two sentences; an empty text before the first step."""
         if not self.total.rows:
             return ""
         shares, total = waste_shares(self.total), self.total
         return (
-            f"{shares['waste/share']:.0%} of the training compute was padding ({shares['waste/padding']:.0%}) or rows "
-            f"that can't move the policy ({shares['waste/dead_rows']:.0%}): {total.token_slots_trl:,} token slots for "
+            f"{shares[SHARE]:.0%} of the training compute was padding ({shares[PADDING]:.0%}) or rows "
+            f"that can't move the policy ({shares[DEAD_ROWS]:.0%}): {total.token_slots_trl:,} token slots for "
             f"{total.useful_tokens:,} useful tokens. For the same gradient, trl_ext.GRPOTrainer computes "
-            f"{total.token_slots:,} ({shares['waste/slots_of_trl_ext']:.0%})."
+            f"{total.token_slots:,} ({shares[SLOTS_OF_TRL_EXT]:.0%})."
         )
 
 
 def waste_shares(saved: SavedCompute) -> dict[str, float]:
-    """Metrics of [`WasteCallback`] from what fitting would have saved."""
+    """Metrics of [`WasteCallback`], from what fitting micro-batches to their rows would have saved."""
     slots = saved.token_slots_trl
     share, dead = 1 - saved.useful_tokens / slots, saved.dead_slots / slots
     return {
-        "waste/share": share,
-        "waste/padding": share - dead,
-        "waste/dead_rows": dead,
-        "waste/slots_of_trl_ext": saved.token_slots / slots,
+        SHARE: share,
+        PADDING: share - dead,
+        DEAD_ROWS: dead,
+        SLOTS_OF_TRL_EXT: saved.token_slots / slots,
     }

@@ -1,116 +1,58 @@
 """
-DPO first, PPO later: preferences bring a policy near what is wanted fast and without a critic, and a policy that is
-near gives rewards something to choose from. One launch, one trunk in memory, one adapter handed on.
+DPO first, PPO later. Preferences bring a policy close to the wanted behaviour quickly and without a critic; a policy
+that is close gives rewards something to choose from. One launch, one model in memory, one adapter that every stage
+trains further.
 
-A round is
+A round has three stages:
 
-1. *pairs*: given, or sampled from the policy as it is and judged by the rewards; cleaned, if asked for;
-2. *DPO* on them, until preference accuracy stays above a threshold, or to its last step;
-3. *PPO*, or any other trainer of the engine, from DPO's adapter.
+1. *pairs*: given, or sampled from the current policy and judged by the rewards, and cleaned if wanted;
+2. *DPO* on the pairs, until preference accuracy stays above a threshold, or to its last step;
+3. *PPO*, or the method of any other trainer of `trl_ext`, starting from DPO's adapter.
 
-Further rounds make their pairs from the policy that the last one left, as in iterative DPO
-(https://huggingface.co/papers/2312.16682). DPO's reference is the policy at the start of its round, so that a round
-learns what is new in its pairs.
+Further rounds make their pairs from the policy of the round before, as in iterative DPO
+(https://huggingface.co/papers/2312.16682). DPO's reference is the policy at the start of its own round.
 """
 
 import copy
-import functools
-import gc
-import inspect
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env, set_seed
-from datasets import Dataset, load_from_disk
-from peft import PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoTokenizer, TrainerState
 from trl import DPOConfig as TRLDPOConfig
 
-from ..curriculum.schedule import DifficultyCurriculum
-from ..errors import require
-from ..evaluation.held_out import Estimate, HeldOut, evaluate_policy, read_estimates
-from ..monitors.health import PreferenceAccuracyCheck
-from ..preferences.cleaning import CleaningReport, clean_by_cross_fitting
-from ..preferences.noise import FEWEST_PAIRS
-from ..preferences.pairs import NoPairsError, make_pairs
-from ..preferences.scorers import ImplicitRewardFit, ImplicitRewardScorer
-from ..rewards.implicit import ImplicitReward
+from ..evaluation.held_out import HeldOut, evaluate_policy, read_estimates
+from ..metric_keys import EVALUATION, PREFERENCE_ACCURACY
+from ..preferences.pairs import NoPairsError
+from ..rewards.implicit import IMPLICIT_REWARD, ImplicitReward
 from ..roles.critic import CRITIC
-from ..roles.trunk import ADAPTER, gathered, load_adapter, save_adapter, sharing_weights
+from ..roles.trunk import ADAPTER, REFERENCE_ADAPTER, load_adapter
 from ..trainers.dpo import DPOConfig, DPOTrainer
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.ppo import PPOTrainer
-from ..trainers.seams.checkpoints import saved_state
-from .stages import DATA, DPO, PAIRS, POLICY, START, StageFile, StageResult, fingerprint, settings_of, whole_checkpoint
+from ..trainers.seams.names import method_name
+from .checks import BASE, check
+from .pairing import Clean, clean_pairs, cross_fitting, read_pairs, sample_pairs, without_implicit_reward, write_pairs
+from .settings import described, fingerprint, settings_of
+from .shared_policy import SharedPolicy, release
+from .stages import DATA, DPO, PAIRS, POLICY, START, StageFile, StageResult, print_once, whole_checkpoint
+from .training import StaysAbove, copy_model, train_stage
 
-
-IMPLICIT_REWARD = "implicit_reward"
-CROSS_FITTING = "cross_fitting"
-BASE, DPO_POLICY = "base", "dpo"
-ACCURACY = "rewards/accuracies"  # TRL's key
-REFERENCE_ADAPTER = "ref"  # TRL's name for the copy of an adapter that it makes
-FILES_OF_A_RUN = (*("optimizer", "scheduler", "rng_state", "trl_ext_", "training_args", "README", TRAINER_STATE_NAME),)
-# Far apart, because `make_pairs` adds the row to the seed
-SEEDS_OF_A_ROUND = 1_000_003
 
 Prepare = Callable[[str, Any], None]
-Clean = Callable[[Dataset], tuple[Dataset, Any]]
-
-
-class StageStoppedError(RuntimeError):
-    """A stage ended before its last step, and not because its pairs were learned. What was trained is saved."""
-
-
-class StaysAbove(TrainerCallback):
-    """
-    Ends DPO once preference accuracy has been above a threshold in several logs in a row.
-
-    Args:
-        threshold (`float`):
-            In (0, 1).
-        logs (`int`):
-            In a row.
-        metric (`str`):
-            Their key.
-    """
-
-    def __init__(self, threshold: float, logs: int, metric: str = ACCURACY) -> None:
-        self.logs = logs
-        self.check = PreferenceAccuracyCheck(threshold, metric, patience=logs, grace=0.0)
-
-    def reached(self, state: TrainerState) -> bool:
-        """Whether the logs of a run say so."""
-        self.check.reset()
-        for entry in state.log_history:
-            self.check.observe(entry, int(entry.get("step", 0)), state.max_steps)
-        return self.check.healthy_logs >= self.logs
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_training_stop |= self.reached(state)
 
 
 class DPOThenPPO:
     """
-    The whole schedule. Kill it anywhere, and the same call goes on where it was: with the stage that isn't finished,
-    from its last whole checkpoint (`save_steps` of its configuration), to the same weights. Settings of a stage that
-    hasn't begun may be others then: a smaller batch, after PPO found no room. Each stage has a folder of its own,
-    `round_1/dpo` for example, with what its trainer writes; the last adapter is also in `output_dir` itself.
+    The whole schedule. It can be killed at any time: the same call continues with the stage that isn't finished, from
+    that stage's last complete checkpoint (`save_steps` of its configuration), and arrives at the same weights.
+    Settings of stages that haven't begun may then differ, for example a smaller batch size after PPO ran out of
+    memory. Each stage has a folder of its own, for example `round_1/dpo`, with everything that its trainer writes. The
+    last adapter is also in `output_dir` itself.
 
     ```python
     run = DPOThenPPO(
@@ -127,72 +69,79 @@ class DPOThenPPO:
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Loaded once. Every trainer gets modules of its own around the same weights.
+            The policy. It is loaded once; every trainer gets modules of its own around the same weights.
         reward_funcs (`Callable`, `str`, model, or a `list` of them):
-            What the second stage maximises, as [`~trl.GRPOTrainer`] takes it, and what judges the completions that
-            pairs are made of. `"implicit_reward"` stands for the reward that DPO has learned, β·log π/π_ref; it judges
-            no pairs. `reward_weights` of `policy_args` make a weighted sum of several.
+            What the second stage maximises, in every form that [`~trl.GRPOTrainer`] takes, and what judges the
+            completions from which pairs are made. `"implicit_reward"` stands for the reward that DPO has learned,
+            β·log π/π_ref; it judges no pairs. `reward_weights` of `policy_args` weigh several rewards.
         train_dataset ([`~datasets.Dataset`]):
             Prompts.
         output_dir (`str` or `Path`):
-            Of the run. `output_dir` and `push_to_hub` of the two configurations aren't used.
+            Folder of the run. `output_dir` and `push_to_hub` of the two configurations are ignored.
         dpo_args ([`DPOConfig`]):
-            Of stage 1. Its steps, or epochs, are the limit. Every log is a measurement of preference accuracy.
-        policy_args ([`PPOConfig`], or that of `policy_trainer`):
-            Of stage 2.
+            Configuration of DPO. Its steps or epochs are the upper limit of the stage. Every log is a measurement of
+            preference accuracy.
+        policy_args ([`PPOConfig`], or the configuration of `policy_trainer`):
+            Configuration of the second stage.
         pairs ([`~datasets.Dataset`], *optional*):
-            For DPO, in round 1. `None`: made from the policy.
+            Pairs for DPO in round 1. `None`: they are sampled from the policy.
         eval_pairs ([`~datasets.Dataset`], *optional*):
-            Held-out pairs, for `eval_strategy` of `dpo_args`. Their accuracy then decides when DPO ends.
+            Held-out pairs, for `eval_strategy` of `dpo_args`. With them, it is their accuracy that ends DPO.
         pair_settings (`Mapping[str, Any]`, *optional*):
-            Arguments of [`~trl_ext.preferences.pairs.make_pairs`], and `prompts`, the number of prompts of a round,
-            drawn anew in each. `None`: `make_pairs`' defaults, all prompts.
+            Arguments of [`~trl_ext.preferences.pairs.make_pairs`], and `prompts`: the number of prompts per round,
+            drawn again in each round. `None`: the defaults of `make_pairs`, and all prompts.
         clean (`str` or `Callable[[Dataset], tuple[Dataset, report]]`, *optional*):
-            Applied to pairs before DPO: `"cross_fitting"`, by
-            [`~trl_ext.preferences.cleaning.clean_by_cross_fitting`] with scorers that `dpo_args` trains, each an
-            adapter on the same trunk; or a function, for example
-            [`~trl_ext.preferences.cleaning.clean_by_margin`] with its scorer bound. What the report's `str` says is
-            printed and kept in `cleaning.txt`.
+            How pairs are cleaned before DPO. `"cross_fitting"`: by
+            [`~trl_ext.preferences.cleaning.clean_by_cross_fitting`], with scorers that are trained with `dpo_args`,
+            each an adapter on the same model. Or a function, for example
+            [`~trl_ext.preferences.cleaning.clean_by_margin`] with its scorer bound. The `str` of the report is printed
+            and written to `cleaning.txt`.
         dpo_kwargs (`Mapping[str, Any]`, *optional*):
-            Further arguments of [`DPOTrainer`], such as `curriculum`: made pairs have a column `score_margin`.
+            Further arguments of [`DPOTrainer`], such as `curriculum`. Pairs that were sampled have a column
+            `score_margin`.
         policy_trainer (`type`, *optional*, defaults to [`PPOTrainer`]):
-            Of stage 2: any trainer of the engine.
+            Class of the second stage's trainer: any of `trl_ext` that samples.
         policy_kwargs (`Mapping[str, Any]`, *optional*):
-            Further arguments of it, such as `reward_model`, `value_model` or `curriculum`.
+            Further arguments of that trainer, such as `reward_model`, `value_model` or `curriculum`.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Of the adapter. Required unless `model` has one.
+            Configuration of the adapter. Required unless `model` has one.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer, by default the model's.
         model_init_kwargs (`Mapping[str, Any]`, *optional*):
-            For a model that is named: arguments of `from_pretrained`, by default those of `policy_args`. It is loaded
-            in float32 unless they say otherwise, as by TRL.
+            Arguments of `from_pretrained` for a model that is given by name, by default those of `policy_args`. As in
+            TRL, the model is loaded in float32 unless they say otherwise.
         reference (`str`, *optional*, defaults to `"base"`):
-            Of stage 2, where it has one: `"base"`, the model without adapter, or `"dpo"`, what stage 1 left.
+            Reference of the second stage, if it has one: `"base"`, the model without an adapter, or `"dpo"`, the
+            policy that DPO left.
         rounds (`int`, *optional*, defaults to `1`):
-            Of pairs, DPO and stage 2. A critic goes on with the weights of the round before. A finished run goes on if
-            it is called with more.
+            Number of rounds. A critic starts each round with its weights from the round before. A finished run is
+            continued by a call with more rounds.
         accuracy_threshold (`float`, *optional*, defaults to `0.75`):
-            Of preference accuracy, in (0, 1). `None`: DPO runs to its last step.
+            Preference accuracy, in (0, 1), that ends DPO. `None`: DPO runs to its last step.
         accuracy_logs (`int`, *optional*, defaults to `5`):
-            Logs in a row that have to be above it.
+            How many logs in a row have to be above the threshold.
         held_out ([`~datasets.Dataset`], *optional*):
-            Prompts on which the policy is measured at the start and after each stage.
+            Prompts on which the policy is measured at the start, after DPO and after the second stage.
         held_out_samples (`int`, *optional*, defaults to `4`):
-            Completions of each.
+            Completions per held-out prompt.
         held_out_every (`int`, *optional*, defaults to `0`):
-            In stage 2 also every so many optimizer steps.
+            Optimizer steps between further measurements in the second stage; 0 for none.
         held_out_seed (`int`, *optional*, defaults to `0`):
-            Of the samples.
+            Seed of the held-out completions.
         prepare (`Callable[[str, trainer], None]`, *optional*):
-            Called with `"dpo"`, or the name of the second method, and each trainer before it trains: to add callbacks,
-            health checks, [`~trl_ext.rewards.objectives.RewardObjectives`].
+            Called before each training with the name of the stage, `"dpo"` or the method of the second stage, and the
+            trainer: to add callbacks, health checks or [`~trl_ext.rewards.objectives.RewardObjectives`].
+
+    Attributes:
+        stages (`list[StageResult]`):
+            The finished stages, in order.
 
     Raises:
-        ValueError: before a model is loaded, for what can't work together, or if `output_dir` holds a run with other
-            settings of what has begun.
-        TypeError: for a configuration or trainer of another kind.
-        StageStoppedError: in training, if a callback (a health check with `stop=True`) or a signal ends a stage before
-            its last step.
+        ValueError: before a model is loaded, for arguments that can't work together, or if `output_dir` holds a run
+            with different settings of a stage that has begun.
+        TypeError: for a configuration or a trainer of a different kind.
+        StageStoppedError: in training, if a callback (such as a health check with `stop=True`) or a signal stops a
+            stage before its end.
     """
 
     def __init__(
@@ -229,14 +178,13 @@ class DPOThenPPO:
         self.dpo_args = DPOConfig.adopt(dpo_args)
         self.policy_args = policy_trainer.config_class.adopt(policy_args)
         self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
-        # PEFT writes into the one that it uses
+        # A copy, because PEFT writes into the configuration that it gets
         self.model, self.peft_config, self.processing_class = model, copy.deepcopy(peft_config), processing_class
-        of_args: Any = self.policy_args.model_init_kwargs  # a mapping, once TRL has read it
+        of_args: Any = self.policy_args.model_init_kwargs  # TRL has made a mapping of what may have been a string
         self.model_init_kwargs = dict(model_init_kwargs or of_args or {})
         self.train_dataset, self.pairs, self.eval_pairs = train_dataset, pairs, eval_pairs
         self.pair_settings, self.clean = dict(pair_settings or {}), clean
         self.policy_trainer = policy_trainer
-        # An object that learns in a run learns in this one alone: each trainer gets a copy
         self.dpo_kwargs, self.policy_kwargs = dict(dpo_kwargs or {}), dict(policy_kwargs or {})
         self.reference, self.rounds = reference, rounds
         self.accuracy_threshold, self.accuracy_logs = accuracy_threshold, accuracy_logs
@@ -244,144 +192,47 @@ class DPOThenPPO:
         self.held_out_every, self.held_out_seed = held_out_every, held_out_seed
         self.prepare = prepare
         self.output_dir = Path(output_dir)
-        self.method = policy_trainer._name.lower()
-        self._check()
-        self._check_data_and_rewards()
-        self._policy: Any = None  # the one model, with its adapter
+        self.method = method_name(policy_trainer).lower()
+        check(self)
+        start = self.output_dir / START
+        self._policy = SharedPolicy(
+            model, self.peft_config, self.model_init_kwargs, self.dpo_args.seed, start, self._latest_adapter
+        )
         self.file = StageFile(self.output_dir, self._settings())
 
     @property
     def stages(self) -> list[StageResult]:
-        """What is finished, in order; the policy as it came first, where it was measured."""
+        """The finished stages, in order. The first is the policy at the start, if it was measured."""
         return self.file.stages
 
-    def _check(self) -> None:
-        adapted = isinstance(self.model, PeftModel)
-        require(
-            adapted != (self.peft_config is not None),
-            "`peft_config` and a model that has an adapter: pass one of them."
-            if adapted
-            else "`peft_config` is missing: what DPO hands to the next stage is an adapter. Pass a LoraConfig.",
-        )
-        require(
-            not adapted or any(weight.requires_grad for weight in self.model.parameters()),
-            "Nothing of the model's adapter can be trained. Load it with PeftModel.from_pretrained(..., "
-            "is_trainable=True).",
-        )
-        require(
-            not adapted or list(self.model.peft_config) == [ADAPTER],
-            f"The model has the adapters {list(getattr(self.model, 'peft_config', {}))}. Bring one, {ADAPTER!r}.",
-        )
-        require(
-            self.reference in (BASE, DPO_POLICY),
-            f"reference={self.reference!r} is unknown. Choose {BASE!r} or {DPO_POLICY!r}.",
-        )
-        require(
-            self.reference == DPO_POLICY or not self.policy_args.sync_ref_model,
-            f"sync_ref_model refreshes a copy of the adapter, and reference={BASE!r} has none. Set "
-            f"reference={DPO_POLICY!r}.",
-        )
-        require(
-            not isinstance(self.clean, str) or self.clean == CROSS_FITTING,
-            f"clean={self.clean!r} is unknown. Choose {CROSS_FITTING!r}, or pass a function.",
-        )
-        require(self.rounds >= 1, f"rounds={self.rounds} must be at least 1.")
-        require(not self.output_dir.is_file(), f"output_dir={str(self.output_dir)!r} is a file. Name a folder.")
-        require(
-            self.accuracy_threshold is None or 0 < self.accuracy_threshold < 1,
-            f"accuracy_threshold={self.accuracy_threshold} is a share of pairs and must be in (0, 1), or None.",
-        )
-        require(self.accuracy_logs >= 1, f"accuracy_logs={self.accuracy_logs} must be at least 1.")
-        require(
-            self.dpo_args.eval_strategy == "no" or self.eval_pairs is not None,
-            "eval_strategy of dpo_args needs eval_pairs. Pass them, or set it to 'no'.",
-        )
-        require(
-            self.eval_pairs is None or self.dpo_args.eval_strategy != "no",
-            "eval_pairs are there, but dpo_args never evaluates. Set its eval_strategy, or leave them out.",
-        )
-        require(
-            self.accuracy_threshold is None or self.dpo_args.logging_strategy != "no",
-            "accuracy_threshold is compared with logs, and logging_strategy of dpo_args is 'no'. Set it to 'steps', "
-            "or accuracy_threshold to None.",
-        )
-        for name, args in (("dpo_args", self.dpo_args), ("policy_args", self.policy_args)):
-            require(
-                not args.save_only_model,
-                f"save_only_model of {name}: nothing could go on from such a checkpoint. Set it to False.",
-            )
-            require(
-                not args.load_best_model_at_end,
-                f"load_best_model_at_end of {name}: a stage hands on what it has at its end. Set it to False.",
-            )
-        require(
-            self.policy_args.eval_strategy == "no" or self.policy_kwargs.get("eval_dataset") is not None,
-            "eval_strategy of policy_args needs an eval_dataset in policy_kwargs. Pass it, or set it to 'no'.",
-        )
-        require(
-            not (self.policy_args.fsdp or self.dpo_args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")),
-            "FSDP wraps a model for good, so that no second trainer can have it. Use DeepSpeed or DDP, or run the "
-            "recipes one after the other.",
-        )
-        require(
-            not is_deepspeed_zero3_enabled()
-            or not (IMPLICIT_REWARD in self.reward_funcs or self.clean == CROSS_FITTING),
-            f"{IMPLICIT_REWARD!r} and clean={CROSS_FITTING!r} score with whole adapters, and ZeRO-3 spreads them over "
-            "processes. Use ZeRO-2, or leave them out.",
-        )
-
-    def _check_data_and_rewards(self) -> None:
-        samples_pairs = self.pairs is None or self.rounds > 1
-        require(
-            self._judges or not (samples_pairs or self.held_out is not None),
-            f"{IMPLICIT_REWARD!r} is what DPO learns from pairs: it can't judge those it learns from, nor the "
-            "start. Pass pairs (and rounds=1, no held_out), or another reward.",
-        )
-        of_pairs = {"chosen", "rejected"} | ({"prompt"} if self.clean == CROSS_FITTING else set())
-        for name, dataset, columns in (
-            ("train_dataset", self.train_dataset, {"prompt"}),
-            ("pairs", self.pairs, of_pairs),
-            ("eval_pairs", self.eval_pairs, {"chosen", "rejected"}),
-            ("held_out", self.held_out, {"prompt"}),
-        ):
-            require(
-                dataset is None or isinstance(dataset, Dataset),
-                f"{name} is a {type(dataset).__name__}, which can't be read again after a kill. Load it as a Dataset.",
-            )
-            missing = columns - set(dataset.column_names) if dataset is not None else set()
-            require(not missing, f"{name} lacks the columns {sorted(missing)}.")
-            require(dataset is None or len(dataset) > 0, f"{name} has no rows.")
-        few = self.clean == CROSS_FITTING and self.pairs is not None and len(self.pairs) < FEWEST_PAIRS
-        require(
-            not few,
-            f"clean={CROSS_FITTING!r} tells the share of wrong labels from {FEWEST_PAIRS} pairs on. Pass more, or "
-            "leave it out.",
-        )
-        known = {"prompts", *inspect.signature(make_pairs).parameters}
-        known -= {"trainer", "dataset", "partial_results", "on_progress"}
-        unknown = sorted(self.pair_settings.keys() - known)
-        require(not unknown, f"pair_settings has {unknown}. Choose of {', '.join(sorted(known))}.")
-        weights = self.policy_args.reward_weights
-        count = len(self.reward_funcs) + (self._reward_model is not None)
-        require(
-            weights is None or len(weights) == count,
-            f"reward_weights of policy_args has {len(weights or [])} numbers for {count} rewards.",
-        )
+    @property
+    def policy(self) -> PeftModel:
+        """The model with its adapter, as the last finished stage left it. Loaded at the first access."""
+        return self._policy.model
 
     @property
-    def _judges(self) -> bool:
-        """Whether a reward is there before DPO has learned one."""
-        return self._reward_model is not None or any(reward != IMPLICIT_REWARD for reward in self.reward_funcs)
+    def tokenizer(self) -> Any:
+        """The tokenizer of all stages."""
+        if self.processing_class is None:
+            name = self.model if isinstance(self.model, str) else self.model.config.name_or_path
+            self.processing_class = AutoTokenizer.from_pretrained(name)
+        return self.processing_class
 
     @property
-    def _reward_model(self) -> Any:
+    def reward_model(self) -> Any:
+        """The reward model in `policy_kwargs`, if there is one."""
         return self.policy_kwargs.get("reward_model")
 
+    @property
+    def has_judges(self) -> bool:
+        """Whether there is a reward other than the one that DPO learns."""
+        return self.reward_model is not None or any(reward != IMPLICIT_REWARD for reward in self.reward_funcs)
+
     def _settings(self) -> dict[str, dict[str, Any]]:
-        """What the result depends on, as far as it can be told, by the stage that it decides first."""
-        given = {
-            stage: {f"{stage}_kwargs": {name: _said(value) for name, value in kwargs.items() if value is not None}}
-            for stage, kwargs in ((DPO, self.dpo_kwargs), (POLICY, self.policy_kwargs))
+        """Everything on which the result depends, as far as it can be described, by the first stage that uses it."""
+        kwargs = {
+            stage: {f"{stage}_kwargs": {name: described(value) for name, value in given.items() if value is not None}}
+            for stage, given in ((DPO, self.dpo_kwargs), (POLICY, self.policy_kwargs))
         }
         return {
             START: {
@@ -391,38 +242,36 @@ class DPOThenPPO:
                 "dpo_args.seed": self.dpo_args.seed,  # of a new adapter
             },
             DATA: {
-                "rewards": [_said(reward) for reward in self.reward_funcs],
-                "reward_model": _said(self._reward_model),
+                "rewards": [described(reward) for reward in self.reward_funcs],
+                "reward_model": described(self.reward_model),
                 "train_dataset": fingerprint(self.train_dataset),
                 "pairs": fingerprint(self.pairs),
             },
-            PAIRS: {"pair_settings": self.pair_settings, "clean": _said(self.clean)},
+            PAIRS: {"pair_settings": self.pair_settings, "clean": described(self.clean)},
             DPO: {
                 "accuracy_threshold": self.accuracy_threshold,
                 "accuracy_logs": self.accuracy_logs,
                 "eval_pairs": fingerprint(self.eval_pairs),
-                **given[DPO],
+                **kwargs[DPO],
                 **settings_of(self.dpo_args, "dpo_args"),
             },
             POLICY: {
                 "policy_trainer": self.policy_trainer.__name__,
                 "reference": self.reference,
-                **given[POLICY],
+                **kwargs[POLICY],
                 **settings_of(self.policy_args, "policy_args"),
             },
         }
 
-    # The run
-
     def train(self) -> list[StageResult]:
         """
-        Runs what isn't finished yet.
+        Runs all stages that aren't finished.
 
         Returns:
             `list[StageResult]`: [`stages`].
         """
         if self.file.changed:
-            self._print(f"goes on with other settings of what hasn't begun: {'; '.join(self.file.changed)}")
+            print_once(f"continues with different settings of stages to come: {'; '.join(self.file.changed)}")
         if self.file.changed or not self.file.stages:
             self.file.save()
         for round_ in range(1, self.rounds + 1):
@@ -430,119 +279,105 @@ class DPOThenPPO:
                 if self.file.find(name, round_) is None:
                     self._announce(name, round_)
                     run(round_)
-            self._keep_result()
+            self._copy_result()
         return self.stages
 
     def _announce(self, name: str, round_: int) -> None:
         checkpoint = whole_checkpoint(self._folder(name, round_))
         which = f"round {round_} of {self.rounds} · {name}" if self.rounds > 1 else name
-        self._print(f"{which}, {'from its start' if checkpoint is None else f'from {checkpoint.name}'}")
+        print_once(f"{which}, {'from its start' if checkpoint is None else f'from {checkpoint.name}'}")
+
+    # Pairs
 
     def _make_pairs(self, round_: int) -> None:
         started, folder = time.monotonic(), self._folder(PAIRS, round_)
-        given = self.pairs if round_ == 1 else None
-        tokens = 0
+        pairs, tokens, seed = self.pairs if round_ == 1 else None, 0, self.policy_args.seed
         measures = round_ == 1 and self.held_out is not None and self.file.find(START, 0) is None
-        # What stage 2 can't work with is told before DPO has trained, except where it would start an engine for that
-        tries = round_ == 1 and self._judges and not self.policy_args.use_vllm
-        if given is None or measures or tries:
+        # The second stage's trainer is also built to find out before DPO what it can't work with, except with vLLM,
+        # where that would start an engine
+        tries = round_ == 1 and self.has_judges and not self.policy_args.use_vllm
+        if pairs is None or measures or tries:
             trainer = self._sampler(folder)
-            if round_ == 1:
+            if measures:
                 self._measure_start(trainer)
-            if given is None:
-                given, tokens = self._sampled_pairs(trainer, folder, round_)
-            self._release(trainer)
+            if pairs is None:
+                batch_size = self._prompts_at_once(
+                    self.pair_settings.get("num_generations") or trainer.num_generations
+                )
+                settings = {"batch_size": batch_size, **self.pair_settings}
+                try:
+                    pairs, tokens = sample_pairs(trainer, self.train_dataset, settings, folder, round_, seed)
+                except NoPairsError as error:
+                    if round_ > 1:
+                        before = round_ - 1
+                        error.add_note(
+                            f"Round {before} is complete, in {self.output_dir}; rounds={before} ends there."
+                        )
+                    raise
+            release(trainer)
         if self.clean is not None:
-            set_seed(self.dpo_args.seed)  # for scorers that are trained
-            cleaned = self._cross_fitted(given) if isinstance(self.clean, str) else self.clean(given)
-            if not (isinstance(cleaned, tuple) and len(cleaned) == 2 and isinstance(cleaned[0], Dataset)):
-                raise TypeError(f"clean returned a {type(cleaned).__name__}. Let it return the pairs and a report.")
-            before, (given, report) = len(given), cleaned
-            self._print(str(report))
-            if len(given) == 0:
-                raise ValueError(f"Cleaning left none of {before} pairs:\n{report}\nClean less, or make others.")
-            if PartialState().is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "cleaning.txt").write_text(f"{report}\n", encoding="utf-8")
-        if given is not self.pairs:
-            self._write_pairs(given, folder)
+            clean = self.clean
+            if isinstance(clean, str):
+                clean = cross_fitting(self._policy, self.dpo_args, self.tokenizer)
+            pairs = clean_pairs(pairs, clean, folder, self.dpo_args.seed)
+        if pairs is not self.pairs:
+            write_pairs(pairs, folder)
         seconds = time.monotonic() - started
         self.file.finish(StageResult(PAIRS, round_, str(folder), generated_tokens=tokens, seconds=seconds))
 
-    def _sampled_pairs(self, trainer: GRPOTrainer, folder: Path, round_: int) -> tuple[Dataset, int]:
-        prompts, settings, seed = self.train_dataset, dict(self.pair_settings), self.policy_args.seed
-        count = settings.pop("prompts", None)
-        num_generations = settings.get("num_generations") or trainer.num_generations
-        if count is not None:
-            prompts = prompts.shuffle(seed=seed + round_).take(min(count, len(prompts)))
-        settings.setdefault("seed", seed + SEEDS_OF_A_ROUND * round_)
-        settings.setdefault("batch_size", self._prompts_at_once(num_generations))
-        try:
-            made, report = make_pairs(
-                trainer,
-                prompts,
-                partial_results=folder / "completions.jsonl",
-                on_progress=lambda done, rows: self._print(f"sampled for {done} of {rows} prompts"),
-                **settings,
-            )
-        except NoPairsError as error:
-            if round_ > 1:
-                before = round_ - 1
-                error.add_note(f"What round {before} left is in {self.output_dir}; rounds={before} ends there.")
-            raise
-        self._print(str(report))
-        if PartialState().is_main_process:
-            report.save(folder / "report.json")
-        return made, report.generated_tokens
+    def _sampler(self, folder: Path) -> GRPOTrainer:
+        """The second stage's trainer with the current policy, and without the reward that DPO learns."""
+        args = self._args(self.policy_args, folder)
+        rewards, args, kwargs = without_implicit_reward(self.reward_funcs, args, self.policy_kwargs)
+        return self._second_trainer(args, rewards, kwargs)
 
-    def _cross_fitted(self, given: Dataset) -> tuple[Dataset, CleaningReport]:
-        args = {f.name: getattr(self.dpo_args, f.name) for f in fields(TRLDPOConfig) if f.init}
+    def _measure_start(self, trainer: GRPOTrainer) -> None:
+        assert self.held_out is not None
+        measured = evaluate_policy(trainer, list(self.held_out), **self._measurement)
+        self.file.finish(StageResult(START, 0, str(self._folder(START, 0)), measured=measured))
+        means = (f"held-out {name} {e.mean:.3f} ({e.low:.3f} to {e.high:.3f})" for name, e in measured.items())
+        print_once(", ".join(means))
 
-        def fit(others: Dataset) -> ImplicitRewardScorer:
-            AcceleratorState._reset_state()
-            trunk = sharing_weights(self.policy).unload()
-            return ImplicitRewardFit(
-                trunk, args, self.policy.peft_config[ADAPTER], self.tokenizer, self.dpo_args.per_device_eval_batch_size
-            )(others)
-
-        return clean_by_cross_fitting(
-            given,
-            fit,
-            seed=self.dpo_args.seed,
-            on_progress=lambda done, folds: self._print(f"trained scorer {done} of {folds}"),
-        )
+    # DPO
 
     def _dpo(self, round_: int) -> None:
         started, folder = time.monotonic(), self._folder(DPO, round_)
-        args = self._args(self.dpo_args, folder)
-        trainer = self._trained_alone(
-            lambda: DPOTrainer(
-                model=sharing_weights(self.policy),
+        args, pairs = self._args(self.dpo_args, folder), read_pairs(self._folder(PAIRS, round_))
+        pairs = self.pairs if pairs is None else pairs
+        trainer = self._policy.trainer(
+            lambda model: DPOTrainer(
+                model=model,
                 args=args,
-                train_dataset=self._pairs_of(round_),
+                train_dataset=pairs,
                 eval_dataset=self.eval_pairs,
                 processing_class=self.tokenizer,
                 **_own(self.dpo_kwargs),
             ),
             args.seed,
         )
-        rule, metric = None, ACCURACY if args.eval_strategy == "no" else f"eval_{ACCURACY}"
+        rule: StaysAbove | None = None
+        metric = PREFERENCE_ACCURACY if args.eval_strategy == "no" else f"{EVALUATION}{PREFERENCE_ACCURACY}"
         if self.accuracy_threshold is not None:
             rule = StaysAbove(self.accuracy_threshold, self.accuracy_logs, metric)
             trainer.add_callback(rule)
         self._train(trainer, DPO, folder, rule)
         state = trainer.state
+        self._report_dpo(state, metric, ended_by_accuracy=rule is not None)
+        release(trainer)
+        seconds = time.monotonic() - started
+        self.file.finish(StageResult(DPO, round_, str(folder), state.global_step, seconds=seconds))
+
+    def _report_dpo(self, state: TrainerState, metric: str, ended_by_accuracy: bool) -> None:
         logged = [entry[metric] for entry in state.log_history if metric in entry]
-        found = f", preference accuracy {logged[-1]:.3f}" if logged else ""
-        self._print(f"DPO ended at step {state.global_step} of {state.max_steps}{found}")
-        if rule is not None and len(logged) < self.accuracy_logs:
-            self._print(
+        accuracy = f", preference accuracy {logged[-1]:.3f}" if logged else ""
+        print_once(f"DPO ended at step {state.global_step} of {state.max_steps}{accuracy}")
+        if ended_by_accuracy and len(logged) < self.accuracy_logs:
+            print_once(
                 f"accuracy_threshold asks for {self.accuracy_logs} logs of {metric}, and there were {len(logged)}: "
                 "lower accuracy_logs, logging_steps or eval_steps if it is to end DPO."
             )
-        self._release(trainer)
-        seconds = time.monotonic() - started
-        self.file.finish(StageResult(DPO, round_, str(folder), state.global_step, seconds=seconds))
+
+    # The second stage
 
     def _improve(self, round_: int) -> None:
         started, folder = time.monotonic(), self._folder(self.method, round_)
@@ -550,7 +385,7 @@ class DPOThenPPO:
         rewards = [
             self._implicit_reward(round_) if reward == IMPLICIT_REWARD else reward for reward in self.reward_funcs
         ]
-        trainer = self._trained_alone(lambda: self._policy_trainer_for(args, rewards), args.seed)
+        trainer = self._second_trainer(args, rewards, self.policy_kwargs)
         if self.reference == BASE and REFERENCE_ADAPTER in trainer.model.peft_config:
             trainer.model.delete_adapter(REFERENCE_ADAPTER)
         critic, before = getattr(trainer, "critic", None), self._adapter_before(round_) / CRITIC
@@ -561,171 +396,27 @@ class DPOThenPPO:
             held_out = HeldOut(trainer, list(self.held_out), every=self.held_out_every, **self._measurement)
             trainer.add_callback(held_out)
         self._train(trainer, self.method, folder, None, held_out)
-        dpo = self.file.find(DPO, round_)
         measured = read_estimates(trainer.state.log_history)
         result = StageResult(self.method, round_, str(folder), trainer.state.global_step)
         if measured:
+            dpo = self.file.find(DPO, round_)
             assert dpo is not None
             dpo.measured = next(iter(measured.values()))
             result.measured = next(reversed(measured.values()))
         result.generated_tokens = trainer.counters.generated_tokens
-        self._release(trainer)
+        release(trainer)
         result.seconds = time.monotonic() - started
         self.file.finish(result)
 
-    # Trainers
-
-    def _sampler(self, folder: Path) -> GRPOTrainer:
-        """The trainer of stage 2, to sample from the policy as it is."""
-        args, further = self._args(self.policy_args, folder), dict(self.policy_kwargs)
-        judges = [reward != IMPLICIT_REWARD for reward in self.reward_funcs]
-
-        def of_judges(values: list[Any]) -> list[Any]:  # a reward model comes last
-            return [value for i, value in enumerate(values) if i >= len(judges) or judges[i]]
-
-        if args.reward_weights is not None:
-            args.reward_weights = of_judges(args.reward_weights)
-        if args.outcome_reward_funcs is not None:
-            args.outcome_reward_funcs = [name for name in args.outcome_reward_funcs if name != IMPLICIT_REWARD] or None
-        if isinstance(further.get("reward_processing_classes"), list):
-            further["reward_processing_classes"] = of_judges(further["reward_processing_classes"])
-        rewards = of_judges(self.reward_funcs)
-        return self._trained_alone(lambda: self._policy_trainer_for(args, rewards, further), args.seed)
-
-    def _policy_trainer_for(
-        self, args: Any, rewards: list[Any], further: Mapping[str, Any] | None = None
-    ) -> GRPOTrainer:
-        further = self.policy_kwargs if further is None else further
-        return self.policy_trainer(
-            model=sharing_weights(self.policy),
-            reward_funcs=rewards,
-            args=args,
-            train_dataset=self.train_dataset,
-            processing_class=self.tokenizer,
-            **_own(further),
-        )
-
-    def _args(self, args: Any, folder: Path) -> Any:
-        """A stage's own configuration. What is published is the result of the last one."""
-        own = copy.copy(args)
-        own.output_dir, own.push_to_hub, own.resume_from_checkpoint = str(folder), False, None
-        return own
-
-    def _trained_alone(self, build: Callable[[], Any], seed: int) -> Any:
-        """A trainer that doesn't depend on what ran before it in this process."""
-        changed = False
-        for name, parameter in self.policy.named_parameters():
-            parameter.requires_grad_(name in self._trainable)
-            if parameter.dtype != self._dtypes[name] and not hasattr(parameter, "ds_id"):
-                parameter.data, changed = parameter.data.to(self._dtypes[name]), True
-        if changed:  # by generation, or an engine
-            load_adapter(self.policy, self._adapter_now())
-        AcceleratorState._reset_state()  # which takes one DeepSpeed configuration only, and each stage has its own
-        set_seed(seed)
-        with gathered(self.policy):  # where TRL copies its adapter
-            trainer = build()
-        if not any(hasattr(parameter, "ds_id") for parameter in self.policy.parameters()):
-            trainer.model.to(trainer.accelerator.device)  # DeepSpeed would do it when it trains
-        return trainer
-
-    def _train(
-        self, trainer: Any, name: str, folder: Path, rule: StaysAbove | None, held_out: HeldOut | None = None
-    ) -> None:
-        """Trains to the stage's end, from its last whole checkpoint, and leaves the result in its folder."""
-        if self.prepare is not None:
-            self.prepare(name, trainer)
-
-        def is_over(state: TrainerState) -> bool:
-            return state.global_step >= state.max_steps or (rule is not None and rule.reached(state))
-
-        checkpoint = whole_checkpoint(folder)
-        state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if checkpoint is not None and state is not None and is_over(state):
-            self._take_over(trainer, folder, checkpoint, state, held_out)
-        else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            if not is_over(trainer.state):
-                raise StageStoppedError(
-                    f"{name} was stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, by a "
-                    "callback or a signal. The same call goes on from its last checkpoint."
-                )
-            trainer.save_model(str(folder))
-        trainer.save_state()
-
-    @staticmethod
-    def _take_over(
-        trainer: Any, folder: Path, checkpoint: Path, state: TrainerState, held_out: HeldOut | None
-    ) -> None:
-        """A stage that was killed between its last step and its end: transformers would train one step more."""
-        trainer.state = state
-        if PartialState().is_main_process:
-            _copy_model(checkpoint, folder)
-        PartialState().wait_for_everyone()
-        load_adapter(trainer.model, checkpoint)
-        if isinstance(trainer, GRPOTrainer):
-            trainer.load_run_state(saved_state(checkpoint)["run"])
-        if getattr(trainer, "critic", None) is not None:
-            trainer.critic.load(checkpoint / CRITIC)
-        if held_out is not None:
-            held_out.measured = read_estimates(state.log_history)
-            if state.global_step not in held_out.measured:
-                held_out.measure(state)
-
-    def _release(self, trainer: Any) -> None:
-        """Lets go of a trainer, and of all that it put around the weights."""
-        trainer.accelerator.free_memory()
-        trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
-        trainer.callback_handler.model = trainer.callback_handler.optimizer = None
-        trainer.callback_handler.callbacks.clear()
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-
-    # Models
-
-    @property
-    def policy(self) -> PeftModel:
-        """The model with its adapter, as the last finished stage left it. Loaded when it is first asked for."""
-        if self._policy is None:
-            self._policy = self._load()
-            self._trainable = {name for name, weight in self._policy.named_parameters() if weight.requires_grad}
-            self._dtypes = {name: weight.dtype for name, weight in self._policy.named_parameters()}
-        return self._policy
-
-    def _load(self) -> PeftModel:
-        model = self.model
-        if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **self.model_init_kwargs})
-        if not isinstance(model, PeftModel):
-            set_seed(self.dpo_args.seed)
-            model = get_peft_model(model, self.peft_config)
-        start, main = self._folder(START, 0), PartialState()
-        if (start / "adapter_config.json").is_file():
-            load_adapter(model, self._adapter_now())
-        elif main.is_main_process:
-            partial = start.with_name(f"{start.name}.part")
-            shutil.rmtree(partial, ignore_errors=True)
-            save_adapter(model, partial)
-            partial.rename(start)
-        main.wait_for_everyone()
-        return model
-
-    def _adapter_now(self) -> Path:
-        trained = [stage.folder for stage in self.stages if stage.name in (DPO, self.method)]
-        return Path(trained[-1]) if trained else self._folder(START, 0)
-
-    def _adapter_before(self, round_: int) -> Path:
-        return self._folder(self.method, round_ - 1) if round_ > 1 else self._folder(START, 0)
-
     def _implicit_reward(self, round_: int) -> ImplicitReward:
-        """What DPO of this round has learned: the same in a process that saw it, and in one that goes on later."""
-        judge = sharing_weights(self.policy)
-        judge.add_adapter(REFERENCE_ADAPTER, judge.peft_config[ADAPTER])
-        load_adapter(judge, self._adapter_before(round_), REFERENCE_ADAPTER)
-        judge.to(PartialState().device)
+        """What DPO of this round has learned. It depends on saved adapters only, and so not on the process."""
+        model: Any = self._policy.shared()
+        model.add_adapter(REFERENCE_ADAPTER, model.peft_config[ADAPTER])
+        load_adapter(model, self._adapter_before(round_), REFERENCE_ADAPTER)
+        model.to(PartialState().device)
         template: Any = self.policy_args.chat_template_kwargs
         return ImplicitReward(
-            judge,
+            model,
             None,
             self.dpo_args.beta,
             self.tokenizer,
@@ -733,18 +424,61 @@ class DPOThenPPO:
             reference_adapter=REFERENCE_ADAPTER,
             snapshot=True,
             chat_template_kwargs=template,
-            name=IMPLICIT_REWARD,
         )
 
-    @property
-    def tokenizer(self) -> Any:
-        """Of all stages."""
-        if self.processing_class is None:
-            name = self.model if isinstance(self.model, str) else self.model.config.name_or_path
-            self.processing_class = AutoTokenizer.from_pretrained(name)
-        return self.processing_class
+    # Trainers
 
-    # Measurements and files
+    def _second_trainer(self, args: Any, rewards: list[Any], kwargs: Mapping[str, Any]) -> GRPOTrainer:
+        trainer: GRPOTrainer = self._policy.trainer(
+            lambda model: self.policy_trainer(
+                model=model,
+                reward_funcs=rewards,
+                args=args,
+                train_dataset=self.train_dataset,
+                processing_class=self.tokenizer,
+                **_own(kwargs),
+            ),
+            args.seed,
+        )
+        return trainer
+
+    def _args(self, args: Any, folder: Path) -> Any:
+        """A copy of a configuration for one stage. Stages are not pushed to the Hub."""
+        own = copy.copy(args)
+        own.output_dir, own.push_to_hub, own.resume_from_checkpoint = str(folder), False, None
+        return own
+
+    def _train(
+        self, trainer: Any, name: str, folder: Path, rule: StaysAbove | None, held_out: HeldOut | None = None
+    ) -> None:
+        if self.prepare is not None:
+            self.prepare(name, trainer)
+
+        def is_over(state: TrainerState) -> bool:
+            return state.global_step >= state.max_steps or (rule is not None and rule.reached(state))
+
+        train_stage(trainer, name, folder, is_over, held_out)
+
+    # Folders and measurements
+
+    def _folder(self, name: str, round_: int) -> Path:
+        folder = self.output_dir / (START if name == START else f"round_{round_}/{name}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _latest_adapter(self) -> Path:
+        trained = [stage.folder for stage in self.stages if stage.name in (DPO, self.method)]
+        return Path(trained[-1]) if trained else self._folder(START, 0)
+
+    def _adapter_before(self, round_: int) -> Path:
+        return self._folder(self.method, round_ - 1) if round_ > 1 else self._folder(START, 0)
+
+    def _copy_result(self) -> None:
+        """Copies the last round's adapter, tokenizer and critic into the run's folder."""
+        main, last = PartialState(), [stage.folder for stage in self.stages if stage.name == self.method][-1]
+        if main.is_main_process:
+            copy_model(Path(last), self.output_dir)
+        main.wait_for_everyone()
 
     @property
     def _measurement(self) -> dict[str, Any]:
@@ -752,79 +486,10 @@ class DPOThenPPO:
         return {"num_samples": samples, "batch_size": self._prompts_at_once(samples), "seed": self.held_out_seed}
 
     def _prompts_at_once(self, samples: int) -> int:
-        """As many as give a generation batch of stage 2, if each has so many completions."""
+        """How many prompts, with so many samples each, make a generation batch of the second stage."""
         return max(1, int(self.policy_args.generation_batch_size or 1) // samples)
-
-    def _measure_start(self, trainer: GRPOTrainer) -> None:
-        if self.held_out is not None and self.file.find(START, 0) is None:
-            measured = evaluate_policy(trainer, list(self.held_out), **self._measurement)
-            self.file.finish(StageResult(START, 0, str(self._folder(START, 0)), measured=measured))
-            self._print(_told(measured))
-
-    def _pairs_of(self, round_: int) -> Dataset:
-        folder = self._folder(PAIRS, round_)
-        if not (folder / "pairs").is_dir():
-            assert self.pairs is not None
-            return self.pairs
-        pairs = load_from_disk(str(folder / "pairs"))
-        assert isinstance(pairs, Dataset)
-        return pairs
-
-    def _write_pairs(self, pairs: Dataset, folder: Path) -> None:
-        main = PartialState()
-        if main.is_main_process:
-            target, partial = folder / "pairs", folder / "pairs.part"
-            for path in (target, partial):
-                shutil.rmtree(path, ignore_errors=True)
-            pairs.save_to_disk(str(partial))
-            partial.rename(target)
-        main.wait_for_everyone()
-
-    def _keep_result(self) -> None:
-        """The last round's adapter, its tokenizer and its critic, where the run was asked to leave them."""
-        main, last = PartialState(), [stage.folder for stage in self.stages if stage.name == self.method][-1]
-        if main.is_main_process:
-            _copy_model(Path(last), self.output_dir)
-        main.wait_for_everyone()
-
-    def _folder(self, name: str, round_: int) -> Path:
-        folder = self.output_dir / (START if name == START else f"round_{round_}/{name}")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def _print(self, text: str) -> None:
-        PartialState().print(text, flush=True)
-
-
-def _copy_model(source: Path, target: Path) -> None:
-    """Adapter, tokenizer and critic; not what only the run that wrote them needs."""
-    for path in source.iterdir():
-        if path.is_file() and not path.name.startswith(FILES_OF_A_RUN):
-            shutil.copy2(path, target / path.name)
-    if (source / CRITIC).is_dir():
-        shutil.copytree(source / CRITIC, target / CRITIC, dirs_exist_ok=True)
 
 
 def _own(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A trainer's arguments with a curriculum of its own, because a curriculum learns during a training."""
     return {name: copy.deepcopy(value) if name == "curriculum" else value for name, value in arguments.items()}
-
-
-def _said(value: Any) -> Any:
-    """What can be told of a value from one process to the next."""
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, list | tuple):
-        return [_said(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(name): _said(item) for name, item in value.items()}
-    if isinstance(value, Dataset):
-        return fingerprint(value)
-    if isinstance(value, DifficultyCurriculum):
-        return repr(value)
-    if isinstance(value, functools.partial):
-        return [_said(value.func), _said(value.args), _said(value.keywords)]
-    return str(getattr(value, "__qualname__", None) or getattr(value, "__name__", None) or type(value).__name__)
-
-
-def _told(measured: Mapping[str, Estimate]) -> str:
-    return ", ".join(f"held-out {name} {e.mean:.3f} ({e.low:.3f} to {e.high:.3f})" for name, e in measured.items())

@@ -1,9 +1,8 @@
 """
-Where a run of several stages is: a small file beside them, and which checkpoint of a stage is whole. A process that is
-killed leaves both as they were.
+Which stages of a run are finished, in a small file in the run's folder, and which checkpoints of a stage are complete.
+Both stay readable if the process is killed at any moment.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -15,26 +14,18 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..evaluation.held_out import Estimate
+from .settings import as_json
 
 
 STATE_FILE = "stages.json"
+# Names of stages
 START, PAIRS, DPO = "start", "pairs", "dpo"
-POLICY = "policy"  # the second stage, whatever its method
-DATA = "data"  # no stage: what the start is measured by and pairs are made of
-
-# What may be another when a run goes on: where it runs, is logged and pushed, and how much of it is kept
-FREE_SETTINGS = re.compile(
-    r"^(output_dir|run_name|project|trackio_.*|report_to|log_.*|logging_dir|disable_tqdm|push_to_hub.*|hub_.*|"
-    r"save_.*|dataloader_.*|resume_from_checkpoint|local_rank|ddp_.*|deepspeed|fsdp.*|_n_gpu|skip_memory_metrics|"
-    r"vllm_server_.*|vllm_gpu_.*|(gradient|activation)_checkpointing.*)$"
-)
-# Rows that tell one data set from another
-ROWS_OF_A_FINGERPRINT = 256
+# Further keys of settings: of the second stage, whatever its method, and of the data that both stages use
+POLICY, DATA = "policy", "data"
 
 
 @dataclass
@@ -44,19 +35,20 @@ class StageResult:
 
     Args:
         name (`str`):
-            `"pairs"`, `"dpo"`, or the method of the second stage, such as `"ppo"`. `"start"`: the policy as it came.
+            `"pairs"`, `"dpo"`, or the method of the second stage, such as `"ppo"`; `"start"` for the policy before any
+            stage.
         round (`int`):
-            From 1; 0 for the start.
+            Round, from 1; 0 for the start.
         folder (`str`):
-            With the adapter, or the pairs.
+            Folder with the stage's adapter or pairs.
         steps (`int`):
             Optimizer steps.
         generated_tokens (`int`):
-            Completion tokens sampled for it, evaluation aside.
+            Completion tokens that were sampled for the stage, not counting evaluation.
         seconds (`float`):
-            Wall-clock seconds, without what was done before a kill.
+            Wall-clock seconds of the process that finished the stage.
         measured (`dict[str, Estimate]`):
-            The policy after it, on held-out prompts.
+            How good the policy is after the stage, on held-out prompts.
     """
 
     name: str
@@ -69,29 +61,38 @@ class StageResult:
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
-        """What its trainer logged; empty where nothing was trained."""
+        """What the stage's trainer logged; empty for a stage that trains nothing."""
         file = Path(self.folder) / TRAINER_STATE_NAME
         return list(json.loads(file.read_text(encoding="utf-8"))["log_history"]) if file.is_file() else []
 
 
 class StageFile:
     """
-    The stages that are finished, in `stages.json`. The main process reads and writes; all know the same.
+    The finished stages of a run, and its settings, in `stages.json`. The main process reads and writes the file, and
+    all processes know its content.
 
     Args:
         folder (`Path`):
-            Of the run.
+            The run's folder.
         settings (`Mapping[str, Mapping[str, Any]]`):
-            What the result depends on, by what it decides first: `START`, `DATA`, `PAIRS`, `DPO` or `POLICY`. JSON, or
-            turned into strings. Those of a stage that hasn't begun may be others than before.
+            Everything on which the result depends, grouped by the first stage that uses it: `START`, `DATA`, `PAIRS`,
+            `DPO` or `POLICY`. Values that JSON lacks are stored as strings. Settings of a stage that hasn't begun may
+            differ from those in the file.
+
+    Attributes:
+        stages (`list[StageResult]`):
+            The finished stages, in order.
+        changed (`list[str]`):
+            Settings that differ from those in the file, and may, a sentence each.
 
     Raises:
-        ValueError: if the folder holds a run with other settings of what has begun, or stages of nobody knows which.
+        ValueError: if the folder holds a run with different settings of a stage that has begun, or stages without the
+            file that describes them.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
         self.path = folder / STATE_FILE
-        self.settings = json.loads(json.dumps(settings, default=_plain, sort_keys=True))
+        self.settings = as_json(settings)
         outcome: list[Any] = [None, set()]
         if PartialState().is_main_process:
             if self.path.is_file():
@@ -101,52 +102,51 @@ class StageFile:
         found, begun = outcome
         if found is None and begun:
             raise ValueError(
-                f"{folder} holds stages of a run, but no {STATE_FILE} that says which. Name another output_dir, or "
-                "remove them."
+                f"{folder} holds stages of a run, but no {STATE_FILE} that describes them. Choose a different "
+                "output_dir, or remove the stages."
             )
-        self.changed: list[str] = []  # what is another than before, and may be
+        self.changed: list[str] = []
         if found is not None:
-            self._check(found["settings"], begun)
+            self._compare(found["settings"], begun)
         self.stages = [self._read(entry, folder) for entry in (found or {"stages": []})["stages"]]
 
-    def _check(self, before: dict[str, dict[str, Any]], begun: set[str]) -> None:
+    def _compare(self, before: dict[str, dict[str, Any]], begun: set[str]) -> None:
         refused: list[str] = []
         for stage, now in self.settings.items():
             then = before.get(stage, {})
             for name in sorted({*then, *now}):
                 if then.get(name) != now.get(name):
-                    told = f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
-                    (refused if stage in begun else self.changed).append(told)
+                    difference = f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
+                    (refused if stage in begun else self.changed).append(difference)
         if refused:
             raise ValueError(
-                f"{self.path.parent} holds a run with other settings, which can't go on with these: "
-                f"{'; '.join(refused[:8])}. Put them back, or name another output_dir. (A stage that isn't "
-                "finished begins anew, with others, without its folder.)"
+                f"{self.path.parent} holds a run with different settings, which can't be continued with these: "
+                f"{'; '.join(refused[:8])}. Restore the settings, or choose a different output_dir. (A stage that "
+                "isn't finished can be started again with different settings if its folder is removed.)"
             )
 
     @staticmethod
     def _read(entry: dict[str, Any], folder: Path) -> StageResult:
-        entry["folder"] = str(folder / entry["folder"])
-        measured = {name: Estimate(**numbers) for name, numbers in entry.pop("measured").items()}
-        return StageResult(**entry, measured=measured)
+        measured = {name: Estimate(**numbers) for name, numbers in entry["measured"].items()}
+        return StageResult(**{**entry, "folder": str(folder / entry["folder"]), "measured": measured})
 
     def find(self, name: str, round_: int) -> StageResult | None:
         """A finished stage, or `None`."""
         return next((stage for stage in self.stages if (stage.name, stage.round) == (name, round_)), None)
 
     def finish(self, stage: StageResult) -> None:
-        """Takes a stage for finished. Every process must make the call, when all its files are there."""
+        """Records a stage as finished. Every process must make the call, after all files of the stage are written."""
         self.stages.append(stage)
         self.save()
 
     def save(self) -> None:
-        """Writes the file, at once or not at all."""
+        """Writes the file in one atomic step. Every process must make the call."""
         state = PartialState()
         state.wait_for_everyone()
         if state.is_main_process:
             stages = [asdict(stage) for stage in self.stages]
             for entry in stages:
-                # So that the run may be moved
+                # Relative, so that the run's folder can be moved
                 entry["folder"] = os.path.relpath(entry["folder"], self.path.parent)
                 for estimate in entry["measured"].values():
                     del estimate["per_prompt"]
@@ -158,8 +158,13 @@ class StageFile:
         state.wait_for_everyone()
 
 
+def print_once(text: str) -> None:
+    """Prints a line on the main process."""
+    PartialState().print(text, flush=True)
+
+
 def _begun(folder: Path, finished: set[str]) -> set[str]:
-    """Of which stages there is something that depends on their settings, and would go on."""
+    """The stages that have left something that depends on their settings and would be used by this run."""
     begun = {stage for stage in (PAIRS, DPO) if stage in finished}
     if finished:
         begun.add(DATA)
@@ -172,29 +177,11 @@ def _begun(folder: Path, finished: set[str]) -> set[str]:
     return begun
 
 
-def _plain(value: Any) -> Any:
-    # PEFT keeps names in sets, whose order is another in every process
-    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
-
-
-def settings_of(args: Any, prefix: str) -> dict[str, Any]:
-    """What of a configuration decides the result, by name."""
-    return {f"{prefix}.{name}": value for name, value in args.to_dict().items() if not FREE_SETTINGS.match(name)}
-
-
-def fingerprint(dataset: Dataset | None) -> str | None:
-    """The same for data sets with the same rows, as far as some of them, evenly spaced, and their number tell."""
-    if dataset is None:
-        return None
-    rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // ROWS_OF_A_FINGERPRINT)))
-    text = json.dumps([len(dataset), sorted(dataset.column_names), rows.to_list()], default=str, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def whole_checkpoint(folder: Path) -> Path | None:
     """
-    The last whole checkpoint in a folder. One that was being written when its process was killed is removed: nobody
-    could go on from it, and `resume_from_checkpoint=True` would take it. Every process must make the call.
+    The last complete checkpoint in a folder. Checkpoints that were being written when their process was killed are
+    removed, because they can't be resumed from and `resume_from_checkpoint=True` would choose them. Every process must
+    make the call.
     """
     state = PartialState()
     named = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in folder.glob("*")]
@@ -210,7 +197,7 @@ def whole_checkpoint(folder: Path) -> Path | None:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # the last one to be written
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # the file that is written last
     except (OSError, ValueError):
         return False
     return True

@@ -1,14 +1,14 @@
 """
-Preference pairs whose labels can't all be trusted: find those that are probably wrong, turn them around or leave them
-out, and say how many.
+Cleans preference pairs whose labels can't all be trusted: finds labels that are probably wrong, flips or drops their
+pairs, and reports how many there were.
 
-By the margin of a scorer ([`clean_by_margin`]), by cross-fitting ([`clean_by_cross_fitting`]: scorers trained on the
-same noisy pairs, each judging those it wasn't trained on), or by the agreement of several scorers
-([`clean_by_agreement`]). All return the cleaned pairs and a [`CleaningReport`] that has an action and a reason for
-every pair it was given.
+Labels are judged by the margin of a scorer ([`clean_by_margin`]), by cross-fitting ([`clean_by_cross_fitting`]:
+scorers are trained on the same noisy pairs, and each judges the pairs on which it wasn't trained), or by the agreement
+of several scorers ([`clean_by_agreement`]). All three return the cleaned pairs and a [`CleaningReport`] with an action
+and a reason for every pair.
 
 A scorer is called as reward functions are, `scorer(prompts=[...], completions=[...])`, and returns one number for each
-completion, `None` or NaN where it doesn't apply.
+completion, or `None` or NaN if it doesn't apply.
 """
 
 import json
@@ -22,16 +22,17 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..errors import require
 from .noise import FEWEST_PAIRS, NoiseEstimate, estimate_noise, wrong_label_probabilities
 
 
 Scorer = Callable[..., Sequence[float | None]]
-Fit = Callable[[Dataset], Scorer]
+TrainScorer = Callable[[Dataset], Scorer]
 
 KEPT, FLIPPED, DROPPED = "kept", "flipped", "dropped"
 NOT_SCORED = "not scored"
-NOT_TOLD = "the scorers learned too little to tell wrong labels from their own errors"
-# Columns that change their sign when a pair is turned around: ours, and the one that TRL's reward trainer knows
+UNRELIABLE = "the scorers learned too little to tell wrong labels from their own errors"
+# Columns whose sign changes when a pair is flipped: ours, and the one that TRL's reward trainer reads
 MARGINS = ("score_margin", "margin")
 
 
@@ -44,13 +45,13 @@ class CleaningReport:
         method (`str`):
             How the pairs were judged.
         actions (`tuple[str, ...]`):
-            `"kept"`, `"flipped"` or `"dropped"`, for each pair that was given, in order.
+            `"kept"`, `"flipped"` or `"dropped"` for each pair before cleaning, in order.
         reasons (`tuple[str, ...]`):
-            Why, for each.
+            The reason for each action.
         noise (`NoiseEstimate`, *optional*):
-            Share of the labels that were wrong before. Only from scorers that didn't train on the pairs they judge.
+            Estimated share of wrong labels before cleaning. Only cross-fitting gives one.
         noise_left (`float`, *optional*):
-            Expected share of wrong labels among the pairs that are left.
+            Expected share of wrong labels after cleaning.
     """
 
     method: str
@@ -64,11 +65,11 @@ class CleaningReport:
         return len(self.actions)
 
     def rows(self, action: str) -> list[int]:
-        """Rows of the pairs that were given for which this was done."""
+        """Rows, before cleaning, of the pairs with this action."""
         return [row for row, done in enumerate(self.actions) if done == action]
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts, the estimate, and which rows were flipped and dropped; as JSON takes it."""
+        """Counts, the noise estimate, and the rows that were flipped and dropped, in types that JSON has."""
         counts = Counter(zip(self.actions, self.reasons, strict=True))
         noise = self.noise
         return {
@@ -94,84 +95,84 @@ class CleaningReport:
         if self.noise is not None:
             lines.append(str(self.noise))
         if self.noise_left is not None:
-            lines.append(f"{self.noise_left:.1%} of the labels that are left are expected to be wrong")
+            lines.append(f"{self.noise_left:.1%} of the remaining labels are expected to be wrong")
         return "\n".join(lines)
 
 
 def pair_margins(pairs: Dataset, scorer: Scorer) -> list[float]:
     """
-    score(chosen) − score(rejected) of each pair, NaN where the scorer doesn't apply.
+    The margin score(chosen) − score(rejected) of each pair, NaN if the scorer doesn't apply.
 
     Args:
         pairs ([`~datasets.Dataset`]):
-            With `prompt`, `chosen` and `rejected`.
+            Rows with `prompt`, `chosen` and `rejected`.
         scorer (`Callable`):
-            `scorer(prompts=[...], completions=[...])` to one number a completion. It is called once.
+            From `scorer(prompts=[...], completions=[...])` to one number per completion. It is called once.
 
     Raises:
-        `ValueError`: if a column is missing, or the scorer returns another number of scores.
+        ValueError: if a column is missing, or if the scorer doesn't return one score per completion.
     """
     check_pairs(pairs)
     prompts, sides = list(pairs["prompt"]), [list(pairs["chosen"]), list(pairs["rejected"])]
     scores = list(scorer(prompts=prompts + prompts, completions=sides[0] + sides[1]))
-    if len(scores) != 2 * len(pairs):
-        raise ValueError(
-            f"The scorer returned {len(scores)} scores for {2 * len(pairs)} completions. Return one for each, `None` "
-            "where it doesn't apply."
-        )
+    require(
+        len(scores) == 2 * len(pairs),
+        f"The scorer returned {len(scores)} scores for {2 * len(pairs)} completions. Return one for each, `None` "
+        "where it doesn't apply.",
+    )
     numbers = [math.nan if score is None else float(score) for score in scores]
     return [better - worse for better, worse in zip(numbers[: len(pairs)], numbers[len(pairs) :], strict=True)]
 
 
-def turn_around(pairs: Dataset, rows: Sequence[int]) -> Dataset:
+def flip_pairs(pairs: Dataset, rows: Sequence[int]) -> Dataset:
     """
-    Swaps better and worse in some rows: every column with `chosen` in its name with that of `rejected`, and the sign
-    of `score_margin` and `margin`.
+    A copy of the data set in which some rows are flipped: each column with `chosen` in its name is swapped with the
+    corresponding one with `rejected`, and `score_margin` and `margin` change their sign.
     """
-    turned = set(rows)
+    flipped = set(rows)
     swaps = {
         name: other
         for name in pairs.column_names
         if (other := name.replace("chosen", "rejected")) != name and other in pairs.column_names
     }
 
-    def turn(row: dict[str, Any], index: int) -> dict[str, Any]:
-        if index not in turned:
+    def flip(row: dict[str, Any], index: int) -> dict[str, Any]:
+        if index not in flipped:
             return {}
         swapped = {name: row[other] for name, other in swaps.items()}
         swapped |= {other: row[name] for name, other in swaps.items()}
         return swapped | {name: -row[name] for name in MARGINS if row.get(name) is not None}
 
-    return pairs.map(turn, with_indices=True, load_from_cache_file=False) if turned else pairs
+    return pairs.map(flip, with_indices=True, load_from_cache_file=False) if flipped else pairs
 
 
 def clean_by_margin(
     pairs: Dataset, scorer: Scorer, min_margin: float = 0.0, flip_margin: float | None = None
 ) -> tuple[Dataset, CleaningReport]:
     """
-    Judges pairs by a scorer that can be trusted: a function, a reward model trained on other data.
+    Judges pairs by a scorer that can be trusted, for example a function, or a reward model trained on different data.
 
     Args:
         pairs ([`~datasets.Dataset`]):
-            With `prompt`, `chosen` and `rejected`.
+            Rows with `prompt`, `chosen` and `rejected`. The data set stays as it is.
         scorer (`Callable`):
-            Scores completions; see the module.
+            Scores completions; see the module's documentation.
         min_margin (`float`, *optional*, defaults to `0.0`):
-            Pairs with a margin score(chosen) − score(rejected) below it are dropped. In the scorer's units.
+            Pairs whose margin score(chosen) − score(rejected) is below it are dropped. In the scorer's units.
         flip_margin (`float`, *optional*):
-            Pairs whose label it contradicts by at least this margin are turned around instead. `None`: none.
+            Pairs whose label the scorer contradicts by at least this margin are flipped instead. `None`: no pair is.
 
     Returns:
-        The pairs that are left, in order, and the [`CleaningReport`]. Pairs that aren't scored stay.
+        [`~datasets.Dataset`] and [`CleaningReport`]: the remaining pairs, in order. Pairs without scores are kept.
 
     Raises:
-        `ValueError`: if `flip_margin` isn't positive or −`flip_margin` lies above `min_margin`.
+        ValueError: if `flip_margin` isn't positive, or if −`flip_margin` is above `min_margin`.
     """
-    if flip_margin is not None and (flip_margin <= 0 or -flip_margin > min_margin):
-        raise ValueError(
-            f"`flip_margin` is {flip_margin}, but must be positive and at least −`min_margin` ({-min_margin}): pairs "
-            "that are good enough to stay can't be turned around."
-        )
+    require(
+        flip_margin is None or (flip_margin > 0 and -flip_margin <= min_margin),
+        f"`flip_margin` is {flip_margin}, but must be positive and at least −`min_margin` ({-min_margin}): pairs "
+        "that are good enough to be kept can't be flipped.",
+    )
     decisions = []
     for margin in pair_margins(pairs, scorer):
         if math.isnan(margin):
@@ -189,31 +190,35 @@ def clean_by_agreement(
     pairs: Dataset, scorers: Sequence[Scorer], min_agreement: float = 0.5, flip_agreement: float | None = 1.0
 ) -> tuple[Dataset, CleaningReport]:
     """
-    Judges pairs by the votes of several scorers. One that scores both completions alike, or doesn't apply, abstains.
+    Judges pairs by the votes of several scorers. A scorer abstains if it gives both completions the same score, or if
+    it doesn't apply.
 
     Args:
         pairs ([`~datasets.Dataset`]):
-            With `prompt`, `chosen` and `rejected`.
+            Rows with `prompt`, `chosen` and `rejected`. The data set stays as it is.
         scorers (`Sequence[Callable]`):
-            At least two; their units don't matter.
+            At least two. Their scores may have different units.
         min_agreement (`float`, *optional*, defaults to `0.5`):
-            Pairs are dropped if a smaller share of the votes is for their label.
+            A pair is dropped if the share of votes for its label is smaller.
         flip_agreement (`float`, *optional*, defaults to `1.0`):
-            Pairs are turned around if at least this share of the votes, and two of them, is against their label.
-            `None`: none.
+            A pair is flipped if the share of votes against its label is at least this, with at least two such votes.
+            `None`: no pair is flipped.
 
     Returns:
-        The pairs that are left, in order, and the [`CleaningReport`]. Pairs on which nobody votes stay.
+        [`~datasets.Dataset`] and [`CleaningReport`]: the remaining pairs, in order. Pairs without votes are kept.
 
     Raises:
-        `ValueError`: with fewer than two scorers, or shares that aren't in [0, 1] or (0.5, 1].
+        ValueError: with fewer than two scorers, if `min_agreement` isn't in [0, 1], or `flip_agreement` in (0.5, 1].
     """
-    if len(scorers) < 2:
-        raise ValueError(f"`scorers` has {len(scorers)}: agreement takes two. For one, use `clean_by_margin`.")
-    if not 0 <= min_agreement <= 1:
-        raise ValueError(f"`min_agreement` is {min_agreement}, but it is a share of the votes: in [0, 1].")
-    if flip_agreement is not None and not 0.5 < flip_agreement <= 1:
-        raise ValueError(f"`flip_agreement` is {flip_agreement}, but a majority is a share in (0.5, 1].")
+    require(len(scorers) >= 2, f"`scorers` has {len(scorers)}: agreement takes two. For one, use `clean_by_margin`.")
+    require(
+        0 <= min_agreement <= 1,
+        f"`min_agreement` is {min_agreement}, but it is a share of the votes: set it in [0, 1].",
+    )
+    require(
+        flip_agreement is None or 0.5 < flip_agreement <= 1,
+        f"`flip_agreement` is {flip_agreement}, but a majority is a share in (0.5, 1].",
+    )
     decisions = []
     for margins in zip(*(pair_margins(pairs, scorer) for scorer in scorers), strict=True):
         good, bad = sum(margin > 0 for margin in margins), sum(margin < 0 for margin in margins)
@@ -230,44 +235,44 @@ def clean_by_agreement(
 
 def cross_fitted_margins(
     pairs: Dataset,
-    fit: Fit,
+    train_scorer: TrainScorer,
     folds: int = 5,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
     """
-    The margin of each pair by a scorer that was trained on the other folds. All pairs of a prompt are in one fold:
-    they share completions, and a scorer would remember them.
+    The margin of each pair by a scorer that was trained on the other folds. All pairs of a prompt are in the same
+    fold, because they can share completions, which a scorer would remember.
 
     Args:
         pairs ([`~datasets.Dataset`]):
-            With `prompt`, `chosen` and `rejected`.
-        fit (`Callable[[Dataset], Scorer]`):
-            Trains a scorer on pairs, e.g. [`~trl_ext.preferences.scorers.RewardModelFit`].
+            Rows with `prompt`, `chosen` and `rejected`.
+        train_scorer (`Callable[[Dataset], Scorer]`):
+            Trains a scorer on pairs, for example [`~trl_ext.preferences.scorers.RewardModelTraining`].
         folds (`int`, *optional*, defaults to `5`):
-            K. Each scorer trains on (K − 1)/K of the pairs.
+            Number of folds K. Each scorer is trained on about (K − 1)/K of the pairs.
         seed (`int`, *optional*, defaults to `0`):
-            Deals prompts to folds.
+            Seed with which prompts are dealt to folds.
         on_progress (`Callable[[int, int], None]`, *optional*):
-            Called with (folds done, folds in all) after each.
+            Called after each fold with the number of finished folds and the number of all folds.
 
     Raises:
-        `ValueError`: with fewer than two folds, or more of them than prompts.
+        ValueError: with fewer than two folds, or more folds than prompts.
     """
     check_pairs(pairs)
     prompts = [_key(prompt) for prompt in pairs["prompt"]]
     distinct = list(dict.fromkeys(prompts))
-    if not 2 <= folds <= len(distinct):
-        raise ValueError(
-            f"`folds` is {folds}, but must be from 2 to the number of different prompts, {len(distinct)}."
-        )
+    require(
+        2 <= folds <= len(distinct),
+        f"`folds` is {folds}, but must be from 2 to the number of different prompts, {len(distinct)}.",
+    )
     random.Random(seed).shuffle(distinct)
     fold_of = {prompt: place % folds for place, prompt in enumerate(distinct)}
     margins = [math.nan] * len(pairs)
     for fold in range(folds):
         held_out = [row for row, prompt in enumerate(prompts) if fold_of[prompt] == fold]
         others = [row for row, prompt in enumerate(prompts) if fold_of[prompt] != fold]
-        scorer = fit(pairs.select(others))
+        scorer = train_scorer(pairs.select(others))
         for row, margin in zip(held_out, pair_margins(pairs.select(held_out), scorer), strict=True):
             margins[row] = margin
         if on_progress is not None:
@@ -277,7 +282,7 @@ def cross_fitted_margins(
 
 def clean_by_cross_fitting(
     pairs: Dataset,
-    fit: Fit,
+    train_scorer: TrainScorer,
     folds: int = 5,
     flip_above: float | None = 0.5,
     drop_above: float | None = None,
@@ -286,69 +291,56 @@ def clean_by_cross_fitting(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Dataset, CleaningReport]:
     """
-    Cleans pairs with nothing but the pairs: each is judged by a scorer that was trained on the others, wrong labels
-    included. The noise rate ε is estimated from all margins ([`estimate_noise`]), and with it the probability that
-    each single label is wrong (confident learning, https://huggingface.co/papers/1911.00068, with a calibrated model
-    in place of its thresholds).
+    Cleans pairs without any source other than the pairs themselves: each pair is judged by a scorer that was trained
+    on the others, including their wrong labels. The share of wrong labels ε is estimated from all margins
+    ([`~trl_ext.preferences.noise.estimate_noise`]), and with it the probability that each single label is wrong. (This
+    is confident learning, https://huggingface.co/papers/1911.00068, with a calibrated model instead of thresholds.)
 
     Args:
         pairs ([`~datasets.Dataset`]):
-            With `prompt`, `chosen` and `rejected`; at least 50.
-        fit (`Callable[[Dataset], Scorer]`):
-            Trains a scorer on pairs.
+            At least 50 rows with `prompt`, `chosen` and `rejected`. The data set stays as it is.
+        train_scorer (`Callable[[Dataset], Scorer]`):
+            Trains a scorer on pairs, for example [`~trl_ext.preferences.scorers.RewardModelTraining`].
         folds (`int`, *optional*, defaults to `5`):
-            K.
+            Number of folds.
         flip_above (`float`, *optional*, defaults to `0.5`):
-            Pairs whose label is wrong with a higher probability are turned around. `None`: none.
+            A pair is flipped if its label is wrong with a higher probability than this. `None`: no pair is flipped.
         drop_above (`float`, *optional*):
-            Of the others, pairs whose label is wrong with a higher probability are dropped. `None`: none.
+            Among the other pairs, a pair is dropped if its label is wrong with a higher probability than this. `None`:
+            no pair is dropped.
         seed (`int`, *optional*, defaults to `0`):
-            Deals prompts to folds.
+            Seed with which prompts are dealt to folds.
         rounds (`int`, *optional*, defaults to `1`):
-            With more, scorers are trained anew on the other folds' pairs with the labels that the round before takes
-            for right, and judge the labels as they were given. They see fewer wrong labels; but a pair's own label
-            has had its part in what the first ones made of the others.
+            In each further round, scorers are trained on pairs with the labels that the round before found more likely
+            right, and judge the original labels. They see fewer wrong labels; on the other hand, the label of a pair
+            has influenced, through the scorers of the round before, the labels on which its own scorer is trained.
         on_progress (`Callable[[int, int], None]`, *optional*):
-            Called with (folds done, folds in all) after each fold of a round.
+            Called after each fold of a round with the number of finished folds and the number of all folds.
 
     Returns:
-        The pairs that are left, in order, and the [`CleaningReport`], whose `noise.label_smoothing` is for a DPO on
-        the pairs as they were, and `noise_left` for one on those that are left. Pairs that aren't scored stay, and all
-        do where the noise rate can't be told ([`NoiseEstimate`]'s `is_told`).
+        [`~datasets.Dataset`] and [`CleaningReport`]: the remaining pairs, in order. The report's
+        `noise.label_smoothing` is meant for DPO on the original pairs, its `noise_left` for DPO on the remaining ones.
+        Pairs without scores are kept, and all pairs are if the estimate is not reliable
+        ([`~trl_ext.preferences.noise.NoiseEstimate`]'s `is_reliable`).
 
     Raises:
-        `ValueError`: before a scorer is trained, with too few pairs, if a probability is out of range, or `drop_above`
-            isn't below `flip_above`.
+        ValueError: before a scorer is trained, with too few pairs, if a probability is out of range, or if
+            `drop_above` isn't below `flip_above`.
     """
-    check_pairs(pairs)
-    if len(pairs) < FEWEST_PAIRS:
-        raise ValueError(
-            f"There are {len(pairs)} pairs, but the share of wrong labels can be told from {FEWEST_PAIRS} on. Make "
-            "more, or clean them with a scorer that can be trusted (clean_by_margin)."
-        )
-    if flip_above is not None and not 0.5 <= flip_above <= 1:
-        raise ValueError(f"`flip_above` is {flip_above}. Labels that are more likely right stay: take [0.5, 1].")
-    if drop_above is not None and not 0 <= drop_above <= 1:
-        raise ValueError(f"`drop_above` is {drop_above}, but it is a probability: in [0, 1].")
-    if flip_above is not None and drop_above is not None and drop_above >= flip_above:
-        raise ValueError(
-            f"`drop_above` ({drop_above}) isn't below `flip_above` ({flip_above}), so that it would drop nothing."
-        )
-    if rounds < 1:
-        raise ValueError(f"`rounds` is {rounds}, but must be at least 1.")
-    turned: set[int] = set()
+    _check_cross_fitting(pairs, flip_above, drop_above, rounds)
+    flipped: set[int] = set()
     for _ in range(rounds):
-        margins = cross_fitted_margins(turn_around(pairs, sorted(turned)), fit, folds, seed, on_progress)
-        margins = [-margin if row in turned else margin for row, margin in enumerate(margins)]
+        margins = cross_fitted_margins(flip_pairs(pairs, sorted(flipped)), train_scorer, folds, seed, on_progress)
+        margins = [-margin if row in flipped else margin for row, margin in enumerate(margins)]
         scored = [margin for margin in margins if not math.isnan(margin)]
         noise = estimate_noise(scored) if len(scored) >= FEWEST_PAIRS and any(scored) else None
-        if noise is None or not noise.is_told:
+        if noise is None or not noise.is_reliable:
             break
         wrong = wrong_label_probabilities(margins, noise)
-        turned = {row for row, probability in enumerate(wrong) if probability > 0.5}
+        flipped = {row for row, probability in enumerate(wrong) if probability > 0.5}
     method = f"by cross-fitting in {folds} folds" + (f", {rounds} rounds" if rounds > 1 else "")
-    if noise is None or not noise.is_told:
-        return _apply(pairs, [(KEPT, NOT_TOLD)] * len(pairs), method, noise, None)
+    if noise is None or not noise.is_reliable:
+        return _apply(pairs, [(KEPT, UNRELIABLE)] * len(pairs), method, noise, None)
     decisions, left = [], []
     for margin, probability in zip(margins, wrong, strict=True):
         if math.isnan(margin):
@@ -366,6 +358,28 @@ def clean_by_cross_fitting(
     return _apply(pairs, decisions, method, noise, noise_left)
 
 
+def _check_cross_fitting(pairs: Dataset, flip_above: float | None, drop_above: float | None, rounds: int) -> None:
+    check_pairs(pairs)
+    require(
+        len(pairs) >= FEWEST_PAIRS,
+        f"There are {len(pairs)} pairs, but the share of wrong labels can be estimated from {FEWEST_PAIRS} on. Make "
+        "more, or clean them with a scorer that can be trusted (clean_by_margin).",
+    )
+    require(
+        flip_above is None or 0.5 <= flip_above <= 1,
+        f"`flip_above` is {flip_above}. A label that is more likely right must not be flipped: set it in [0.5, 1].",
+    )
+    require(
+        drop_above is None or 0 <= drop_above <= 1,
+        f"`drop_above` is {drop_above}, but it is a probability: set it in [0, 1].",
+    )
+    require(
+        flip_above is None or drop_above is None or drop_above < flip_above,
+        f"`drop_above` ({drop_above}) isn't below `flip_above` ({flip_above}), so that it would drop nothing.",
+    )
+    require(rounds >= 1, f"`rounds` is {rounds}, but must be at least 1.")
+
+
 def _apply(
     pairs: Dataset,
     decisions: Sequence[tuple[str, str]],
@@ -376,23 +390,23 @@ def _apply(
     actions, reasons = zip(*decisions, strict=True)
     report = CleaningReport(method, actions, reasons, noise, noise_left)
     left = [row for row, action in enumerate(actions) if action != DROPPED]
-    turned = turn_around(pairs, report.rows(FLIPPED))
-    return turned if len(left) == len(turned) else turned.select(left), report
+    flipped = flip_pairs(pairs, report.rows(FLIPPED))
+    return flipped if len(left) == len(flipped) else flipped.select(left), report
 
 
 def check_pairs(pairs: Dataset) -> None:
+    """Raises an error for pairs that are no data set, lack a column or have no rows."""
     if not isinstance(pairs, Dataset):
-        raise TypeError(f"The pairs are a {type(pairs).__name__}. Load them as a datasets.Dataset, not streamed.")
+        raise TypeError(f"The pairs are a {type(pairs).__name__}. Load them as a datasets.Dataset, without streaming.")
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in pairs.column_names]
-    if missing:
-        raise ValueError(
-            f"The pairs have no column {', '.join(missing)} (they have {pairs.column_names}). Where prompts are part "
-            "of the completions, `trl.data_utils.extract_prompt` takes them apart."
-        )
-    if len(pairs) == 0:
-        raise ValueError("There are no pairs to clean.")
+    require(
+        not missing,
+        f"The pairs have no column {', '.join(missing)} (they have {pairs.column_names}). If prompts are part of the "
+        "completions, separate them with `trl.data_utils.extract_prompt`.",
+    )
+    require(len(pairs) > 0, "There are no pairs to clean.")
 
 
 def _key(prompt: Any) -> str:
-    """Messages as text, so that prompts can be compared."""
+    """A text by which prompts can be compared, also those that are messages."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)

@@ -1,6 +1,6 @@
 """
-What is odd about a set of preference pairs without asking any scorer: pairs that are there twice, perhaps with
-opposite labels, and labels that the length alone predicts. Pairs are flagged, none is changed or left out.
+Finds what is suspicious about a set of preference pairs without any scorer: pairs that occur twice, perhaps with
+opposite labels, and labels that can be predicted from length alone. Pairs are flagged; none is changed or left out.
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset
 from scipy import stats
 
+from ..errors import require
 from .cleaning import check_pairs
 
 
@@ -21,18 +22,21 @@ DUPLICATE, CONTRADICTION, LENGTH_ONLY = "near_duplicate_of", "contradicts_it", "
 @dataclass(frozen=True)
 class FlagReport:
     """
+    What [`flag_pairs`] found.
+
     Args:
         pairs (`int`):
-            How many.
+            Number of pairs.
         near_duplicates (`int`):
-            Pairs that nearly equal an earlier one, whichever side is called better.
+            Number of pairs that nearly equal an earlier one, whichever completion is the chosen one.
         contradictions (`int`):
-            Those of them whose label is the other way round.
+            Number of near duplicates whose label is opposite to that of the earlier pair.
         length_only (`int`):
-            Pairs of which one completion is the beginning of the other.
+            Number of pairs of which one completion is the beginning of the other.
         longer_is_better, longer_low, longer_high (`float`, *optional*):
-            Share of the pairs with completions of different lengths (in characters, punctuation aside) in which the
-            longer is the better one, and its 95 % interval (Clopper and Pearson). `None`: all are equally long.
+            Among the pairs whose completions have different lengths (in characters, without punctuation), the share in
+            which the longer completion is the chosen one, and its 95 % interval (Clopper and Pearson). `None` if there
+            are no such pairs.
     """
 
     pairs: int
@@ -45,12 +49,12 @@ class FlagReport:
 
     @property
     def length_accuracy(self) -> float | None:
-        """How many labels the better of "the longer" and "the shorter" gets right, where lengths differ."""
+        """Share of labels that length predicts where lengths differ, by the better of the two possible rules."""
         return None if self.longer_is_better is None else max(self.longer_is_better, 1 - self.longer_is_better)
 
     @property
     def length_predicts(self) -> bool:
-        """Whether the labels depend on the length beyond chance: the interval leaves ½ out."""
+        """Whether labels depend on length significantly: the interval doesn't contain ½."""
         if self.longer_low is None or self.longer_high is None:
             return False
         return not self.longer_low <= 0.5 <= self.longer_high
@@ -62,50 +66,53 @@ class FlagReport:
         lines = [
             f"{self.pairs} pairs",
             f"{self.near_duplicates:>8} nearly equal an earlier one, {self.contradictions} with the opposite label",
-            f"{self.length_only:>8} differ in nothing but where they end",
+            f"{self.length_only:>8} differ only in where they end",
         ]
         if self.longer_is_better is not None:
             lines.append(
                 f"the longer completion is better in {self.longer_is_better:.1%} of those that differ in length "
                 f"({self.longer_low:.1%} to {self.longer_high:.1%})"
-                + ("; a model may learn just that" if self.length_predicts else "")
+                + ("; a model may learn only that" if self.length_predicts else "")
             )
         return "\n".join(lines)
 
 
 def flag_pairs(pairs: Dataset, similarity: float = 0.9, ngram: int = 5) -> tuple[Dataset, FlagReport]:
     """
-    Adds three columns: `near_duplicate_of`, the row of the earliest pair that this one nearly equals, or `None`;
-    `contradicts_it`, whether their labels are opposite; and `length_only`, whether one completion is the beginning of
-    the other.
+    Adds three columns to a copy of the data set: `near_duplicate_of`, the row of the earliest pair that this one
+    nearly equals, or `None`; `contradicts_it`, whether the labels of these two are opposite; and `length_only`,
+    whether one completion is the beginning of the other.
 
-    Two pairs are near duplicates if the n-grams of characters of each of their texts (prompt, one completion, the
-    other one, either way round) have a Jaccard similarity of at least `similarity`, after case, punctuation and white
-    space are evened out. Found exactly and without comparing all with all, by prefix filtering
-    (Chaudhuri, Ganti and Kaushik, ICDE 2006): two sets this similar share one of their few rarest n-grams.
+    Two pairs are near duplicates if the character n-grams of each of their three texts (the prompt and the two
+    completions, in either order) have a Jaccard similarity of at least `similarity`, disregarding case, punctuation
+    and white space. The search is exact, and avoids comparing all pairs with each other by prefix filtering
+    (Chaudhuri, Ganti and Kaushik, ICDE 2006): two sets that are this similar share at least one of their rarest
+    n-grams.
 
     Args:
         pairs ([`~datasets.Dataset`]):
-            With `prompt`, `chosen` and `rejected`.
+            Rows with `prompt`, `chosen` and `rejected`.
         similarity (`float`, *optional*, defaults to `0.9`):
-            In (0, 1].
+            The smallest Jaccard similarity of near duplicates, in (0, 1].
         ngram (`int`, *optional*, defaults to `5`):
-            Characters of an n-gram.
+            Number of characters of an n-gram.
+
+    Returns:
+        [`~datasets.Dataset`] and [`FlagReport`].
 
     Raises:
-        `ValueError`: if a column is missing, or an argument out of range.
+        ValueError: if a column is missing, or if an argument is out of range.
     """
-    if not 0 < similarity <= 1:
-        raise ValueError(
-            f"`similarity` is {similarity}, but a Jaccard similarity that tells pairs apart is in (0, 1]."
-        )
-    if ngram < 1:
-        raise ValueError(f"`ngram` is {ngram}, but an n-gram has at least 1 character.")
+    require(
+        0 < similarity <= 1,
+        f"`similarity` is {similarity}, but a Jaccard similarity that tells pairs apart is in (0, 1].",
+    )
+    require(ngram >= 1, f"`ngram` is {ngram}, but an n-gram has at least 1 character.")
     check_pairs(pairs)
     written = [tuple(_spaced(row[name]) for name in ("prompt", "chosen", "rejected")) for row in pairs]
     rows = [tuple(map(_plain, row)) for row in written]
     earlier, opposite = _near_duplicates(rows, written, similarity, ngram)
-    # With punctuation: −3 and 3 differ in more than their length
+    # With punctuation, because −3 and 3 differ in more than their length
     starts = [chosen.startswith(rejected) or rejected.startswith(chosen) for _, chosen, rejected in written]
     longer = [len(chosen) > len(rejected) for _, chosen, rejected in rows if len(chosen) != len(rejected)]
     share: dict[str, float] = {}
@@ -129,10 +136,11 @@ def _near_duplicates(
     rows: Sequence[tuple[str, ...]], written: Sequence[tuple[str, ...]], similarity: float, ngram: int
 ) -> tuple[list[int | None], list[bool]]:
     """
-    For each row the first one it nearly equals, and whether the other way round: where n-grams can't tell that, by the
-    rows as they are written, with punctuation.
+    For each row, the first row that it nearly equals, and whether its completions are in the opposite order. If
+    n-grams can't decide the order, the texts with punctuation do.
     """
-    # Marked by their part, so that a word of the prompt isn't one of a completion; sides alike, as labels may differ
+    # The mark tells n-grams of prompts from those of completions. Both completions have the same mark, because the
+    # labels of near duplicates may differ.
     texts = [
         [{mark + gram for gram in _grams(text, ngram)} for mark, text in zip("pcc", row, strict=True)] for row in rows
     ]
@@ -143,9 +151,9 @@ def _near_duplicates(
     opposite: list[bool] = []
     for row, whole in enumerate(wholes):
         rarest = sorted(whole, key=lambda gram: (counts[gram], gram))
-        # Where all parts have a similarity of s, their unions have 2s − 1 or more: the n-grams that one lacks are at
-        # most a share 1 − s of each part, and those of both sides can be the same. Sets that share that many n-grams
-        # can't have them all beyond their prefixes.
+        # If all parts of two rows have a similarity of s, the unions of the parts have at least 2s − 1: of each part
+        # at most a share 1 − s is missing in the other row, and what is missing in both completions can be the same.
+        # Two sets that share this many n-grams share one within their prefixes.
         prefix = rarest[: len(rarest) - _at_least((2 * similarity - 1) * len(rarest)) + 1]
         candidates = sorted({other for gram in prefix for other in by_rarest[gram]})
         match = next((found for other in candidates if (found := _compare(texts, row, other, similarity))), None)
@@ -170,7 +178,7 @@ def _jaccard(one: set[str], other: set[str]) -> float:
 
 
 def _at_least(count: float) -> int:
-    """The next whole number, but not one too many because 0.9 × 10 isn't quite 9."""
+    """`count` rounded up, but not to 10 if rounding errors have made 9 slightly larger. At least 1."""
     return max(1, -int(-(count - 1e-9) // 1))
 
 
@@ -179,12 +187,12 @@ def _grams(text: str, ngram: int) -> set[str]:
 
 
 def _spaced(text: Any) -> str:
-    """Lower case with single spaces; of messages, roles and contents."""
+    """A text in lower case with single spaces; of messages, their roles and contents."""
     if not isinstance(text, str):
         text = "\n".join(f"{message['role']} {message['content']}" for message in text)
     return re.sub(r"\s+", " ", text.casefold()).strip()
 
 
 def _plain(text: str) -> str:
-    """Words with single spaces."""
+    """The words of a text with single spaces, without punctuation."""
     return re.sub(r"\W+", " ", text).strip()

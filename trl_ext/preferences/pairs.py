@@ -1,17 +1,19 @@
 """
-Preference pairs from a policy, prompts and rewards: K completions of each prompt, by the engine's own rollouts, and of
-those the pairs of which one is better.
+Makes preference pairs from a policy, prompts and rewards: samples K completions of each prompt with the engine's own
+rollouts, and pairs completions of which one is better than the other.
 
-The result is what [`~trl.DPOTrainer`] and [`~trl.RewardTrainer`] take: text, or messages where the prompts are. Text
-holds less than the policy wrote, and TRL ends each completion of a pair as its template says, plain text with the
-end-of-sequence token. So two kinds of completions are left out, and counted:
+The result is a data set for [`~trl.DPOTrainer`] and [`~trl.RewardTrainer`]: text, or messages if the prompts are
+messages. Text holds less than the token ids that the policy wrote, and TRL ends each completion of a pair in its own
+way, plain text with the end-of-sequence token and messages as the chat template says. Two kinds of completions are
+therefore left out, and counted:
 
-- *truncated* ones, which never wrote an end: TRL would teach that they end where the budget did. (`truncated` has
-  other ways, for policies that hardly ever end.)
-- those with a special token inside, which their text doesn't show: it would teach, or punish, something else.
+- *truncated* completions, which the policy never ended: TRL would teach the policy to end them where the token limit
+  was. (The argument `truncated` has other ways to treat them, for policies that hardly ever end a completion.)
+- completions with a special token inside, which their text doesn't show: DPO would train on different tokens than were
+  judged.
 
-The margin is in the column `score_margin`, because TRL's reward trainer takes a column `margin` for the margin of its
-loss (https://huggingface.co/papers/2307.09288, eq. 2). Rename it if that is what you want.
+The margin is in the column `score_margin` and not in `margin`, because TRL's reward trainer takes a column `margin`
+for the margin of its loss (https://huggingface.co/papers/2307.09288, eq. 2). Rename the column to have that.
 """
 
 import json
@@ -21,14 +23,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from trl.data_utils import _tokenize, common_prefix_length
+from trl.data_utils import common_prefix_length
 
 from ..curriculum.partial import roll_out_all
+from ..errors import require, require_one_of
+from ..rewards.implicit import token_ids
 from ..rollouts.prompts import TokenizedPrompt
 from ..rollouts.rollout import ScoredGroups
 from ..trainers.grpo import GRPOTrainer
@@ -50,7 +54,7 @@ ONLY_TRUNCATED = "only a truncated completion was better"
 @dataclass
 class Sample:
     """
-    A completion as pairs need it.
+    A sampled completion.
 
     Args:
         completion (`str` or `list[dict]`):
@@ -58,13 +62,13 @@ class Sample:
         completion_ids (`list[int]`):
             Its token ids.
         rewards (`list[float]`):
-            By function, NaN = not applicable.
+            One for each reward function, NaN if it doesn't apply.
         score (`float`):
-            Weighted sum of the rewards that judge, NaN where none applies.
+            Weighted sum of the outcome rewards, NaN if none applies.
         ended (`bool`):
-            Whether the policy wrote an end.
-        hidden (`bool`):
-            Whether it has a special token before that.
+            Whether the policy ended the completion.
+        has_special_tokens (`bool`):
+            Whether it has a special token before its end.
     """
 
     completion: Any
@@ -72,31 +76,39 @@ class Sample:
     rewards: list[float]
     score: float
     ended: bool
-    hidden: bool
+    has_special_tokens: bool
+
+
+class Pair(NamedTuple):
+    """Two completions of a prompt, and by how much the better one is better."""
+
+    better: Sample
+    worse: Sample
+    margin: float
 
 
 @dataclass
 class PairReport:
     """
-    What became of prompts and completions. `prompts` = `prompts_with_pairs` + the sum of `without_pairs`.
+    What became of the prompts and completions. `prompts` = `prompts_with_pairs` + the sum of `without_pairs`.
 
     Args:
         prompts, completions, pairs, prompts_with_pairs (`int`):
             Counts.
         generated_tokens (`int`):
-            Completion tokens, in all.
+            Completion tokens that were sampled.
         without_pairs (`dict[str, int]`):
-            Prompts that gave no pair, by reason.
+            Numbers of prompts without a pair, by reason.
         truncated, special_tokens_inside, repeated, not_scored (`int`):
-            Completions that never ended, that have special tokens inside, that another one of their prompt equals, and
-            to which no reward function applied. The first of these that applies counts; except for truncated ones that
-            `truncated` allows, none of them is in a pair.
+            Numbers of completions that the policy never ended, that have special tokens inside, that equal an earlier
+            completion of their prompt, and to which no reward function applied. Each completion is counted under the
+            first of these that applies. None of them is in a pair, except for truncated ones that `truncated` allows.
         truncated_used (`int`):
-            Pairs in which there is a truncated completion.
-        read_otherwise (`int`):
-            Pairs with a completion of whose text TRL makes other tokens than were sampled, because they merge with
-            the prompt's or can be written in several ways. A few are usual. If it is all of them, end prompts where a
-            token ends.
+            Number of pairs with a truncated completion.
+        tokenized_differently (`int`):
+            Number of pairs with a completion whose text TRL tokenises into different tokens than were sampled, because
+            tokens merge with the prompt's or because the same text has several tokenisations. A few are usual. If it
+            is all of them, let the prompts end where a token ends.
     """
 
     prompts: int = 0
@@ -110,13 +122,13 @@ class PairReport:
     repeated: int = 0
     not_scored: int = 0
     truncated_used: int = 0
-    read_otherwise: int = 0
+    tokenized_differently: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Writes it as JSON."""
+        """Writes the report as JSON."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
@@ -131,19 +143,19 @@ class PairReport:
                 lines.append(f"{getattr(self, name):>8} completions: {name.replace('_', ' ')}")
         if self.truncated_used:
             lines.append(f"{self.truncated_used:>8} pairs have a truncated completion, which TRL will end")
-        if self.read_otherwise:
-            lines.append(f"{self.read_otherwise:>8} pairs are tokenised otherwise than they were sampled")
+        if self.tokenized_differently:
+            lines.append(f"{self.tokenized_differently:>8} pairs are tokenised differently than they were sampled")
         return "\n".join(lines)
 
 
 class NoPairsError(ValueError):
-    """No prompt gave a pair; `report` says why."""
+    """No prompt gave a pair. The attribute `report` says why."""
 
     def __init__(self, report: PairReport) -> None:
         self.report = report
         super().__init__(
-            "No prompt gave a pair. Sample more completions of each, at a higher temperature, from prompts the policy "
-            f"sometimes solves, or lower the margin.\n{report}"
+            "No prompt gave a pair. Sample more completions of each prompt, at a higher temperature, use prompts that "
+            f"the policy sometimes solves, or lower the margin.\n{report}"
         )
 
 
@@ -161,53 +173,58 @@ def make_pairs(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Dataset, PairReport]:
     """
-    Samples completions from the trainer's policy as it is now, scores them by its reward functions, and pairs them.
+    Samples completions from the trainer's policy as it is now, scores them with its reward functions, and pairs them.
 
     Args:
         trainer ([`GRPOTrainer`]):
-            Any `trl_ext` trainer, with the policy and its reward functions: several, weighted, async, models. Those of
-            `outcome_reward_funcs` judge. Every process must make the call.
+            Any trainer of `trl_ext` with the policy and the reward functions, of which there can be several, with
+            weights, async, or models. The `outcome_reward_funcs` decide which completion is better. Every process must
+            make the call.
         dataset ([`~datasets.Dataset`]):
-            Rows with `prompt` and the columns the rewards need.
+            Rows with `prompt` and the columns that the reward functions need.
         num_generations (`int`, *optional*):
-            Completions of each prompt (K), at least 2; by default the trainer's.
+            Completions per prompt (K), at least 2; by default the trainer's.
         strategy (`str`, *optional*, defaults to `"best_worst"`):
-            `"best_worst"`: the best and the worst of K by weighted score, the first sampled among equals. `"margin"`:
-            every two whose scores differ enough. `"majority"`: every two between which more than half of the reward
-            functions that judge agree (weights only say which ones do: those that aren't 0, negated if negative).
+            `"best_worst"`: the best and the worst of the K completions by weighted score; among equals, the one that
+            was sampled first. `"margin"`: every two completions whose scores differ enough. `"majority"`: every two
+            completions of which more than half of the outcome reward functions prefer the same one. (Under
+            `"majority"`, only the signs of the weights matter: functions with weight 0 don't vote, and the vote of a
+            function with a negative weight is reversed.)
         margin (`float`, *optional*, defaults to `0.0`):
-            Scores have to differ by more than this, in units of the reward. Under `"majority"`: the share of votes
-            for, less the share against, has to be more than this.
+            The scores have to differ by more than this, in units of the reward. Under `"majority"`: the share of votes
+            for the better completion minus the share of votes for the other has to be larger than this.
         max_pairs (`int`, *optional*):
-            Pairs of a prompt, the largest margins first. `None`: all there are.
+            The largest number of pairs per prompt, those with the largest margins first. `None`: no limit.
         truncated (`str`, *optional*, defaults to `"drop"`):
-            Completions without an end: `"drop"` leaves them out; `"reject"` lets them be the worse one; `"keep"` takes
-            them as if they had ended.
+            What happens to completions that the policy didn't end. `"drop"`: they are in no pair. `"reject"`: they can
+            only be the worse one of a pair. `"keep"`: they are treated as if they had ended.
         batch_size (`int`, *optional*, defaults to `32`):
-            Prompts per generation.
+            Prompts per generation batch.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling. The batch that starts at row i has `seed + i`, as in
+            Seed of the sampling. The batch that starts at row i has the seed `seed + i`, as in
             [`~trl_ext.curriculum.difficulty.pass_rates`].
         partial_results (`str` or `Path`, *optional*):
-            File in which the completions of finished batches are kept with their rewards. If it is there already, with
-            the same policy, data set and sampling, only what is missing is generated; strategy, margin and weights may
-            be others.
+            A file to which the completions of each finished batch are written with their rewards. If the file exists
+            and belongs to the same policy, data set and sampling, only missing batches are generated. Strategy, margin
+            and weights may differ from those with which it was written.
         on_progress (`Callable[[int, int], None]`, *optional*):
-            Called with (prompts done, prompts in all) after each batch.
+            Called after each batch with the number of finished prompts and the number of all prompts.
 
     Returns:
-        [`~datasets.Dataset`] and [`PairReport`]: a row a pair, with `prompt`, `chosen`, `rejected`, `score_chosen`,
-        `score_rejected`, `score_margin` (under `"majority"` of the votes), `prompt_row` (the prompt's row in
-        `dataset`), and the token ids as they were sampled in `chosen_sampled_ids`, `rejected_sampled_ids`.
+        [`~datasets.Dataset`] and [`PairReport`]: one row per pair, with `prompt`, `chosen`, `rejected`,
+        `score_chosen`, `score_rejected`, `score_margin` (under `"majority"`, the margin of the votes), `prompt_row`
+        (the prompt's row in `dataset`), and the sampled token ids in `chosen_sampled_ids` and `rejected_sampled_ids`.
 
     Raises:
-        `ValueError`: on arguments that can't work, prompts that aren't text, tools, or partial results of another run.
-        [`NoPairsError`]: if no prompt gave a pair.
+        ValueError: for arguments that can't work, prompts that aren't text, tools, or partial results of a different
+            run.
+        TypeError: for a trainer that isn't one of `trl_ext`.
+        NoPairsError: if no prompt gave a pair.
     """
     samples = trainer.num_generations if num_generations is None else num_generations
     _check_arguments(samples, strategy, margin, max_pairs, truncated, batch_size)
     _check_data(trainer, dataset)
-    # Weights only come in afterwards: pairs may be made anew of the same completions
+    # The partial results don't depend on weights, so that pairs can be made again from the same completions
     sampled = roll_out_all(
         trainer, dataset, samples, batch_size, seed, _as_lists, {}, partial_results, on_progress=on_progress
     )
@@ -222,39 +239,42 @@ def make_pairs(
     template: Any = trainer.chat_template_kwargs
     rows: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
-        usable, few = _usable(group, truncated, report)
-        found, reason = (
-            ([], few) if len(usable) < 2 else pair_up(usable, strategy, margin, max_pairs, judges, truncated)
-        )
+        usable, reason = _usable(group, truncated, report)
+        found: list[Pair] = []
+        if len(usable) >= 2:
+            found, reason = pair_up(usable, strategy, margin, max_pairs, judges, truncated)
         if not found:
             reasons[reason] += 1
             continue
         report.prompts_with_pairs += 1
         prompt = dataset[index]["prompt"]
-        for better, worse, gap in found:
-            report.truncated_used += not (better.ended and worse.ended)
-            report.read_otherwise += any(
-                _read_otherwise(tokenizer, prompt, side, template) for side in (better, worse)
+        for pair in found:
+            sides = (pair.better, pair.worse)
+            report.truncated_used += not all(side.ended for side in sides)
+            report.tokenized_differently += any(
+                _is_tokenized_differently(tokenizer, prompt, side, template) for side in sides
             )
-            rows.append(
-                {
-                    "prompt": prompt,
-                    "chosen": better.completion,
-                    "rejected": worse.completion,
-                    "score_chosen": better.score,
-                    "score_rejected": worse.score,
-                    "score_margin": gap,
-                    "prompt_row": index,
-                    "chosen_sampled_ids": better.completion_ids,
-                    "rejected_sampled_ids": worse.completion_ids,
-                    # TRL's DPO renders each row with its own
-                    **({CHAT_TEMPLATE_KWARGS: template} if template and not isinstance(prompt, str) else {}),
-                }
-            )
+            rows.append(_row(pair, prompt, index, template))
     report.pairs, report.without_pairs = len(rows), dict(reasons)
     if not rows:
         raise NoPairsError(report)
     return Dataset.from_list(rows), report
+
+
+def _row(pair: Pair, prompt: Any, index: int, template: dict[str, Any] | None) -> dict[str, Any]:
+    row = {
+        "prompt": prompt,
+        "chosen": pair.better.completion,
+        "rejected": pair.worse.completion,
+        "score_chosen": pair.better.score,
+        "score_rejected": pair.worse.score,
+        "score_margin": pair.margin,
+        "prompt_row": index,
+        "chosen_sampled_ids": pair.better.completion_ids,
+        "rejected_sampled_ids": pair.worse.completion_ids,
+    }
+    # TRL's DPO applies the chat template to each row with the row's own arguments
+    return row | ({CHAT_TEMPLATE_KWARGS: template} if template and not isinstance(prompt, str) else {})
 
 
 def pair_up(
@@ -264,19 +284,18 @@ def pair_up(
     max_pairs: int | None = None,
     judges: list[float] | None = None,
     truncated: str = "keep",
-) -> tuple[list[tuple[Sample, Sample, float]], str]:
+) -> tuple[list[Pair], str]:
     """
-    The pairs of one prompt, see [`make_pairs`].
+    The pairs of one prompt; the other arguments are those of [`make_pairs`].
 
     Args:
         samples (`list[Sample]`):
-            Different completions that all have a score, at least two.
+            At least two different completions, all with a score.
         judges (`list[float]`, *optional*):
-            Weights of the reward functions, 0 for those that don't judge; for `"majority"`.
+            For `"majority"`: the weights of the reward functions, 0 for those that are no outcome rewards.
 
     Returns:
-        `list[tuple[Sample, Sample, float]]` and `str`: better, worse and margin, largest margins first; and why there
-        are none.
+        `list[Pair]` and `str`: the pairs, those with the largest margins first, and the reason if there are none.
     """
     scores = [sample.score for sample in samples]
     majority = strategy == "majority"
@@ -284,7 +303,7 @@ def pair_up(
         gaps = {(i, j): _votes(samples[i], samples[j], judges or []) for i, j in combinations(range(len(samples)), 2)}
     else:
         gaps = {(i, j): (scores[i] - scores[j], True) for i, j in combinations(range(len(samples)), 2)}
-    # Better first, whichever was sampled first
+    # The better one first, whichever was sampled first
     found = [(i, j, gap, enough) if gap > 0 else (j, i, -gap, enough) for (i, j), (gap, enough) in gaps.items()]
     found = [(i, j, gap, enough) for i, j, gap, enough in found if gap > 0]
     if not found:
@@ -306,8 +325,8 @@ def pair_up(
         found = [pair for pair in found if samples[pair[0]].ended]
         if not found:
             return [], ONLY_TRUNCATED
-    found.sort(key=lambda pair: -pair[2])  # stable: in the order of sampling where margins are equal
-    return [(samples[i], samples[j], gap) for i, j, gap, _ in found[:max_pairs]], ""
+    found.sort(key=lambda pair: -pair[2])  # stable, so that equal margins stay in the order of sampling
+    return [Pair(samples[i], samples[j], gap) for i, j, gap, _ in found[:max_pairs]], ""
 
 
 def tokenized_for_dpo(
@@ -315,26 +334,26 @@ def tokenized_for_dpo(
 ) -> tuple[list[int], list[int]]:
     """
     Token ids of prompt and completion as [`~trl.DPOTrainer`] makes them of a row: plain text is ended with the
-    end-of-sequence token, and the completion starts where prompt and whole differ.
+    end-of-sequence token, and the completion starts at the first token in which the whole differs from the prompt.
     """
     plain = isinstance(completion, str)
     if plain and not completion.endswith(tokenizer.eos_token):
         completion += tokenizer.eos_token
     template = {} if plain else chat_template_kwargs or {}
-    whole = _tokenize(tokenizer, prompt + completion, **template)["input_ids"]
-    alone = _tokenize(tokenizer, prompt, **({} if plain else {"add_generation_prompt": True}), **template)["input_ids"]
+    whole = token_ids(tokenizer, prompt + completion, **template)
+    alone = token_ids(tokenizer, prompt, **({} if plain else {"add_generation_prompt": True}), **template)
     cut = common_prefix_length(alone, whole)
     return whole[:cut], whole[cut:]
 
 
-def _read_otherwise(tokenizer: Any, prompt: Any, sample: Sample, template: dict[str, Any]) -> bool:
-    """Whether TRL makes other tokens of a completion's text than were sampled; how it ends aside."""
+def _is_tokenized_differently(tokenizer: Any, prompt: Any, sample: Sample, template: dict[str, Any]) -> bool:
+    """Whether TRL makes different tokens of a completion's text than were sampled, disregarding its end."""
     sampled = sample.completion_ids[:-1] if sample.ended else sample.completion_ids
     return tokenized_for_dpo(tokenizer, prompt, sample.completion, template)[1][: len(sampled)] != sampled
 
 
 def _votes(one: Sample, other: Sample, judges: list[float]) -> tuple[float, bool]:
-    """Share of the votes for `one` less those for `other`, and whether either has more than half of them."""
+    """Share of votes for `one` minus the share for `other`, and whether either has more than half of the votes."""
     votes = [
         math.copysign(1.0, weight * (first - second)) if first != second else 0.0
         for weight, first, second in zip(judges, one.rewards, other.rewards, strict=True)
@@ -346,15 +365,15 @@ def _votes(one: Sample, other: Sample, judges: list[float]) -> tuple[float, bool
 
 
 def _usable(group: list[Sample], truncated: str, report: PairReport) -> tuple[list[Sample], str]:
-    """The completions of a prompt that may be in a pair, and why there are too few of them."""
+    """The completions of a prompt that may be in a pair, and the reason if there are fewer than two."""
     written: list[Sample] = []
     for sample in group:
         if not sample.ended:
             report.truncated += 1
             if truncated == "drop":
                 continue
-        if sample.hidden:
-            report.special_tokens_inside += sample.ended  # each completion is counted once
+        if sample.has_special_tokens:
+            report.special_tokens_inside += sample.ended  # others were counted as truncated
         else:
             written.append(sample)
     distinct: list[Sample] = []
@@ -371,10 +390,10 @@ def _usable(group: list[Sample], truncated: str, report: PairReport) -> tuple[li
 
 
 def _as_lists(scored: ScoredGroups) -> list[list[Any]]:
-    """For each prompt, its completions as [completion, completion_ids, rewards]; `None` = not applicable."""
+    """For each prompt, its completions as `[completion, completion_ids, rewards]`, with `None` instead of NaN."""
     prompts, samples, _ = scored.rewards.shape
     local = [(rollout.completion, rollout.completion_ids) for rollout in scored.rollouts]
-    # Of all processes, without the rows that only filled up the batch
+    # From all processes, without the rows that only pad the batch
     written = gather_object(local)[: prompts * samples]
     kept = [
         [completion, ids, [None if math.isnan(reward) else reward for reward in earned]]
@@ -391,8 +410,8 @@ def _as_samples(trainer: GRPOTrainer, group: list[Any]) -> list[Sample]:
     samples = []
     for (completion, ids, _), earned, score in zip(group, rewards, scores, strict=True):
         ended = bool(ids) and ids[-1] in ends
-        hidden = not special.isdisjoint(ids[:-1] if ended else ids)
-        samples.append(Sample(completion, ids, earned, score, ended, hidden))
+        has_special_tokens = not special.isdisjoint(ids[:-1] if ended else ids)
+        samples.append(Sample(completion, ids, earned, score, ended, has_special_tokens))
     return samples
 
 
@@ -404,17 +423,15 @@ def _tokenizer(trainer: GRPOTrainer) -> Any:
 def _check_arguments(
     samples: int, strategy: str, margin: float, max_pairs: int | None, truncated: str, batch_size: int
 ) -> None:
-    for name, value, known in (("strategy", strategy, STRATEGIES), ("truncated", truncated, TRUNCATED)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, known))}.")
-    if samples < 2:
-        raise ValueError(f"`num_generations` is {samples}, but a pair takes at least 2 completions of a prompt.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size}, but it must be at least 1.")
-    if not margin >= 0:
-        raise ValueError(f"`margin` is {margin}, but the better completion can't score lower: take 0 or more.")
-    if max_pairs is not None and max_pairs < 1:
-        raise ValueError(f"`max_pairs` is {max_pairs}, but it must be at least 1, or `None` for all.")
+    require_one_of("strategy", strategy, STRATEGIES)
+    require_one_of("truncated", truncated, TRUNCATED)
+    require(samples >= 2, f"`num_generations` is {samples}, but a pair takes at least 2 completions of a prompt.")
+    require(batch_size >= 1, f"`batch_size` is {batch_size}, but it must be at least 1.")
+    require(margin >= 0, f"`margin` is {margin}, but the better completion can't score lower: set 0 or more.")
+    require(
+        max_pairs is None or max_pairs >= 1,
+        f"`max_pairs` is {max_pairs}, but it must be at least 1, or `None` for no limit.",
+    )
 
 
 def _check_data(trainer: GRPOTrainer, dataset: Dataset) -> None:
@@ -422,18 +439,20 @@ def _check_data(trainer: GRPOTrainer, dataset: Dataset) -> None:
         raise TypeError(
             f"`trainer` is a {type(trainer).__name__}. Pass one of trl_ext's, such as trl_ext.GRPOTrainer."
         )
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"`dataset` is a {type(dataset).__name__}, whose length isn't known. Load it without streaming."
-        )
-    if "prompt" not in dataset.column_names or len(dataset) == 0:
-        raise ValueError(
-            f"`dataset` needs rows with a column `prompt`; it has {len(dataset)} rows of {dataset.column_names}."
-        )
-    if {"image", "images"} & set(dataset.column_names) or isinstance(dataset[0]["prompt"], TokenizedPrompt):
-        raise ValueError("Pairs are made of text. Remove images, or bring prompts as text or messages.")
-    if trainer.tools or trainer.environments is not None:
-        raise ValueError(
-            "The trainer has tools or environments, which write into completions: DPO would train the policy on "
-            "tokens that it didn't write. Make pairs without them."
-        )
+    require(
+        isinstance(dataset, Dataset),
+        f"`dataset` is a {type(dataset).__name__}, whose length isn't known. Load it without streaming.",
+    )
+    require(
+        "prompt" in dataset.column_names and len(dataset) > 0,
+        f"`dataset` needs rows with a column `prompt`; it has {len(dataset)} rows of {dataset.column_names}.",
+    )
+    require(
+        not {"image", "images"} & set(dataset.column_names) and not isinstance(dataset[0]["prompt"], TokenizedPrompt),
+        "Pairs are made of text. Remove images, and pass prompts as text or messages.",
+    )
+    require(
+        not trainer.tools and trainer.environments is None,
+        "The trainer has tools or environments, which write into completions: DPO would train the policy on "
+        "tokens that it didn't write. Make pairs without them.",
+    )

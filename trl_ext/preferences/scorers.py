@@ -1,11 +1,12 @@
 """
-Scorers that are trained on preference pairs: what [`~trl_ext.preferences.cleaning.clean_by_cross_fitting`] fits to
-each set of folds.
+Trains scorers on preference pairs. [`~trl_ext.preferences.cleaning.clean_by_cross_fitting`] trains one on each set of
+folds.
 
-A reward model reads a completion at its last token and has to learn from nothing what is good. DPO's implicit reward
-starts from what the policy already finds likely, and is right about more pairs where they are few.
+A reward model scores a completion at its last token, with a head that starts without knowledge of what is good. DPO's
+implicit reward starts from what the policy already finds likely, and ranks more pairs correctly if there are few.
 """
 
+import copy
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,14 +15,15 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
+from ..errors import require
 from ..rewards.implicit import ImplicitReward
 from ..rewards.models import RewardModelOnIds
 from ..rollouts.prompts import TokenizedPrompt
 from .pairs import CHAT_TEMPLATE_KWARGS, tokenized_for_dpo
 
 
-READ = ("prompt", "chosen", "rejected", CHAT_TEMPLATE_KWARGS)
-# A fold's scorer is used and forgotten
+DPO_COLUMNS = ("prompt", "chosen", "rejected", CHAT_TEMPLATE_KWARGS)
+# A fold's scorer is neither saved, nor evaluated, nor reported
 QUIET = {
     **{"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "eval_strategy": "no"},
     **{"eval_on_start": False, "push_to_hub": False, "load_best_model_at_end": False, "resume_from_checkpoint": None},
@@ -29,21 +31,22 @@ QUIET = {
 
 
 @dataclass
-class ScorerFit:
+class ScorerTraining:
     """
-    How a scorer is trained.
+    How a scorer is trained. The subclasses are called with pairs, and return the scorer.
 
     Args:
-        model (`str`):
-            Id or folder of the model that every scorer starts from. A loaded one is changed, so that it serves once.
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Id or folder of the model from which every scorer starts. A loaded model is changed by the training, so
+            that it can be used for one scorer only.
         args (`dict`, *optional*):
-            Arguments of the trainer's configuration. Nothing is saved or reported.
+            Arguments of the trainer's configuration. Scorers are neither saved nor evaluated, whatever they say.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Of an adapter to train in place of the model.
+            Configuration of an adapter that is trained instead of the whole model. It stays as it is.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer, by default the model's.
         batch_size (`int`, *optional*, defaults to `64`):
-            Completions that are scored at once.
+            Completions per forward pass when the scorer scores.
     """
 
     model: Any
@@ -54,21 +57,35 @@ class ScorerFit:
     _used: bool = field(default=False, init=False, repr=False)
 
     def start(self) -> Any:
-        """What the next scorer starts from. Raises `ValueError` if an earlier one has changed it."""
-        if self._used and not isinstance(self.model, str):
-            raise ValueError(
-                "The model is loaded, and a scorer was trained on it: the next one would start from what that learned "
-                "of the pairs it is to judge. Pass an id or a folder."
-            )
+        """The model for the next scorer. Raises `ValueError` if an earlier scorer has changed it."""
+        require(
+            isinstance(self.model, str) or not self._used,
+            "The model is loaded, and a scorer was trained on it: the next scorer would start from what that one "
+            "learned about the pairs that it is to judge. Pass an id or a folder.",
+        )
         self._used = True
         return self.model
 
+    def trained(self, trainer_class: type, config_class: type, dataset: Dataset, tokenizer: Any) -> Any:
+        """A trainer of TRL's after its training."""
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = trainer_class(
+                model=self.start(),
+                args=config_class(**{**self.args, **QUIET, "output_dir": folder}),
+                train_dataset=dataset,
+                processing_class=tokenizer,
+                peft_config=copy.deepcopy(self.peft_config),  # PEFT writes into it
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        return trainer
 
-class RewardModelFit(ScorerFit):
+
+class RewardModelTraining(ScorerTraining):
     """
-    Trains a reward model with TRL's [`~trl.RewardTrainer`], and scores with it. Completions are tokenised alike in
-    both: plain text ends with the end-of-sequence token, conversations as the chat template says. A causal model gets
-    a new head; where an adapter is trained, name it in `modules_to_save`.
+    Trains a reward model with TRL's [`~trl.RewardTrainer`]. The scorer is that model. Completions are tokenised in the
+    same way for training and scoring: plain text ends with the end-of-sequence token, conversations end as the chat
+    template says. A causal model gets a new head; if an adapter is trained, name the head in its `modules_to_save`.
     """
 
     def __call__(self, pairs: Dataset) -> "RewardModelScorer":
@@ -81,23 +98,14 @@ class RewardModelFit(ScorerFit):
             ]
             for side in sides
         }
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = RewardTrainer(
-                model=self.start(),
-                args=RewardConfig(**{**self.args, **QUIET, "output_dir": folder}),
-                train_dataset=Dataset.from_dict(ids),
-                processing_class=tokenizer,
-                peft_config=self.peft_config,
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
+        trainer = self.trained(RewardTrainer, RewardConfig, Dataset.from_dict(ids), tokenizer)
         model = trainer.accelerator.unwrap_model(trainer.model).eval()
         return RewardModelScorer(model, tokenizer, self.batch_size, template)
 
 
 @dataclass
 class RewardModelScorer:
-    """The scores of a reward model that [`RewardModelFit`] trained."""
+    """A scorer: the reward model that [`RewardModelTraining`] trained."""
 
     model: Any
     tokenizer: Any
@@ -105,33 +113,25 @@ class RewardModelScorer:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
-        # The reward model of the engine reads ids; it doesn't ask where the prompt ends
+        # It scores the whole sequence, wherever the prompt ends
         score = RewardModelOnIds(self.model, "out_of_fold", self.tokenizer.pad_token_id, self.batch_size)
         ids = _split_all(self.tokenizer, prompts, completions, self.chat_template_kwargs)
         return score([TokenizedPrompt("", prompt) for prompt, _ in ids], [completion for _, completion in ids])
 
 
-class ImplicitRewardFit(ScorerFit):
+class ImplicitRewardTraining(ScorerTraining):
     """
-    Trains a policy with TRL's [`~trl.DPOTrainer`], and scores with its implicit reward β·log π/π_ref
-    (https://huggingface.co/papers/2305.18290, eq. 5). What it starts from is the reference.
+    Trains a policy with TRL's [`~trl.DPOTrainer`]. The scorer is its implicit reward β·log π/π_ref
+    (https://huggingface.co/papers/2305.18290, eq. 5), with the model from which training started as the reference.
     """
 
     def __call__(self, pairs: Dataset) -> "ImplicitRewardScorer":
         tokenizer = self.processing_class or AutoTokenizer.from_pretrained(self.model)
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = DPOTrainer(
-                model=self.start(),
-                args=DPOConfig(**{**self.args, **QUIET, "output_dir": folder}),
-                train_dataset=pairs.select_columns([name for name in READ if name in pairs.column_names]),
-                processing_class=tokenizer,
-                peft_config=self.peft_config,
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
+        rows = pairs.select_columns([name for name in DPO_COLUMNS if name in pairs.column_names])
+        trainer = self.trained(DPOTrainer, DPOConfig, rows, tokenizer)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         reference = trainer.ref_model
-        if reference is None and self.peft_config is None:  # its log-probabilities were computed beforehand
+        if reference is None and self.peft_config is None:  # with `precompute_ref_log_probs`, TRL keeps no reference
             reference = AutoModelForCausalLM.from_pretrained(self.model, **(self.args.get("model_init_kwargs") or {}))
             reference = reference.to(policy.device)
         reward = ImplicitReward(policy, reference, trainer.beta, tokenizer, batch_size=self.batch_size)
@@ -140,7 +140,7 @@ class ImplicitRewardFit(ScorerFit):
 
 @dataclass
 class ImplicitRewardScorer:
-    """The implicit reward of a policy that [`ImplicitRewardFit`] trained."""
+    """A scorer: the implicit reward of the policy that [`ImplicitRewardTraining`] trained."""
 
     reward: ImplicitReward
     tokenizer: Any
@@ -148,8 +148,8 @@ class ImplicitRewardScorer:
 
     def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
         ids = _split_all(self.tokenizer, prompts, completions, self.chat_template_kwargs)
-        asked = [TokenizedPrompt("", prompt) for prompt, _ in ids]
-        scores: Any = self.reward(asked, completions, [completion for _, completion in ids])
+        tokenized_prompts = [TokenizedPrompt("", prompt) for prompt, _ in ids]
+        scores: Any = self.reward(tokenized_prompts, completions, [completion for _, completion in ids])
         return list(scores)
 
 
@@ -161,10 +161,12 @@ def _split_all(
 
 
 def _template(pairs: Dataset) -> dict[str, Any]:
-    """The arguments of the chat template, which TRL reads in every row; a scorer has one for all."""
+    """The arguments of the chat template. TRL reads them in every row, but a scorer has one set for all rows."""
     if CHAT_TEMPLATE_KWARGS not in pairs.column_names:
         return {}
     found = list(pairs[CHAT_TEMPLATE_KWARGS])
-    if any(row != found[0] for row in found):
-        raise ValueError(f"Rows differ in `{CHAT_TEMPLATE_KWARGS}`. Clean those that are alike by themselves.")
+    require(
+        all(row == found[0] for row in found),
+        f"The rows have different `{CHAT_TEMPLATE_KWARGS}`. Clean the rows of each kind separately.",
+    )
     return dict(found[0] or {})

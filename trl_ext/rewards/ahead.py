@@ -1,6 +1,6 @@
 """
-Rewards of finished completions, computed while the next ones are generated. Results and logs are handed out in the
-order of submission, whichever call comes back first.
+Computes rewards of finished completions in the background while the next completions are generated. Results and logs
+are returned in the order of submission, whatever the order in which calls return.
 """
 
 import asyncio
@@ -13,26 +13,27 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import require
 from .guard import FAILED, AsyncRewardGuard, RewardGuard, cut_columns, describe_fault
 from .steps import is_by_step
 
 
-# A function that failed on this many groups in a row, all groups of the last batch among them, is broken. Fewer may be
-# an unlucky batch: a refill round can be one group.
+# A function is taken for broken if it failed on at least this many groups in a row, including all groups of the latest
+# batch. A batch alone may be an unlucky one: a round of refilling can consist of one group.
 BROKEN_AFTER = 4
 
 
 class RewardFault(NamedTuple):
     """
-    A call of a reward function that failed.
+    A failed call of a reward function.
 
     Args:
         name (`str`):
-            The function.
+            Name of the function.
         rows (`range`):
-            The completions that have no reward from it, counted over the batch in order of submission.
+            The completions that get no reward from it, counted over the batch in the order of submission.
         message (`str`):
-            What happened, and on which sample.
+            What happened, and for which sample.
     """
 
     name: str
@@ -41,10 +42,10 @@ class RewardFault(NamedTuple):
 
 
 class _Call:
-    """One function on one group, with what it logs."""
+    """A call of one function on one group, and what the function logs during it."""
 
     def __init__(self, func: RewardGuard, columns: dict[str, Any]) -> None:
-        self.guard = type(func)(func.func, func.__name__)  # its `fault` is this call's alone
+        self.guard = type(func)(func.func, func.__name__)  # a guard whose `fault` belongs to this call alone
         self.size = len(columns["prompts"])
         self.extras: defaultdict[str, list[Any]] = defaultdict(list)
         self.metrics: list[tuple[str, float]] = []
@@ -53,7 +54,7 @@ class _Call:
             "log_metric": lambda name, value: self.metrics.append((name, value)),
         }
         self.columns = {key: recorders.get(key, value) for key, value in columns.items()}
-        self.settled = False  # what still comes after that is dropped
+        self.settled = False  # whatever the call returns after that is dropped
         self.rewards: list[float | None] = [None] * self.size
         self.fault: str | None = None
         self.stop: BaseException | None = None
@@ -70,34 +71,39 @@ class _Call:
         return describe_fault(self.guard.__name__, f"{problem}. The first completion:", self.columns, 0)
 
     def extra(self, column: str) -> list[Any]:
-        """One value for each completion."""
+        """What was logged in a column, with one value for each completion; `None` where there is none."""
         values = [] if self.fault else self.extras.get(column, [])
         return [*values, *[None] * self.size][: self.size]
 
 
 class RewardsAhead:
     """
-    Calls reward functions on finished groups in the background. Sync functions run in threads, so several calls of
-    one may run at the same time; async ones run on an event loop. Nothing is started before the first [`submit`].
+    Calls reward functions on finished groups in the background. Sync functions run in threads, so that several calls
+    of the same function can run at the same time; async functions run on an event loop. Nothing is started before the
+    first [`submit`].
 
-    A call that fails or takes too long costs its group that reward (`None`: does not apply), for all of its
-    completions alike, and is told in `faults`. A function that failed on all groups, and at least `BROKEN_AFTER` times
-    in a row, is broken: its rewards are [`FAILED`], with `fault` set on its guard.
+    If a call fails or takes too long, all completions of its group have no reward from this function (`None`: does not
+    apply), and the failure is listed in `faults`. If a function failed on all groups, and on at least `BROKEN_AFTER`
+    in a row, it is taken for broken: all its rewards are [`FAILED`], and `fault` is set on its guard.
 
     Args:
         funcs (`list[RewardGuard]`):
             The functions in the trainer's order, without reward models.
         in_flight (`int`):
-            How many calls run at the same time, over all functions; the others wait in order of submission.
+            Number of calls that run at the same time, over all functions. Further calls wait in the order of
+            submission.
         timeout (`float`, *optional*):
-            Seconds that one call may run. An async call is cancelled then. A sync one can't be: its thread is left
-            behind, and doesn't count as in flight any more.
+            Seconds that one call may take. After that, an async call is cancelled. A sync call can't be cancelled: its
+            thread keeps running, but no longer counts as in flight.
         loop (`asyncio.AbstractEventLoop`, *optional*):
-            Where async functions run: TRL's `async_loop`, which runs in another thread.
+            The event loop for async functions: TRL's `async_loop`, which runs in a thread of its own.
 
     Attributes:
         faults (`list[RewardFault]`):
-            Those of the last [`collect`].
+            Failed calls of the batch that [`collect`] returned last.
+
+    Raises:
+        ValueError: if `in_flight` is less than 1, or if a function is async and there is no loop.
     """
 
     def __init__(
@@ -107,33 +113,34 @@ class RewardsAhead:
         timeout: float | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        if in_flight < 1:
-            raise ValueError(f"`in_flight` must be at least 1, not {in_flight}")
-        if loop is None and any(isinstance(func, AsyncRewardGuard) for func in funcs):
-            raise ValueError("Async reward functions need the event loop they run on: pass `loop`")
+        require(in_flight >= 1, f"in_flight={in_flight} must be at least 1.")
+        require(
+            loop is not None or not any(isinstance(func, AsyncRewardGuard) for func in funcs),
+            "Async reward functions need an event loop on which to run. Pass `loop`.",
+        )
         self.funcs = funcs
         self.in_flight = in_flight
         self.timeout = timeout
         self.loop = loop
         self.faults: list[RewardFault] = []
-        self._failures = dict.fromkeys(range(len(funcs)), 0)  # in a row, by function
+        self._failures = dict.fromkeys(range(len(funcs)), 0)  # how many in a row, by function
         self._calls: list[list[_Call]] = [[] for _ in funcs]
         self._waiting: deque[_Call] = deque()
         self._running: set[_Call] = set()
-        self._changed = threading.Condition()  # guards all of these
+        self._changed = threading.Condition()  # guards all attributes of the calls above
         self._loggers: dict[str, Callable[..., Any]] = {}
         self._device: int | None = None
 
     def submit(self, columns: dict[str, Any], group_size: int) -> None:
         """
-        Queue finished completions and return at once.
+        Queue finished completions, without waiting for their rewards.
 
         Args:
             columns (`dict[str, Any]`):
-                The arguments as TRL passes them to a reward function. Lists of one value for each completion (as many
-                as `prompts`) are cut by group; everything else is passed on as it is.
+                The arguments as TRL passes them to a reward function. Lists with one value for each completion (as
+                long as `prompts`) are cut by group; everything else is passed on as it is.
             group_size (`int`):
-                Completions in a group; the last group may have fewer.
+                Completions per group; the last group may have fewer.
         """
         if torch.accelerator.is_available():
             self._device = torch.accelerator.current_device_index()
@@ -147,11 +154,11 @@ class RewardsAhead:
 
     def collect(self) -> list[list[float | None]]:
         """
-        Wait for everything that was submitted since the last time, and pass on to TRL what it logged.
+        Wait for everything that was submitted since the last time, and pass on to TRL what the functions logged.
 
         Returns:
-            `list[list[float | None]]`: for each function, the rewards of all completions in order of submission. What
-            a guard's `ready` takes.
+            `list[list[float | None]]`: for each function, the rewards of all completions in the order of submission,
+            as a guard takes them in `ready`.
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting and not self._running)
@@ -159,7 +166,7 @@ class RewardsAhead:
         for call in chain.from_iterable(by_func):
             if call.stop is not None:
                 raise call.stop
-        # TRL calls async functions after all others
+        # In TRL's order, which calls async functions after all others
         for index in sorted(range(len(self.funcs)), key=lambda i: isinstance(self.funcs[i], AsyncRewardGuard)):
             self._log(by_func[index])
         self.faults = []
@@ -174,7 +181,10 @@ class RewardsAhead:
         return counts
 
     def discard(self) -> None:
-        """Drop everything that was submitted; the next batch starts clean. Threads that still run are left behind."""
+        """
+        Drop everything that was submitted, so that the next batch starts clean. Threads that are still running are not
+        waited for, and their results are dropped.
+        """
         with self._changed:
             self._waiting.clear()
             for call in list(self._running):
@@ -182,7 +192,7 @@ class RewardsAhead:
             self._calls = [[] for _ in self.funcs]
 
     def close(self) -> None:
-        """The end of training: [`discard`]. Threads that still run don't keep the interpreter from exiting."""
+        """[`discard`] at the end of training. Threads that are still running don't keep the interpreter alive."""
         self.discard()
 
     # Calls
@@ -199,16 +209,16 @@ class RewardsAhead:
                 assert self.loop is not None
                 call.future = asyncio.run_coroutine_threadsafe(self._run_async(call), self.loop)
             else:
-                # Not a pool's thread: the interpreter waits for those before it exits, hanging calls included
+                # Not a thread of a pool, for which the interpreter would wait at its exit even if a call hangs
                 threading.Thread(target=self._run, args=[call], name=call.guard.__name__, daemon=True).start()
 
     def _run(self, call: _Call) -> None:
         try:
             if self._device is not None:
-                torch.accelerator.set_device_index(self._device)  # each thread has its own
+                torch.accelerator.set_device_index(self._device)  # the current device is a thread's own
             rewards = call.rewards_of(call.guard(**call.columns))
             self._settle(call, rewards, call.guard.fault)
-        except BaseException as stop:  # the guard lets no others through
+        except BaseException as stop:  # such as KeyboardInterrupt; the guard catches every Exception
             self._settle(call, stop=stop)
 
     async def _run_async(self, call: _Call) -> None:
@@ -217,9 +227,9 @@ class RewardsAhead:
         try:
             rewards = call.rewards_of(await call.guard(**call.columns))
             self._settle(call, rewards, call.guard.fault)
-        except asyncio.CancelledError:  # by us, and settled already; else from within the function
+        except asyncio.CancelledError:  # by `_settle`, which has settled the call, or by the function itself
             self._settle(call, fault=call.guard.fault or call.fault_of("was cancelled"))
-        except BaseException as stop:  # would end the loop
+        except BaseException as stop:  # caught, because it would end the loop
             self._settle(call, stop=stop)
 
     def _time_out(self, call: _Call) -> None:
@@ -247,7 +257,7 @@ class RewardsAhead:
             self._start_calls()
             self._changed.notify_all()
 
-    # What comes back
+    # Results
 
     def _log(self, calls: list[_Call]) -> None:
         healthy = [call for call in calls if call.fault is None]

@@ -1,5 +1,6 @@
 """
-Reward functions are the user's code: when one fails, the message says which one, how, and on which sample.
+Reward functions are the user's code. When one fails, the error says which function it was, what happened, and for
+which sample.
 """
 
 import math
@@ -18,36 +19,39 @@ class RewardFunctionError(RuntimeError):
     """A reward function raised, or returned something that can't be a reward."""
 
 
-# Infinity is no valid reward, so it can carry "this function failed here" through TRL's own gather: every rank learns
-# of a failure on any of them, without a collective that a healthy step would pay for.
+# Stands for the reward of a function that failed. Infinity is no valid reward, and TRL gathers rewards anyway, so that
+# every rank learns of a failure on any rank without a further collective.
 FAILED = math.inf
-# Samples that are tried one by one when a function raised on a batch
+# How many samples are tried one by one after a function raised on a batch
 MOST_PROBES = 64
-# TRL keeps rewards in float32
+# TRL stores rewards in float32
 LARGEST_REWARD = torch.finfo(torch.float32).max
 
 
 def _by_completion(columns: dict[str, Any]) -> dict[str, list[Any]]:
-    """The arguments with one value for each completion; the others are shared."""
+    """The arguments that have one value for each completion; all others are shared."""
     size = len(columns["prompts"])
     return {key: value for key, value in columns.items() if isinstance(value, list) and len(value) == size}
 
 
 def cut_columns(columns: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """The arguments of a reward function for some of the completions: lists by completion are cut, others stay."""
+    """
+    The arguments of a reward function for the completions from `start` to `stop`: lists with one value for each
+    completion are cut, all other arguments are passed on.
+    """
     return {**columns, **{key: value[start:stop] for key, value in _by_completion(columns).items()}}
 
 
 def describe_fault(name: str, problem: str, columns: dict[str, Any], index: int) -> str:
-    """What went wrong with a reward function, and the arguments of one completion that show it."""
+    """An error message: what went wrong with a reward function, and its arguments for the completion at `index`."""
     shown = "\n".join(f"  {key}: {value[index]!r}"[:500] for key, value in _by_completion(columns).items())
     return f"The reward function `{name}` {problem}\n{shown}"
 
 
 class RewardGuard:
     """
-    Calls a reward function and checks what comes back. A fault is kept in `fault` and reported as [`FAILED`] rewards;
-    the trainer raises it on all ranks together, after it has saved what was trained.
+    Calls a reward function and checks what it returns. After a failure, the message is in `fault` and all rewards are
+    [`FAILED`]; the trainer then saves what was trained and raises the error on all ranks together.
 
     Args:
         func (`Callable`):
@@ -56,11 +60,12 @@ class RewardGuard:
             Its name in logs.
 
     Attributes:
+        fault (`str`, *optional*):
+            What went wrong in the latest failure.
         ready (`list`, *optional*):
-            Rewards that have been computed and checked already. The next call returns them instead of calling the
-            function.
+            Rewards that were computed and checked beforehand. The next call returns them without calling the function.
         returned (`list`):
-            Rewards of the last call, [`StepRewards`] among them.
+            Rewards of the latest call. Some may be [`~trl_ext.rewards.steps.StepRewards`].
     """
 
     def __init__(self, func: Callable[..., Any], name: str) -> None:
@@ -70,9 +75,9 @@ class RewardGuard:
         self.ready: list[float | None] | None = None
         self.returned: list[Any] = []
 
-    def __getattr__(self, name: str) -> Any:  # only what the guard itself lacks
+    def __getattr__(self, name: str) -> Any:  # called for attributes that the guard itself lacks
         if name == "func":
-            raise AttributeError(name)  # while unpickling
+            raise AttributeError(name)  # it is missing while the guard is unpickled
         return getattr(self.func, name)
 
     def _failed(self, columns: dict[str, Any], problem: str, index: int) -> list[float]:
@@ -83,7 +88,7 @@ class RewardGuard:
     def _raised(self, columns: dict[str, Any], error: Exception, where: str, index: int = 0) -> list[float]:
         return self._failed(columns, f"raised {type(error).__name__}: {error} ({where}):", index)
 
-    def _taken(self, columns: dict[str, Any], ready: list[float | None]) -> list[float | None]:
+    def _take_ready(self, columns: dict[str, Any], ready: list[float | None]) -> list[float | None]:
         self.ready = None
         expected = len(columns["prompts"])
         if len(ready) != expected:
@@ -93,7 +98,7 @@ class RewardGuard:
 
     def _checked(self, columns: dict[str, Any], output: Any) -> Any:
         expected = len(columns["prompts"])
-        if isinstance(output, Iterator):  # TRL takes a generator or a map
+        if isinstance(output, Iterator):  # TRL accepts generators and maps
             output = list(output)
         try:
             returned = len(output)
@@ -110,8 +115,8 @@ class RewardGuard:
         for index, reward in enumerate(given):
             if reward is None:
                 continue
-            one = math.prod(getattr(reward, "shape", (0,))) == 1  # a tensor of one number is one, as in TRL
-            if isinstance(reward, Iterable) and not isinstance(reward, str) and not one:
+            is_number = math.prod(getattr(reward, "shape", (0,))) == 1  # a tensor with one element, as in TRL
+            if isinstance(reward, Iterable) and not isinstance(reward, str) and not is_number:
                 try:
                     reward = read_step_rewards(reward, len(columns["completion_ids"][index]))
                 except ValueError as error:
@@ -134,29 +139,32 @@ class RewardGuard:
         return output
 
     def _one_by_one(self, columns: dict[str, Any], error: Exception) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Arguments of single samples, to find one on which a function raises; a few, since a judge may be slow."""
-        # Kept first: there may be no time to try them
+        """
+        Arguments of single samples, to find one for which the function raises. Their number is limited, because a
+        judge may be slow.
+        """
+        # Recorded first, because a timeout may come before the samples have been tried
         self._raised(columns, error, "on the whole batch; here is its first sample")
         for index in range(min(len(columns["prompts"]), MOST_PROBES)):
             yield index, cut_columns(columns, index, index + 1)
 
-    def _on_none(self, columns: dict[str, Any], error: Exception) -> list[float]:
+    def _raised_on_batch_only(self, columns: dict[str, Any], error: Exception) -> list[float]:
         tried = min(len(columns["prompts"]), MOST_PROBES)
         where = f"on the whole batch, but on none of its first {tried} samples alone; here is the first"
         return self._raised(columns, error, where)
 
     def __call__(self, **columns: Any) -> Any:
         if self.ready is not None:
-            return self._taken(columns, self.ready)
+            return self._take_ready(columns, self.ready)
         try:
             return self._checked(columns, self.func(**columns))
-        except Exception as error:  # whatever the user's code raises
+        except Exception as error:  # anything that the user's code raises
             for index, alone in self._one_by_one(columns, error):
                 try:
                     self.func(**alone)
                 except Exception:
                     return self._raised(columns, error, "for this sample", index)
-            return self._on_none(columns, error)
+            return self._raised_on_batch_only(columns, error)
 
 
 class AsyncRewardGuard(RewardGuard):
@@ -164,7 +172,7 @@ class AsyncRewardGuard(RewardGuard):
 
     async def __call__(self, **columns: Any) -> Any:
         if self.ready is not None:
-            return self._taken(columns, self.ready)
+            return self._take_ready(columns, self.ready)
         try:
             return self._checked(columns, await self.func(**columns))
         except Exception as error:
@@ -173,11 +181,11 @@ class AsyncRewardGuard(RewardGuard):
                     await self.func(**alone)
                 except Exception:
                     return self._raised(columns, error, "for this sample", index)
-            return self._on_none(columns, error)
+            return self._raised_on_batch_only(columns, error)
 
 
 def guard(func: Callable[..., Any], name: str) -> RewardGuard:
-    """Wrap a reward function; see [`RewardGuard`]."""
+    """Wraps a reward function in a [`RewardGuard`]; returns a guard as it is."""
     if isinstance(func, RewardGuard):
         return func
     return AsyncRewardGuard(func, name) if is_async_callable(func) else RewardGuard(func, name)

@@ -1,36 +1,40 @@
 """
-A reward model on token ids, for policies that share its tokenizer and data that is tokenised already: nothing is
-decoded and tokenised again.
+A reward model that scores token ids, for data that is tokenized already and a policy with the reward model's
+tokenizer: nothing is decoded and tokenized again.
 """
 
 from typing import Any
 
 import torch
 
+from ..errors import require
 from ..rollouts.prompts import TokenizedPrompt
 
 
 class RewardModelOnIds:
     """
-    The score that a sequence classification model with one output gives to the last token.
+    A reward function: the score that a sequence classification model with one output gives to the last token.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The reward model, prepared for this process.
+            The reward model, on this process's device.
         name (`str`):
-            In logs.
+            The reward's name in logs.
         pad_token_id (`int`):
-            What rows are filled up with; it is masked.
+            The id of padding, which is masked.
         batch_size (`int`):
-            Rows of a forward.
+            Rows per forward pass.
+
+    Raises:
+        ValueError: for a model without a layer `score`.
     """
 
     def __init__(self, model: Any, name: str, pad_token_id: int, batch_size: int) -> None:
-        if not hasattr(model, "score"):
-            raise ValueError(
-                f"{type(model).__name__} has no layer `score`, with which causal models score the last token. Use the "
-                "sequence classifier of a causal model, or bring the prompts as text, in a column `prompt`."
-            )
+        require(
+            hasattr(model, "score"),
+            f"{type(model).__name__} has no layer `score`, with which causal models score the last token. Use the "
+            "sequence classifier of a causal model, or pass the prompts as text, in a column `prompt`.",
+        )
         self.model = model
         self.__name__ = name
         self.pad_token_id = pad_token_id
@@ -39,7 +43,7 @@ class RewardModelOnIds:
     @torch.no_grad()
     def __call__(self, prompts: list[TokenizedPrompt], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
         ids = [prompt.input_ids + completion for prompt, completion in zip(prompts, completion_ids, strict=True)]
-        # Of like length together
+        # Rows of similar length are batched together
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         scores = [0.0] * len(ids)
         for start in range(0, len(order), self.batch_size):

@@ -1,24 +1,30 @@
 """
-The scale of rewards: a critic fits returns, and learns badly where they are large, tiny, or drift.
+The scale of rewards. A critic predicts returns, and learns badly if they are very large, tiny, or drift.
+
+A scaling says by what scores are divided. A new one is a function and an entry in [`REWARD_SCALINGS`].
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
-REWARD_SCALINGS = ("none", "batch", "running")
-# Rewards that are all equal have no scale to divide by
+# Scores whose deviation is smaller than this are not divided
 SMALLEST_DEVIATION = 1e-8
 
 
 @dataclass
 class RunningScale:
     """
-    Mean and deviation of all scores so far (Chan et al.'s pairwise update of Welford's).
+    Mean and standard deviation of all scores so far (Chan et al.'s pairwise form of Welford's update).
 
     Args:
-        count, mean, squares (`float`):
-            Scores, their mean, and the sum of their squared distances to it.
+        count (`float`):
+            Number of scores.
+        mean (`float`):
+            Their mean.
+        squares (`float`):
+            The sum of their squared distances to the mean.
     """
 
     count: float = 0.0
@@ -26,7 +32,7 @@ class RunningScale:
     squares: float = 0.0
 
     def update(self, scores: list[float]) -> None:
-        """Take in the scores of a batch, of all ranks."""
+        """Add the scores of a batch, gathered over all ranks."""
         if not scores:
             return
         size, mean = len(scores), math.fsum(scores) / len(scores)
@@ -38,6 +44,39 @@ class RunningScale:
 
     @property
     def deviation(self) -> float:
-        """Unbiased standard deviation; 1 as long as the scores have none."""
+        """Unbiased standard deviation; 1 as long as all scores are (nearly) equal."""
         deviation = math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
         return deviation if deviation > SMALLEST_DEVIATION else 1.0
+
+
+# Returns the finite scores of a batch, gathered over all ranks. It is only called if they are needed.
+Scores = Callable[[], list[float]]
+
+
+def unscaled(scores: Scores, running: RunningScale, training: bool) -> float:
+    """Scores stay as they are."""
+    return 1.0
+
+
+def deviation_of_batch(scores: Scores, running: RunningScale, training: bool) -> float:
+    """Scores are divided by the standard deviation of their own batch."""
+    batch = RunningScale()
+    batch.update(scores())
+    return batch.deviation
+
+
+def running_deviation(scores: Scores, running: RunningScale, training: bool) -> float:
+    """Scores are divided by the standard deviation of all scores of training so far, including these."""
+    found = scores()
+    if training:
+        running.update(found)
+    return running.deviation
+
+
+# By the values of `reward_scaling`: from the scores of a batch, the running scale and whether the batch is of training
+# (and not of evaluation) to what scores are divided by
+REWARD_SCALINGS: dict[str, Callable[[Scores, RunningScale, bool], float]] = {
+    "none": unscaled,
+    "batch": deviation_of_batch,
+    "running": running_deviation,
+}

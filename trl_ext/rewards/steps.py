@@ -1,6 +1,6 @@
 """
-Rewards by step. A reward function may return, for a completion, a list instead of a number: one reward for each token
-of the completion, or pairs `(position, reward)` of steps that end at a token. Trainers without a critic use their sum.
+Step rewards. Instead of a number, a reward function may return a list for a completion: one reward for each of its
+tokens, or pairs `(position, reward)`, each for a step that ends at that token. Trainers without a critic use the sum.
 """
 
 from collections.abc import Iterable
@@ -9,11 +9,11 @@ from typing import Any, Self
 
 class StepRewards(float):
     """
-    The sum of a completion's step rewards, which remembers the steps.
+    The sum of a completion's step rewards, as a number that also holds the steps.
 
     Attributes:
         steps (`list[tuple[int, float]]`):
-            Position of a token in the completion, and what was earned when it was written.
+            Position of a token in the completion, from 0, and the reward for it.
     """
 
     steps: list[tuple[int, float]]
@@ -29,7 +29,7 @@ class StepRewards(float):
 
 
 def is_by_step(reward: Any) -> bool:
-    """Whether a reward is by step."""
+    """Whether a checked reward holds step rewards."""
     return isinstance(reward, StepRewards)
 
 
@@ -37,23 +37,24 @@ def _number(value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"with {value!r} among them. Return numbers, and leave out steps that earned nothing"
-        ) from None
+        raise ValueError(f"with {value!r} among them. Return numbers, and leave out steps without a reward") from None
 
 
 def read_step_rewards(returned: Any, length: int) -> StepRewards:
     """
-    What a reward function returned for one completion.
+    Check what a reward function returned for one completion.
 
     Args:
         returned (iterable):
-            A reward for each token, or pairs of position and reward. Empty: no step earned anything.
+            A reward for each token, or pairs of position and reward. If it is empty, no step has a reward.
         length (`int`):
-            Tokens of the completion.
+            Number of tokens of the completion.
+
+    Returns:
+        [`StepRewards`]
 
     Raises:
-        ValueError: says what is wrong with it, and what to return.
+        ValueError: with the second half of a sentence that says what is wrong, and what to return.
     """
     steps = [step.tolist() if hasattr(step, "tolist") else step for step in returned]
     if not steps:
@@ -62,13 +63,13 @@ def read_step_rewards(returned: Any, length: int) -> StepRewards:
     if any(pairs):
         if not all(pairs) or any(len(step) != 2 for step in steps):
             raise ValueError(
-                "mixed. Return pairs (position, reward) for all steps of a completion, or a number a token"
+                "mixed. Return pairs (position, reward) for all steps of a completion, or a number for each token"
             )
         placed = [(_number(position), _number(reward)) for position, reward in steps]
         outside = [position for position, _ in placed if not 0 <= position < length or position != int(position)]
         if outside:
             raise ValueError(
-                f"at position {outside[0]:g} of a completion of {length} tokens. Positions count its tokens from 0"
+                f"at position {outside[0]:g} of a completion of {length} tokens. Positions count tokens from 0"
             )
         return StepRewards((int(position), reward) for position, reward in placed)
     if len(steps) != length:

@@ -16,6 +16,7 @@ from torch import nn
 
 
 ADAPTER = "default"  # the one that is trained, as in TRL
+REFERENCE_ADAPTER = "ref"  # TRL's name for its copy of an adapter that a policy came with
 
 
 def sharing_weights(model: nn.Module) -> Any:

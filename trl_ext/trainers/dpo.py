@@ -1,69 +1,76 @@
 """
 DPO: Direct Preference Optimization (https://huggingface.co/papers/2305.18290).
 
-The policy is its own reward model: r(x, y) = β·log π(y|x)/π_ref(y|x), up to a term of the prompt alone (eq. 5), and
-the loss is −log σ of the difference of that reward between the chosen and the rejected completion (eq. 7).
+The policy is its own reward model: r(x, y) = β·log π(y|x)/π_ref(y|x), up to a term that depends on the prompt alone
+(eq. 5). The loss is −log σ of the difference of that reward between the chosen and the rejected completion (eq. 7).
 
-The loss, its variants, the data and the reference are TRL's. Added: a curriculum, as all trainers here take one,
-and the implicit reward as a reward function for whatever trains next. TRL logs the share of pairs whose chosen
-completion has the higher implicit reward as `rewards/accuracies`, in evaluation as `eval_rewards/accuracies`. A tie
-counts as wrong: a policy that still equals its reference is at 0, not at ½.
+The loss, its variants, the data and the reference are TRL's. Added here are a curriculum, which every trainer of
+`trl_ext` takes, and the implicit reward as a reward function for the trainer that comes next. TRL logs the share of
+pairs whose chosen completion has the higher implicit reward as `rewards/accuracies`, and as `eval_rewards/accuracies`
+in evaluation. A tie counts as wrong, so that a policy that still equals its reference is at 0 and not at ½.
 """
 
-import inspect
 import textwrap
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import trl
 from datasets import Dataset
-from trl.trainer.utils import get_config_model_id
 
-from ..rewards.implicit import ImplicitReward
+from ..errors import require
+from ..rewards.implicit import IMPLICIT_REWARD, ImplicitReward
+from ..roles.trunk import REFERENCE_ADAPTER
+from .arguments import adopted, bound
 from .seams.dpo import DPOSeams, RowOrder
+
+
+class PairOrder(Protocol):
+    """What [`DPOTrainer`] needs of a curriculum. [`~trl_ext.curriculum.schedule.DifficultyCurriculum`] has it."""
+
+    column: str | None
+    start_completion_length: int | None
+
+    def priors(self, values: Sequence[float | None]) -> list[float]:
+        """Difficulties in [0, 1] of rows, from the numbers that the column holds for all of them."""
+
+    def epoch_order(self, difficulties: Sequence[float], seed: int, epoch: int) -> list[int]:
+        """The rows of a data set in the order in which an epoch trains on them, each once."""
 
 
 @dataclass
 class DPOConfig(trl.DPOConfig):
-    """[`~trl.DPOConfig`], to which it adds nothing but [`adopt`]."""
+    """[`~trl.DPOConfig`] with [`adopt`] and nothing else."""
 
     @classmethod
     def adopt(cls, args: trl.DPOConfig) -> Self:
         """
-        Take over a configuration written for TRL, as it is: nothing here has another default.
+        Take over a configuration that was written for TRL. No default differs, so every argument keeps its value.
 
         Args:
             args ([`~trl.DPOConfig`]):
                 A configuration of this class is returned as it is.
 
         Raises:
-            TypeError: if it is another kind of configuration.
+            TypeError: if it is a configuration of a different kind.
         """
-        if isinstance(args, cls):
-            return args
-        if not isinstance(args, trl.DPOConfig):
-            raise TypeError(f"`args` must be a {cls.__name__} or a trl.DPOConfig, not {type(args).__name__}.")
-        own = {f.name for f in fields(cls)}
-        adopted = cls(**{f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in own})
-        for f in fields(args):  # what a user's own subclass adds
-            if f.name not in own:
-                setattr(adopted, f.name, getattr(args, f.name))
-        return adopted
+        return adopted(cls, args, trl.DPOConfig)
 
 
 class DPOTrainer(DPOSeams):
     """
-    [`~trl.DPOTrainer`] with an order of training by difficulty and the implicit reward. Takes the same arguments;
-    `args` may be a [`~trl.DPOConfig`], which [`DPOConfig.adopt`] takes over.
+    [`~trl.DPOTrainer`] that can train in the order of difficulty and hands out its implicit reward. Takes the same
+    arguments; `args` may be a [`~trl.DPOConfig`], which [`DPOConfig.adopt`] takes over.
 
     Args:
         curriculum ([`~trl_ext.curriculum.schedule.DifficultyCurriculum`], *optional*):
-            In which order pairs are trained on, in every epoch, by its column. `None`: TRL's order.
+            The order in which each epoch trains on the pairs, by the curriculum's column. `None`: TRL's order.
 
     Raises:
-        ValueError: before a model is loaded, if the curriculum has no column that can be read.
-        TypeError: if `args` is not a configuration for DPO.
+        ValueError: before a model is loaded, if the data set lacks the curriculum's column or the column can't be
+            read, or if a setting contradicts the curriculum.
+        TypeError: if `args` is not a configuration for DPO, or `curriculum` is a name or a class.
     """
 
     config_class = DPOConfig
@@ -82,15 +89,9 @@ class DPOTrainer(DPOSeams):
             }"""),
     }
 
-    def __init__(self, *args: Any, curriculum: Any = None, **kwargs: Any) -> None:
-        given = inspect.signature(trl.DPOTrainer.__init__).bind(self, *args, **kwargs).arguments
-        given.pop("self")
-        if given.get("args") is None:
-            model = given["model"]
-            identifier = model if isinstance(model, str) else get_config_model_id(model.config)
-            given["args"] = self.config_class(f"{identifier.split('/')[-1]}-{self._name}")
-        config = given["args"] = self.config_class.adopt(given["args"])
-        self._check_curriculum(config, curriculum, given.get("train_dataset"))
+    def __init__(self, *args: Any, curriculum: PairOrder | None = None, **kwargs: Any) -> None:
+        given = bound(trl.DPOTrainer, self, args, kwargs)
+        self._check_curriculum(given["args"], curriculum, given.get("train_dataset"))
         self.curriculum = curriculum
         super().__init__(**given)
 
@@ -102,31 +103,31 @@ class DPOTrainer(DPOSeams):
             raise TypeError(f"curriculum={curriculum!r} is no object. Pass a DifficultyCurriculum(...).")
         if not isinstance(dataset, Dataset):
             raise ValueError(
-                "curriculum orders the rows of train_dataset, which must be there as a whole, not as a "
+                "curriculum orders the rows of train_dataset, which must be a datasets.Dataset, not "
                 f"{type(dataset).__name__}. Load it without streaming, or leave curriculum out."
             )
         column = curriculum.column
-        if column is None or column not in dataset.column_names:
-            raise ValueError(
-                f"The curriculum's column is {column!r}, and train_dataset has {dataset.column_names}. DPO has no "
-                "rollouts: name a column that says how hard each pair is."
-            )
-        if curriculum.start_completion_length is not None:
-            raise ValueError(
-                f"start_completion_length={curriculum.start_completion_length} means nothing to DPO, which generates "
-                "nothing. Leave it out."
-            )
-        if config.train_sampling_strategy != "random":
-            raise ValueError(
-                f"curriculum and train_sampling_strategy={config.train_sampling_strategy!r} both say in which order "
-                "rows are trained on. Leave the second at 'random'."
-            )
+        require(
+            column is not None and column in dataset.column_names,
+            f"The curriculum's column is {column!r}, and train_dataset has {dataset.column_names}. DPO has no "
+            "rollouts: name a column that says how hard each pair is.",
+        )
+        require(
+            curriculum.start_completion_length is None,
+            f"start_completion_length={curriculum.start_completion_length} has no effect in DPO, which generates "
+            "nothing. Leave it out.",
+        )
+        require(
+            config.train_sampling_strategy == "random",
+            f"curriculum and train_sampling_strategy={config.train_sampling_strategy!r} both set the order of the "
+            "rows. Leave the second at 'random'.",
+        )
         curriculum.priors(dataset[column])
 
     def row_order(self) -> RowOrder | None:
         if self.curriculum is None:
             return None
-        # Read again, because TRL drops rows whose prompt is too long
+        # Read again, because TRL has dropped the rows whose prompt is too long
         difficulties = self.curriculum.priors(self.train_dataset[self.curriculum.column])
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return partial(self.curriculum.epoch_order, difficulties, seed)
@@ -136,35 +137,35 @@ class DPOTrainer(DPOSeams):
         batch_size: int = 8,
         by_token: bool = False,
         snapshot: bool = True,
-        name: str = "implicit_reward",
+        name: str = IMPLICIT_REWARD,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> ImplicitReward:
         """
-        The reward that this policy has learned, β·log π(y|x)/π_ref(y|x), as a reward function for any trainer, with
-        the `beta` and the reference of this one.
+        The reward that this policy has learned, β·log π(y|x)/π_ref(y|x), as a reward function for any trainer. β and
+        the reference are this trainer's.
 
         Args:
             batch_size (`int`, *optional*, defaults to `8`):
-                Completions of a forward.
+                Completions per forward pass.
             by_token (`bool`, *optional*, defaults to `False`):
-                One reward a token instead of one a completion.
+                Return one reward per token instead of one per completion.
             snapshot (`bool`, *optional*, defaults to `True`):
-                Keep the weights that are trained as they are now, so that the reward stays the same while the same
-                model is trained on. For an adapter that is a copy of the adapter; the base model is shared. Without
-                an adapter it is a copy of the whole model. `False`: the reward follows the policy.
+                Copy the trained weights as they are now, so that the reward stays the same while the model is trained
+                further. For an adapter, the adapter is copied and the base model is shared; without an adapter, the
+                whole model is copied. `False`: the reward follows the policy.
             name (`str`, *optional*, defaults to `"implicit_reward"`):
-                In logs.
+                The reward's name in logs.
             chat_template_kwargs (`dict`, *optional*):
-                Further arguments of the chat template: those of the trainer that it rewards.
+                Further arguments of the chat template: those of the trainer that uses the reward.
 
         Raises:
-            ValueError: where there is no reference to ask (`precompute_ref_log_probs` without an adapter), or the
-                weights are spread over processes.
+            ValueError: if there is no reference model (`precompute_ref_log_probs` without an adapter), or if the
+                weights are sharded over processes.
         """
         unwrap: Any = self.accelerator.unwrap_model
         policy, reference = unwrap(self.model), None if self.ref_model is None else unwrap(self.ref_model)
-        # Where an adapter was given, TRL keeps a copy of how it began
-        began = "ref" if reference is None and "ref" in getattr(policy, "peft_config", {}) else None
+        # For a policy that came with an adapter, TRL keeps a copy of that adapter as it was
+        has_copy = reference is None and REFERENCE_ADAPTER in getattr(policy, "peft_config", {})
         return ImplicitReward(
             policy,
             reference,
@@ -172,7 +173,7 @@ class DPOTrainer(DPOSeams):
             self.processing_class,
             batch_size=batch_size,
             by_token=by_token,
-            reference_adapter=began,
+            reference_adapter=REFERENCE_ADAPTER if has_copy else None,
             snapshot=snapshot,
             chat_template_kwargs=chat_template_kwargs,
             name=name,

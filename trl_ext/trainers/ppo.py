@@ -854,17 +854,12 @@ class PPOTrainer(ActorCriticSeams):
 
     def reward_deviation(self, scores: torch.Tensor, training: bool) -> float:
         """What `scores` `(B,)` are divided by, under `reward_scaling`; training moves the running one."""
-        if self.args.reward_scaling == "none":
-            return 1.0
-        gathered = self.accelerator.gather(scores)
-        found = gathered[gathered.isfinite()].tolist()
-        if self.args.reward_scaling == "batch":
-            batch = RunningScale()
-            batch.update(found)
-            return batch.deviation
-        if training:
-            self._reward_scale.update(found)
-        return self._reward_scale.deviation
+
+        def finite_scores() -> list[float]:
+            gathered = self.accelerator.gather(scores)
+            return list(gathered[gathered.isfinite()].tolist())
+
+        return REWARD_SCALINGS[self.args.reward_scaling](finite_scores, self._reward_scale, training)
 
     def _kl_to_reference(self, output: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
         reference = output.get("ref_per_token_logps")

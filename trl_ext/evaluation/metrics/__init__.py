@@ -1,6 +1,6 @@
 """
-Metrics for Hugging Face `evaluate` that need no network: each file is one, and `load_metric` is `evaluate.load` on it.
-They combine and save like any other (`evaluate.combine`, `evaluate.save`).
+Metrics for Hugging Face `evaluate` that need no network. Each file is a metric, and `load_metric` calls
+`evaluate.load` on it. `evaluate.combine` and `evaluate.save` work with them.
 """
 
 from pathlib import Path
@@ -8,21 +8,24 @@ from typing import Any
 
 import evaluate
 
+from ...errors import require_one_of
+
 
 METRICS = ("exact_match_ids", "pass_at_k", "preference_accuracy", "mean_kl")
 
 
 def load_metric(name: str, **kwargs: Any) -> evaluate.EvaluationModule:
     """
+    Loads a metric of this package.
+
     Args:
         name (`str`):
             `"exact_match_ids"`, `"pass_at_k"`, `"preference_accuracy"` or `"mean_kl"`.
         **kwargs:
-            For `evaluate.load`, e.g. `experiment_id` where several processes compute at once.
+            Arguments of `evaluate.load`, for example `experiment_id` if several processes compute at the same time.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for an unknown name.
     """
-    if name not in METRICS:
-        raise ValueError(f"There is no metric {name!r}. Choose one of {', '.join(map(repr, METRICS))}.")
+    require_one_of("name", name, METRICS)
     return evaluate.load(str(Path(__file__).with_name(f"{name}.py")), **kwargs)

@@ -1,6 +1,6 @@
 """
-Share of completions whose token ids are exactly the reference's. On ids and not on text, because decoding that skips
-special tokens hides a stray one inside an answer.
+Share of completions whose token ids are exactly those of the reference. Ids are compared and not text, because
+decoding without special tokens hides a stray special token inside an answer.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,10 @@ import evaluate
 DESCRIPTION = "Share of predictions whose token ids equal those of their reference."
 INPUTS = """
 Args:
-    predictions (`list[list[int]]`): token ids of completions, padding left out.
-    references (`list[list[int]]`): the ids that are right.
-    ignore (`list[int]`, *optional*): ids left out of both before they are compared, e.g. that of end-of-sequence.
+    predictions (`list[list[int]]`): token ids of completions, without padding.
+    references (`list[list[int]]`): the correct ids.
+    ignore (`list[int]`, *optional*): ids that are removed from both before they are compared, such as the end of
+        sequence.
 Returns:
     `exact_match` (`float`): in [0, 1].
 Raises:

@@ -16,18 +16,20 @@ CITATION = "Schulman, Approximating KL Divergence, 2020, http://joschu.net/blog/
 INPUTS = """
 Args:
     predictions (`list[list[float]]`): log-probabilities of each completion's tokens under the policy that sampled it,
-        padding and tokens of an environment left out.
-    references (`list[list[float]]`): those under the reference.
-    estimator (`str`, *optional*, defaults to `"k1"`): by token, with the log-ratio x = log π/π_ref. `"k1"`: x,
-        unbiased. `"k3"`: exp(−x) − 1 + x, unbiased for the sum of the tokens' own divergences, and never negative.
-    prompts (`list`, *optional*): what each completion's prompt is. Completions of a prompt are averaged first, since
-        they aren't independent: the prompt is the unit of the interval.
+        without padding and without tokens that an environment wrote.
+    references (`list[list[float]]`): log-probabilities of the same tokens under the reference.
+    estimator (`str`, *optional*, defaults to `"k1"`): the estimate for a token with the log-ratio x = log π/π_ref.
+        `"k1"`: x, unbiased. `"k3"`: exp(−x) − 1 + x, unbiased for the sum of the tokens' own divergences, and never
+        negative.
+    prompts (`list`, *optional*): the prompt of each completion. Completions of one prompt are not independent: they
+    are
+        averaged first, and the prompt becomes the unit of the interval.
 Returns:
-    `mean_kl` (`float`), `low` and `high`; `per_token` (`float`), all of them over all tokens; `units` (`int`),
-    completions or prompts that the interval rests on.
+    `mean_kl` (`float`), the KL per completion in nats, and its interval `low` and `high`; `per_token` (`float`), the
+    KL per token; `units` (`int`), the number of completions, or of prompts, behind the interval.
 Raises:
-    ValueError: with fewer than two units, which have no interval; for completions whose two lists differ in length,
-        or hold numbers that aren't finite; and for an unknown estimator.
+    ValueError: with fewer than two units, for which there is no interval; for completions whose two lists have
+        different lengths or hold numbers that aren't finite; and for an unknown estimator.
 """
 
 
@@ -55,13 +57,13 @@ class MeanKL(evaluate.Metric):
             if len(ours) != len(theirs):
                 raise ValueError(
                     f"Completion {row} has {len(ours)} log-probabilities of the policy, but {len(theirs)} of the "
-                    "reference."
+                    "reference. Give both for the same tokens."
                 )
             ratios = [one - other for one, other in zip(ours, theirs, strict=True)]
             if not all(map(math.isfinite, ratios)):
                 raise ValueError(
-                    f"Completion {row} has a log-probability that isn't finite: the KL has no mean. Leave it out, or "
-                    "compute it in float32."
+                    f"Completion {row} has a log-probability that isn't finite, so that the KL has no mean. Leave the "
+                    "completion out, or compute its log-probabilities in float32."
                 )
             sums.append(math.fsum(ratios if estimator == "k1" else [math.expm1(-x) + x for x in ratios]))
         by_unit: dict[Hashable, list[float]] = {}

@@ -1,6 +1,6 @@
 """
-pass@k: the chance that at least one of k samples solves a prompt, estimated without bias from n ≥ k samples of which c
-are right (https://huggingface.co/papers/2107.03374, eq. 1):
+pass@k: the probability that at least one of k samples solves a prompt, estimated without bias from n ≥ k samples of
+which c are right (https://huggingface.co/papers/2107.03374, eq. 1):
 
     pass@k = mean over prompts of 1 − C(n − c, k) / C(n, k)
 """
@@ -12,17 +12,17 @@ import datasets
 import evaluate
 
 
-DESCRIPTION = "Unbiased estimate of the chance that one of k samples is right (Chen et al., 2021, eq. 1)."
+DESCRIPTION = "Unbiased estimate of the probability that one of k samples is right (Chen et al., 2021, eq. 1)."
 CITATION = "Chen et al., Evaluating Large Language Models Trained on Code, 2021, arXiv:2107.03374"
 INPUTS = """
 Args:
     predictions (`list[list[float]]`): for each prompt, whether each of its samples is right: 1 or 0. Prompts may have
         different numbers of samples.
-    k (`list[int]`, *optional*, defaults to `[1]`): at most as many as the fewest samples of a prompt.
+    k (`list[int]`, *optional*, defaults to `[1]`): each at most the smallest number of samples that a prompt has.
 Returns:
     `pass@<k>` (`float`) for each k, in [0, 1].
 Raises:
-    ValueError: without predictions, for a k that is too large or not positive, and for what is neither 0 nor 1.
+    ValueError: without predictions, for a k that is too large or not positive, and for values other than 0 and 1.
 """
 
 

@@ -13,12 +13,12 @@ DESCRIPTION = "Share of pairs whose chosen completion has the higher score; a ti
 INPUTS = """
 Args:
     chosen (`list[float]`): score of each pair's chosen completion, by a reward model or DPO's implicit reward.
-    rejected (`list[float]`): score of the rejected one.
+    rejected (`list[float]`): score of each pair's rejected completion.
 Returns:
     `preference_accuracy` (`float`), its 95 % interval `low` and `high` (Wilson's), and the mean `margin`, chosen minus
     rejected, in units of the scores.
 Raises:
-    ValueError: without pairs, or with scores that are NaN.
+    ValueError: without pairs, or if a score is NaN.
 """
 
 

@@ -1,4 +1,4 @@
-"""`trl.DPOTrainer` with its private methods wrapped, never copied."""
+"""`trl.DPOTrainer` with its private method for the order of rows wrapped, never copied."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,15 +12,16 @@ RowOrder = Callable[[int], list[int]]
 
 class OrderSampler(Sampler[int]):
     """
-    Walks the rows in an order that depends on the epoch alone: the same on every process, and after a resume.
+    Yields the rows in an order that depends only on the epoch, so that it is the same on every process and after a
+    resume.
 
     Args:
         rows (`int`):
-            Rows of the data set.
+            Number of rows in the data set.
         order (`Callable[[int], list[int]]`):
-            From the epoch to the indices of its rows, each once.
+            From an epoch to the indices of its rows, each once.
         epoch (`Callable[[], int]`):
-            The epoch that is about to be walked.
+            Returns the epoch that is about to begin.
     """
 
     def __init__(self, rows: int, order: RowOrder, epoch: Callable[[], int]) -> None:
@@ -37,12 +38,12 @@ class OrderSampler(Sampler[int]):
 
 class DPOSeams(trl.DPOTrainer):
     """
-    The hook of [`DPOTrainer`], neutral here.
+    The hook of [`~trl_ext.DPOTrainer`], which does nothing here.
 
-    - `row_order`: from the epoch to the order of the training rows; `None` leaves it to TRL.
+    - `row_order`: a function from the epoch to the order of the training rows; `None` for TRL's order.
     """
 
-    # Narrower than upstream's annotations: there once a trainer exists
+    # Narrower than upstream's annotations: both are set once a trainer exists
     args: Any
     train_dataset: Any
 
@@ -53,5 +54,5 @@ class DPOSeams(trl.DPOTrainer):
         sampler, order = super()._get_train_sampler(train_dataset), self.row_order()
         if order is None:
             return sampler
-        # Not of `train_dataset`, which is without the columns that the collator doesn't take
+        # `self.train_dataset`, because the argument lacks the columns that the collator doesn't take
         return OrderSampler(len(self.train_dataset), order, lambda: int(self.state.epoch or 0))

@@ -1,0 +1,107 @@
+"""
+What a trainer makes of the arguments that it is given: they are bound to the names that TRL gives them, a
+configuration of TRL's is converted to the trainer's own class, and what TRL and PEFT write into is copied first.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from transformers import TrainingArguments
+from trl.trainer.utils import get_config_model_id
+
+from .seams.names import method_name
+
+
+Config = TypeVar("Config", bound=TrainingArguments)
+
+
+def model_name(model: Any) -> str:
+    """
+    The last part of a model's Hub id or path, which TRL puts into the names of folders and rewards.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            An id, a path, or a loaded model.
+    """
+    identifier = model if isinstance(model, str) else get_config_model_id(model.config)
+    return identifier.split("/")[-1]
+
+
+def bound(trl_class: type, trainer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The arguments of a trainer's constructor by their names, with its configuration under `args`: the one that was
+    passed, adopted by the trainer's `config_class`, or a new one. Neither that configuration nor `peft_config` is the
+    caller's own object, because TRL and PEFT write into both.
+
+    Args:
+        trl_class (`type`):
+            The trainer of TRL whose constructor takes them.
+        trainer (trainer of `trl_ext`):
+            The trainer that is being constructed.
+        args (`tuple`):
+            Positional arguments, without `self`.
+        kwargs (`Mapping[str, Any]`):
+            Arguments by name.
+
+    Returns:
+        `dict[str, Any]`: what was given, and `args`.
+
+    Raises:
+        TypeError: for an argument that TRL's constructor doesn't take, or a configuration of a different kind.
+    """
+    signature = inspect.signature(trl_class.__init__)  # type: ignore[misc]
+    given = dict(signature.bind(trainer, *args, **kwargs).arguments)
+    given.pop("self")
+    config_class = trainer.config_class
+    if given.get("args") is None:
+        given["args"] = config_class(f"{model_name(given['model'])}-{method_name(trainer)}")
+    given["args"] = copy.copy(config_class.adopt(given["args"]))
+    if given.get("peft_config") is not None:
+        given["peft_config"] = copy.deepcopy(given["peft_config"])
+    return given
+
+
+def adopted(
+    config_class: type[Config],
+    args: Any,
+    trl_class: type[TrainingArguments],
+    taken: Callable[[Any], Mapping[str, Any]] | None = None,
+) -> Config:
+    """
+    A configuration of `config_class` that says what `args` says, which was written for TRL. This is what the
+    classmethods `adopt` are made of.
+
+    Args:
+        config_class (`type`):
+            The class of the result.
+        args (`trl_class`):
+            A configuration of `config_class` itself is returned as it is. Attributes that a user's own subclass adds
+            are copied.
+        trl_class (`type`):
+            TRL's class, from which `config_class` derives.
+        taken (`Callable[[Any], Mapping[str, Any]]`, *optional*):
+            From `args` to the arguments of the result. By default every field that both classes have.
+
+    Raises:
+        TypeError: if `args` is a configuration of a different kind.
+    """
+    if isinstance(args, config_class):
+        return args
+    if not isinstance(args, trl_class):
+        expected = f"a {config_class.__name__} or a trl.{trl_class.__name__}"
+        raise TypeError(f"`args` must be {expected}, not {type(args).__name__}.")
+    own = {f.name for f in fields(config_class)}
+    if taken is None:
+        arguments: Mapping[str, Any] = {
+            f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in own
+        }
+    else:
+        arguments = taken(args)
+    result = config_class(**arguments)
+    for f in fields(args):
+        if f.name not in own:
+            setattr(result, f.name, getattr(args, f.name))
+    return result
