@@ -40,7 +40,8 @@ from ..rollouts.rollout import ScoredGroups, ScoredRound
 from ..rollouts.selection import AcceptanceRate, GroupSelection, census, has_variance, outcome_rewards
 from ..rollouts.statistics import restate_loss_metrics
 from ..rollouts.stream import PromptStream, can_be_read_twice, prompt_key
-from .seams.grpo import GRPOSeams, Rows, savings_of
+from .seams.critic import CriticSeams
+from .seams.grpo import Rows, savings_of
 
 
 logger = get_logger(__name__)
@@ -512,7 +513,7 @@ def _reward_name(func: Any) -> str:
     return _model_name(func) if isinstance(func, str | nn.Module) else get_callable_name(func)
 
 
-class GRPOTrainer(GRPOSeams):
+class GRPOTrainer(CriticSeams):
     """
     [`~trl.GRPOTrainer`] with the axes of [`GRPOConfig`]. Takes the same arguments; `args` may be a
     [`~trl.GRPOConfig`], which [`GRPOConfig.adopt`] takes over.

@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ...rewards.ahead import RewardsAhead
 from ...rewards.guard import FAILED, RewardFunctionError, RewardGuard, guard
 from ...rewards.steps import is_by_step
-from ...roles.critic import ModelCritic, critic_of
+from ...roles.critic import critic_of
 from ...rollouts.exactness import Savings, exact_savings, has_relative_positions
 from ...rollouts.exchange import RolloutExchange
 from ...rollouts.micro_batches import SOURCE_ROW
@@ -73,7 +73,7 @@ def savings_of(trainer: trl.GRPOTrainer) -> Savings:
     unwrap: Any = trainer.accelerator.unwrap_model
     critic = critic_of(unwrap(trainer.model))
     models = [unwrap(model) for model in (trainer.model, trainer.ref_model) if model is not None]
-    models += [critic] if isinstance(critic, ModelCritic) else []
+    models += [critic] if critic is not None and critic.reads_token_ids else []
     return exact_savings(
         trainer.loss_type,
         kl=trainer.beta != 0.0,
