@@ -1,5 +1,6 @@
 """Credit by token: what a critic is said to think of a completion, computed a second time one completion at a time."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -96,11 +97,56 @@ def test_every_number_is_the_trainers(arguments, second, tmp_path):
     assert max(abs(ratio - 1) for credit in credits for ratio in credit.ratios or []) > 0.01
 
 
+def sometimes(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+    return [None if ids[-1] % 3 == 0 else ids[-1] / 10 for ids in completion_ids]
+
+
+SHAPED = {"reward_clip": 0.4, "lam_alpha": 0.3, "bootstrap_truncated": True}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SHAPED,
+        {**SHAPED, "missing_eos_penalty": 0.7, "reward_scaling": "batch", "kl_estimator": "k3", "critic_lam": 1.0},
+        {**SHAPED, "whiten_rewards": True, "reward_scaling": "running", "kl_coef": 0.0},
+    ],
+    ids=["clip, length, bootstrap", "and a penalty", "and whitened rewards"],
+)
+@pytest.mark.parametrize("second", [by_position, sometimes])
+def test_the_advantages_are_those_of_training(settings, second, tmp_path):
+    settings = {"whiten_advantages": False, "critic_learning_rate": 0.1, "max_steps": 3, "gamma": 0.9, **settings}
+    funcs = [second] if second is sometimes else [tiny.first_token_even, second]
+    trainer = tiny.trainer(PPOTrainer, tmp_path, funcs, **settings)
+    trainer.train()
+    rows = list(tiny.prompts(24))
+    credits = credit_by_token(trainer, rows, seed=3)
+    # The same completions, as the trainer itself generates and credits them
+    trainer.model.eval()
+    torch.manual_seed(3)
+    trainer.num_generations_eval = 1
+    output = trainer._generate_and_score_completions(copy.deepcopy(rows))
+    ended = set()
+    for row, credit in enumerate(credits):
+        length = int(output["completion_mask"][row].sum())
+        ids = output["completion_ids"][row, :length].tolist()
+        assert credit.tokens == [trainer.processing_class.decode([token]) for token in ids]
+        assert credit.advantages == pytest.approx(output["advantages"][row, :length].tolist(), abs=1e-5)
+        assert credit.values == pytest.approx(output["old_values"][row, :length].tolist(), abs=1e-5)
+        ended.add(ids[-1] == 2)
+    assert ended == {True, False}  # some were cut off, and are worth something beyond
+    assert any(max(map(abs, credit.advantages)) > 0.1 for credit in credits)
+    unscored = [not credit.rewards for credit in credits]
+    assert any(unscored) == (second is sometimes)
+    for credit, missing in zip(credits, unscored, strict=True):
+        assert missing == (not any(credit.advantages))
+
+
 def test_without_a_reference_there_are_no_ratios(tmp_path):
     trainer = tiny.trainer(PPOTrainer, tmp_path, tiny.hashed, kl_coef=0.0)
     credits = credit_by_token(trainer, ROWS)
     assert [credit.ratios for credit in credits] == [None] * len(ROWS)
-    # A critic that starts at 0: all that a token earns is its share of the score, λ = 0.95 a token from the end
+    # The critic starts at 0: a token earns its share of the score, λ = 0.95 for each token from the end
     for credit in credits:
         expected = [credit.score * 0.95 ** (len(credit.tokens) - 1 - t) for t in range(len(credit.tokens))]
         assert credit.advantages == pytest.approx(expected, abs=1e-6)

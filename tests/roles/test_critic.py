@@ -26,7 +26,6 @@ from trl_ext.roles.critic import (
     critic_of,
     load_critic,
     logps_and_values,
-    split_state_dict,
     without_critic,
 )
 
@@ -195,7 +194,7 @@ def policy_loss(logps: torch.Tensor) -> torch.Tensor:
     return (logps * WEIGHTS * MASK[:, 1:]).sum()
 
 
-def fitting_loss(values: torch.Tensor) -> torch.Tensor:
+def loss_of_values(values: torch.Tensor) -> torch.Tensor:
     return ((values - TARGETS).square() * MASK).sum()
 
 
@@ -220,26 +219,26 @@ def test_a_share_of_the_value_gradient_reaches_the_trunk(share, kind):
     actor = actor_with(critic)
     trunk = [p for name, p in actor.named_parameters() if not name.startswith("critic.")]
     logps, values = logps_and_values(actor, IDS, MASK)
-    ours = gradients_of(policy_loss(logps) + fitting_loss(values), trunk)
-    of_head = gradients_of(policy_loss(logps) + fitting_loss(values), list(critic.parameters()))
+    ours = gradients_of(policy_loss(logps) + loss_of_values(values), trunk)
+    of_head = gradients_of(policy_loss(logps) + loss_of_values(values), list(critic.parameters()))
 
     # The same without hooks, each loss alone
     plain, own = tiny.qwen2(), copy.deepcopy(critic)
     hidden = plain.model(IDS, attention_mask=MASK).last_hidden_state
     by_policy = gradients_of(policy_loss(logps_by_hand(plain, hidden)), list(plain.parameters()))
-    fit = fitting_loss(head_by_hand(own, hidden))
-    by_value = gradients_of(fit, list(plain.parameters()))
+    own_loss = loss_of_values(head_by_hand(own, hidden))
+    by_value = gradients_of(own_loss, list(plain.parameters()))
     assert by_value.norm() > 0.1 * by_policy.norm() > 0
     assert relative_error(ours, by_policy + share * by_value) <= 1e-5
     # The head learns all of it, whatever the trunk gets
-    assert relative_error(of_head, gradients_of(fit, list(own.parameters()))) <= 1e-5
+    assert relative_error(of_head, gradients_of(own_loss, list(own.parameters()))) <= 1e-5
 
 
 def test_a_value_model_leaves_the_policy_alone():
     critic = taught(ModelCritic.on_backbone_of(tiny.qwen2()))
     actor = actor_with(critic)
     logps, values = logps_and_values(actor, IDS, MASK)
-    (policy_loss(logps) + fitting_loss(values)).backward()
+    (policy_loss(logps) + loss_of_values(values)).backward()
     plain = tiny.qwen2()
     policy_loss(logps_by_hand(plain, plain.model(IDS, attention_mask=MASK).last_hidden_state)).backward()
     theirs = dict(plain.named_parameters())
@@ -270,14 +269,14 @@ def test_an_adapter_has_the_same_gradients_with_checkpoints(checkpointing, share
     actor = adapted_actor(critic, checkpointing)
     adapters = [p for name, p in actor.named_parameters() if "lora_" in name]
     logps, values = logps_and_values(actor, IDS, MASK)
-    (policy_loss(logps) + fitting_loss(values)).backward()
+    (policy_loss(logps) + loss_of_values(values)).backward()
 
     plain = adapted_actor(HeadCritic(HIDDEN), checkpointing=False)
     own, base = copy.deepcopy(critic), plain.get_base_model()
     hidden = base.model(IDS, attention_mask=MASK).last_hidden_state
     theirs = [p for name, p in plain.named_parameters() if "lora_" in name]
     by_policy = gradients_of(policy_loss(logps_by_hand(base, hidden)), theirs)
-    by_value = gradients_of(fitting_loss(head_by_hand(own, hidden)), theirs)
+    by_value = gradients_of(loss_of_values(head_by_hand(own, hidden)), theirs)
     assert relative_error(torch.cat([p.grad.flatten() for p in adapters]), by_policy + share * by_value) <= 1e-5
     assert all(parameter.grad.any() for parameter in critic.parameters())
     assert all(p.grad is None for name, p in actor.named_parameters() if "lora_" not in name and "critic" not in name)
@@ -291,7 +290,7 @@ def test_a_value_model_with_checkpoints():
         if checkpointing:
             actor.gradient_checkpointing_enable({"use_reentrant": False})
         logps, values = logps_and_values(actor, IDS, MASK)
-        (policy_loss(logps) + fitting_loss(values)).backward()
+        (policy_loss(logps) + loss_of_values(values)).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in actor.parameters()]))
     assert relative_error(*gradients) <= 1e-5
 
@@ -305,7 +304,7 @@ def test_a_head_stays_in_float32_on_a_trunk_in_bfloat16():
     assert values.dtype == torch.float32
     hidden = tiny.qwen2().to(torch.bfloat16).model(IDS, attention_mask=MASK).last_hidden_state
     torch.testing.assert_close(values[REAL], head_by_hand(critic, hidden)[REAL])
-    fitting_loss(values).backward()
+    loss_of_values(values).backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in critic.parameters())
 
 
@@ -336,7 +335,7 @@ def test_an_error_inside_brings_the_critic_back():
 def test_weights_are_split_by_name(prefix):
     actor, critic = torch.ones(1), torch.zeros(1)
     state = {f"{prefix}model.norm": actor, f"{prefix}critic.head.out": critic, f"{prefix}my_critic.x": actor}
-    own, its = split_state_dict(state)
+    own, its = HeadCritic(HIDDEN).split_state_dict(state)
     assert own.keys() == {f"{prefix}model.norm", f"{prefix}my_critic.x"}
     assert its.keys() == {"head.out"}
 

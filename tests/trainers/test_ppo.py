@@ -1,4 +1,4 @@
-"""PPO through real training: what moves when, what is generated from, what comes back, and what stops a run."""
+"""PPO through real training: how the critic learns, what is generated from, and what the coefficients follow."""
 
 import copy
 import itertools
@@ -15,10 +15,9 @@ from torch.nn import functional
 from transformers import Qwen2ForSequenceClassification, TrainerCallback
 from trl.kernels import chunked_logprob
 
-from trl_ext import NonFiniteLossError, PPOConfig, PPOTrainer, RewardFunctionError
+from trl_ext import PPOTrainer, RewardFunctionError
 from trl_ext.roles.critic import HeadCritic, ModelCritic
-from trl_ext.trainers.ppo import language_modelling_batch
-from trl_ext.trainers.seams.ppo import CPU_TILE
+from trl_ext.trainers.seams.critic import CPU_TILE
 
 
 class Weights(TrainerCallback):
@@ -75,33 +74,7 @@ def run(tmp_path: Any, reward: Any = tiny.hashed, arguments: dict[str, Any] | No
     return trainer
 
 
-# What moves when
-
-
-@pytest.mark.parametrize(
-    ("critic", "arguments"),
-    [
-        ({}, {}),
-        ({"critic_trunk_grad": 0.5, "critic_head": "mlp"}, {}),
-        ({"critic": "model"}, {}),
-        ({}, {"peft_config": lora()}),
-    ],
-    ids=["head", "shared", "model", "lora"],
-)
-def test_the_policy_waits_for_its_critic(critic, arguments, tmp_path):
-    # Two steps of warm-up; of two steps, the second moves the policy. AdamW would decay what has a gradient of zero.
-    trainer = run(
-        tmp_path,
-        arguments=arguments,
-        critic_warmup_steps=2,
-        value_updates_per_policy_update=2,
-        weight_decay=0.1,
-        max_steps=6,
-        entropy_coef=0.01,
-        **critic,
-    )
-    assert trainer.weights.moved(critic=False) == [False, False, False, True, False, True]
-    assert trainer.weights.moved(critic=True) == [True] * 6
+# How the critic learns
 
 
 def test_the_critic_has_its_own_learning_rate(tmp_path):
@@ -583,62 +556,7 @@ def test_only_one_of_two_data_sets_as_ids_is_refused(which, tmp_path):
         build(tmp_path, None, {**arguments, which: as_ids()})
 
 
-# Scripts of TRL 1.12
-
-
-@pytest.mark.parametrize(
-    ("settings", "steps", "generations"),
-    [
-        # 8 completions a batch: mini-batches × epochs steps each
-        ({"num_ppo_epochs": 2, "total_episodes": 16}, 4, 2),
-        ({"num_ppo_epochs": 2, "total_episodes": 16, "num_mini_batches": 2}, 8, 2),
-        ({"num_ppo_epochs": 1, "total_episodes": 8, "num_mini_batches": 4}, 4, 1),
-    ],
-)
-def test_a_script_for_trl_1_12(settings, steps, generations, tmp_path):
-    config = PPOConfig(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        learning_rate=1e-3,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-        response_length=5,
-        kl_coef=0.1,
-        cliprange=0.1,
-        cliprange_value=0.3,
-        vf_coef=0.2,
-        whiten_rewards=True,
-        stop_token="eos",
-        missing_eos_penalty=1.0,
-        temperature=0.7,
-        logging_steps=1,
-        **settings,
-    )
-    trainer = tiny.recorded(PPOTrainer)(
-        args=config,
-        processing_class=tiny.tokenizer(),
-        model=tiny.stopping(),
-        ref_model=tiny.stopping(),
-        reward_model=classifier(4),
-        value_model=classifier(5),
-        train_dataset=as_ids(),
-        eval_dataset=as_ids(8),
-    )
-    weights = Weights()
-    trainer.add_callback(weights)
-    trainer.train()
-    assert trainer.state.global_step == steps
-    assert len(trainer.batches) == generations
-    assert all(len(batch.completions) == 8 for batch in trainer.batches)
-    assert all(len(ids) <= 5 for batch in trainer.batches for ids in batch.completions)
-    assert weights.moved(critic=True) == weights.moved(critic=False) == [True] * steps
-    logged = {key for log in trainer.state.log_history for key in log}
-    assert {"objective/kl", "objective/scores", "objective/rlhf_reward", "loss/policy_avg", "loss/value_avg"} <= logged
-    assert {"policy/approxkl_avg", "val/clipfrac_avg", "val/ratio"} <= logged
+# Ends of completions
 
 
 def test_a_token_of_the_users_ends_completions(tmp_path):
@@ -800,116 +718,12 @@ def test_checkpoints_of_activations_change_nothing(tmp_path):
 # Text beside the rollouts
 
 
-class TestLanguageModellingBatch:
-    def batch(self, rows: list[dict[str, Any]], max_length: int = 100) -> dict[str, list[list[int]]]:
-        made = language_modelling_batch(rows, tiny.tokenizer(), max_length, "cpu")
-        return {name: tensor.tolist() for name, tensor in made.items()}
-
-    def test_text_and_ids(self):
-        made = self.batch([{"text": "w0 w1"}, {"input_ids": [9, 8, 7, 6]}])
-        assert made["input_ids"] == [[4, 5, 2, 0], [9, 8, 7, 6]]
-        assert made["attention_mask"] == [[1, 1, 1, 0], [1, 1, 1, 1]]
-        assert made["labels"] == [[4, 5, 2, -100], [9, 8, 7, 6]]
-
-    def test_of_a_prompt_only_the_completion_is_learned(self):
-        made = self.batch([{"prompt": "w0 w1", "completion": " w2"}, {"prompt": "w0", "completion": " w2 w3 w4"}])
-        assert made["input_ids"] == [[4, 5, 6, 2, 0], [4, 6, 7, 8, 2]]
-        assert made["labels"] == [[-100, -100, 6, 2, -100], [-100, 6, 7, 8, 2]]
-
-    def test_messages(self):
-        prompt, completion = [{"role": "user", "content": "w3"}], [{"role": "assistant", "content": "w4"}]
-        whole = self.batch([{"messages": prompt + completion}])
-        assert whole["labels"] == whole["input_ids"] == [[7, 8]]
-        # This template opens an answer with w0, which the whole conversation doesn't have
-        apart = self.batch([{"prompt": prompt, "completion": [{"role": "assistant", "content": "w0 w4"}]}])
-        assert apart["input_ids"] == [[7, 4, 8]]
-        assert apart["labels"] == [[-100, -100, 8]]
-
-    def test_long_rows_are_cut_and_keep_something_to_learn(self):
-        made = self.batch(
-            [
-                {"text": "w0 w1 w2 w3"},
-                {"prompt": "w0 w1 w2 w3", "completion": " w4"},
-                {"prompt": "w0", "completion": " w4 w5 w6 w7"},
-            ],
-            max_length=3,
-        )
-        assert made["input_ids"] == [[4, 5, 6], [7, 8, 2], [8, 9, 10]]
-        assert made["labels"] == [[4, 5, 6], [-100, 8, 2], [8, 9, 10]]
-
-    def test_the_loss_is_the_mean_over_what_is_learned(self):
-        rows = [{"prompt": "w0 w1", "completion": " w2"}, {"prompt": "w3", "completion": " w2 w3 w4"}]
-        model = tiny.qwen2()
-        loss = model(**language_modelling_batch(rows, tiny.tokenizer(), 100, "cpu")).loss
-        terms = []
-        for ids, start in (([4, 5, 6, 2], 2), ([7, 6, 7, 8, 2], 1)):
-            logits = model(torch.tensor([ids])).logits[0, :-1]
-            terms += functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")[start - 1 :].tolist()
-        assert loss.item() == pytest.approx(statistics.fmean(terms), rel=1e-5)
-
-
 def test_every_row_of_the_text_has_its_turn(tmp_path):
     texts = Dataset.from_dict({"text": [f"w{i}" for i in range(10)]})
     settings = {"ptx_coef": 0.1, "ptx_batch_size": 3, "max_steps": 3, "critic_warmup_steps": 1}
     trainer = run(tmp_path, arguments={"ptx_dataset": texts}, **settings)
     # 2 micro-batches of 3 rows a step, and none while only the critic moves
     assert trainer._ptx.state_dict() == {"epoch": 1, "position": 2}
-
-
-# Losses that are not finite
-
-
-class Explodes:
-    """Rewards whose squares float32 can't hold, at some optimizer steps."""
-
-    __name__ = "explodes"
-
-    def __init__(self, *steps: int) -> None:
-        self.steps = steps
-
-    def __call__(self, completion_ids: Any, trainer_state: Any, **columns: Any) -> list[float]:
-        factor = 1e30 if trainer_state.global_step in self.steps else 1.0
-        return [factor * reward for reward in tiny.hashed(completion_ids)]
-
-
-@pytest.mark.parametrize("settings", [{}, {"critic": "model"}, {"critic_warmup_steps": 3}], ids=str)
-def test_a_step_whose_loss_is_not_finite_is_skipped(settings, tmp_path, caplog):
-    trainer = run(tmp_path, Explodes(1, 3, 4), max_steps=6, weight_decay=0.1, kl_coef=0.0, **settings)
-    moved = trainer.weights.moved(critic=True)
-    assert moved == [True, False, True, False, False, True]
-    assert trainer.weights.moved(critic=False)[1:5] == [False, not settings.get("critic_warmup_steps"), False, False]
-    assert all(value.isfinite().all() for value in trainer.weights.at[-1].values())
-    assert trainer.skipped_steps == 3
-    assert [log.get("skipped_steps") for log in tiny.history(trainer)] == [None, 1, None, 2, 3, None]
-    assert "The loss of step 2 is not finite: the step is skipped" in caplog.text
-
-
-def test_one_broken_micro_batch_is_enough(tmp_path):
-    # Of two micro-batches of the step, in one row only
-    class ExplodesOnce:
-        __name__ = "explodes_once"
-
-        def __call__(self, completion_ids: Any, trainer_state: Any, **columns: Any) -> list[float]:
-            rewards = tiny.hashed(completion_ids)
-            if trainer_state.global_step == 1:
-                rewards[0] = 1e30
-            return rewards
-
-    trainer = run(tmp_path, ExplodesOnce(), max_steps=3, whiten_advantages=False, kl_coef=0.0)
-    assert trainer.weights.moved(critic=False) == trainer.weights.moved(critic=True) == [True, False, True]
-
-
-def test_three_in_a_row_stop_the_run_with_a_checkpoint(tmp_path):
-    trainer = build(tmp_path, Explodes(2, 3, 4), max_steps=9, kl_coef=0.0)
-    with pytest.raises(NonFiniteLossError, match=r"not finite for 3 steps in a row\. Lower learning_rate") as error:
-        trainer.train()
-    assert trainer.state.global_step == 5
-    assert "checkpoint-5" in "".join(error.value.__notes__)
-    assert (tmp_path / "checkpoint-5" / "model.safetensors").exists()
-    assert (tmp_path / "checkpoint-5" / "critic" / "critic.safetensors").exists()
-    mended = run(tmp_path, max_steps=6, kl_coef=0.0, arguments={})
-    mended.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    assert mended.state.global_step == 6
 
 
 # Evaluation and the best checkpoint

@@ -1,4 +1,4 @@
-"""PPO's defaults, what it refuses before anything is loaded, and scripts that were written for TRL 1.12."""
+"""PPO's defaults, and what it refuses before anything is loaded."""
 
 import copy
 import json
@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, Qwen2ForSequenceClassification
 
 import trl_ext
 from trl_ext import PPOConfig, PPOTrainer
+from trl_ext.trainers.trl_1_12 import TRL112Arguments
 
 
 # Nothing by this name is on disk and tests are offline: a load that is tried ends in an OSError
@@ -68,7 +69,7 @@ def test_a_target_brings_a_rule():
 
 
 def test_every_argument_has_a_help_text_and_a_line_in_the_docstring():
-    inherited = {f.name for f in fields(trl_ext.GRPOConfig)}
+    inherited = {f.name for f in fields(TRL112Arguments)}
     for f in fields(PPOConfig):
         if f.name not in inherited:
             assert f.metadata.get("help"), f.name
@@ -155,16 +156,6 @@ REFUSED = {
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1},
         "nothing to whiten advantages with",
     ),
-    "two names": ({"num_ppo_epochs": 2, "num_iterations": 3}, "num_ppo_epochs=2 and num_iterations=3"),
-    "two lengths": ({"response_length": 53, "max_completion_length": 64}, "set the same thing. Set one of them"),
-    "two clips": ({"cliprange": 0.1, "epsilon": 0.3}, r"cliprange=0\.1 and epsilon=0\.3"),
-    "two splits": ({"num_mini_batches": 2, "steps_per_generation": 4}, "both split a generation batch"),
-    "an odd split": (
-        {"num_mini_batches": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
-        "num_mini_batches=3 divides neither",
-    ),
-    "stop_token": ({"stop_token": "period"}, "stop_token='period' is unknown. Choose 'eos', or set stop_token_id"),
-    "two stops": ({"stop_token": "eos", "stop_token_id": 5}, "both end completions"),
 }
 
 
@@ -275,85 +266,3 @@ def test_a_configuration_of_trl_is_taken_over():
     assert (ours.learning_rate, ours.num_generations, ours.max_completion_length) == (5e-5, 4, 9)
     assert (ours.temperature, ours.num_iterations, ours.advantage_estimator) == (0.5, 4, "gae")
     assert ours.critic_learning_rate == pytest.approx(5e-3)
-
-
-# Names of TRL 1.12
-
-
-def test_names_of_trl_1_12():
-    made = config(num_ppo_epochs=2, response_length=53, cliprange=0.3)
-    assert (made.num_iterations, made.max_completion_length, made.epsilon) == (2, 53, 0.3)
-
-
-def test_both_names_with_the_same_value():
-    assert config(num_ppo_epochs=2, num_iterations=2).num_iterations == 2
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [
-        ("local_rollout_forward_batch_size", 64, "per_device_train_batch_size"),
-        ("num_sample_generations", 10, "log_completions"),
-        ("sft_model_path", "a", "`model`"),
-        ("reward_model_path", "a", "`reward_model`"),
-        ("model_adapter_name", "a", "`default`"),
-        ("ref_adapter_name", "a", "reference"),
-        ("dataset_num_proc", 2, "tokenised"),
-    ],
-)
-def test_what_has_no_effect_any_more_says_so(name, value, said, caplog):
-    config(**{name: value})
-    assert f"{name} has no effect" in caplog.text and said in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("rows", "accumulation", "mini_batches", "expected"),
-    [
-        # (rows of a micro-batch, micro-batches of a step, micro-batches of a generation)
-        (4, 8, 1, (4, 8, 8)),
-        (4, 8, 2, (4, 4, 8)),
-        (4, 8, 8, (4, 1, 8)),
-        (8, 1, 4, (2, 1, 4)),
-        (8, 1, 1, (8, 1, 1)),
-    ],
-)
-def test_mini_batches(rows, accumulation, mini_batches, expected):
-    made = config(
-        per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation, num_mini_batches=mini_batches
-    )
-    assert (
-        made.per_device_train_batch_size,
-        made.gradient_accumulation_steps,
-        made.steps_per_generation,
-    ) == expected
-    assert made.generation_batch_size == rows * accumulation
-
-
-@pytest.mark.parametrize(
-    ("episodes", "mini_batches", "epochs", "steps"),
-    [
-        # 32 completions a batch; updates a batch are mini-batches × epochs
-        (64, 1, 4, 2 * 4),
-        (65, 1, 4, 3 * 4),
-        (64, 4, 2, 2 * 8),
-        (1, 2, 1, 2),
-    ],
-)
-def test_episodes(episodes, mini_batches, epochs, steps):
-    made = config(
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=8,
-        total_episodes=episodes,
-        num_mini_batches=mini_batches,
-        num_ppo_epochs=epochs,
-    )
-    assert made.max_steps == steps
-
-
-def test_tokens_that_end_a_completion():
-    assert config(stop_token_id=7).generation_kwargs == {"eos_token_id": 7}
-    assert config(stop_token_id=7, generation_kwargs={"top_p": 0.9}).generation_kwargs == {
-        "top_p": 0.9,
-        "eos_token_id": 7,
-    }
-    assert config(stop_token="eos").generation_kwargs is None

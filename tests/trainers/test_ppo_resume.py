@@ -12,7 +12,7 @@ from trainers.test_resume import assert_resumes, assert_same_state, build
 from transformers import Qwen2ForSequenceClassification, Trainer
 
 from trl_ext import PPOTrainer, RewardFunctionError
-from trl_ext.trainers.seams.ppo import REFERENCE_FILE
+from trl_ext.trainers.seams.critic import REFERENCE_FILE
 
 
 SMALL = {"num_generations": 1, "per_device_train_batch_size": 4, "max_steps": 5, "critic_learning_rate": 0.05}
@@ -109,7 +109,7 @@ def test_when_trls_files_are_there_the_reference_is(tmp_path, monkeypatch, caplo
     build(PPOTrainer, tmp_path, **settings).train()
     (tmp_path / "checkpoint-3" / REFERENCE_FILE).unlink()
     build(PPOTrainer, tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert "has no refreshed reference: it starts anew" in caplog.text
+    assert "has no refreshed reference: the run resumes with the one it began with" in caplog.text
 
 
 def test_the_replayed_rows_are_those_of_the_uninterrupted_run(tmp_path):

@@ -14,8 +14,8 @@ from datasets import Dataset
 from upstream import record_trl_1_12_ppo as recording
 
 from trl_ext import PPOConfig, PPOTrainer
+from trl_ext.objectives import credit
 from trl_ext.objectives.values import value_loss
-from trl_ext.trainers import ppo
 
 
 TOLERANCE = 1e-5
@@ -41,13 +41,13 @@ class Watched(PPOTrainer):
         self.of_epochs: list[dict[str, torch.Tensor]] = []
         super().__init__(*args, **kwargs)
 
-    def _estimate(self, output: dict[str, Any], states: torch.Tensor, training: bool) -> torch.Tensor:
+    def _estimate(self, output: dict[str, Any], state_values: torch.Tensor, training: bool) -> torch.Tensor:
         self.of_batch |= {
             "logprobs": output["old_per_token_logps"],
             "ref_logprobs": output["ref_per_token_logps"],
             "scores": output["token_rewards"].sum(dim=1),  # with the penalty that 1.12 counts among them
         }
-        result = super()._estimate(output, states, training)
+        result = super()._estimate(output, state_values, training)
         self.of_batch |= {
             "queries": output["prompt_ids"],
             "responses": output["completion_ids"],
@@ -58,8 +58,10 @@ class Watched(PPOTrainer):
         return result
 
     def _kl_to_reference(self, *args: Any) -> torch.Tensor:
-        self.of_batch["kl"] = super()._kl_to_reference(*args)
-        return self.of_batch["kl"]
+        kl = super()._kl_to_reference(*args)
+        assert kl is not None
+        self.of_batch["kl"] = kl
+        return kl
 
     def added_loss(self, loss: torch.Tensor, model: Any, inputs: dict[str, Any], outputs: tuple[Any, ...]) -> Any:
         total = super().added_loss(loss, model, inputs, outputs)
@@ -73,8 +75,8 @@ class Watched(PPOTrainer):
                 "vf_loss": ((total - loss) / self.args.vf_coef).detach(),
             }
         )
-        fit, _ = value_loss(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
-        torch.testing.assert_close(fit.mean(), self.of_epochs[-1]["vf_loss"])  # nothing else was added
+        by_token, _ = value_loss(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
+        torch.testing.assert_close(by_token.mean(), self.of_epochs[-1]["vf_loss"])  # nothing else was added
         return total
 
 
@@ -103,8 +105,8 @@ class Run:
             seen.update(rewards=rewards, raw_advantages=advantages)
             return advantages, returns
 
-        gae = ppo.gae
-        monkeypatch.setattr(ppo, "gae", watched_gae)
+        gae = credit.gae
+        monkeypatch.setattr(credit, "gae", watched_gae)
         self.trainer = Watched(
             args=PPOConfig(
                 output_dir=str(directory),

@@ -9,7 +9,7 @@ def _discounted_sums(deltas: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
     """S_t = Σ_l decay^l · deltas_{t+l}, `(B, T)`, by doubling: log2(T) passes instead of T."""
     sums, reach, factor = deltas, 1, decay
     while reach < deltas.size(1):
-        # S over 2n steps is S over n steps, plus what S over n steps is n steps later
+        # The sum over 2n steps is the sum over n steps, plus the decayed sum over n steps that starts n steps later
         later = torch.nn.functional.pad(sums[:, reach:], (0, reach))
         sums, reach, factor = sums + factor * later, 2 * reach, factor * factor
     return sums
@@ -17,8 +17,8 @@ def _discounted_sums(deltas: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
 
 def carried_back(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
-    Rewards `(B, T)`, with what was earned on tokens that the policy didn't write at its last token before them. Before
-    its first, nothing led there.
+    Rewards `(B, T)` with every reward on a token of the policy: the reward of a token that the policy didn't write
+    moves back to the policy's last token before it, and is dropped if there is none.
     """
     columns = torch.arange(mask.size(1), device=mask.device)
     own = torch.where(mask.bool(), columns, -1).cummax(dim=1).values  # the policy's last token so far
@@ -37,8 +37,8 @@ def gae(
     δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γλ A_{t+1} (eq. 11 to 16). λ = 0 is the TD error, λ = 1 the discounted
     Monte-Carlo return minus the value.
 
-    A step is a token that the policy wrote. Tokens in between that it didn't write (of tools, of environments) are no
-    steps: credit flows across them undiscounted, and what was rewarded on them counts for the last token before them.
+    A step is a token that the policy wrote. Tokens of tools and environments in between are no steps: credit crosses
+    them without discount, and their rewards count for the policy's last token before them ([`carried_back`]).
 
     Args:
         rewards (`torch.Tensor` of shape `(B, T)`):
@@ -52,11 +52,11 @@ def gae(
         lam (`float` or `torch.Tensor` of shape `(B, 1)`):
             λ in [0, 1].
         last_values (`torch.Tensor` of shape `(B,)`, *optional*):
-            V of the state after the last token: what a completion that was cut off is still worth. `None`: nothing.
+            V of the state after the last token, for completions that were cut off. `None`: 0.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]` of shapes `(B, T)`: advantages A, and returns A + V for the critic to fit.
-        0 where the mask is 0.
+        `tuple[torch.Tensor, torch.Tensor]` of shapes `(B, T)`: advantages A, and returns A + V, the targets of the
+        critic. 0 where the mask is 0.
     """
     mask = mask.bool()
     # The policy's tokens side by side, in their order, so that a step is a column

@@ -1,8 +1,9 @@
 """
-KL divergences between two policies, estimated on tokens that one of them sampled, and what adapts their coefficient.
+KL divergences between two policies, estimated on tokens that one of them sampled, and rules for their coefficient.
 
-Which divergence it is depends on who sampled: samples of p estimate KL(p‖q). Tokens that the policy sampled estimate
-KL(π_θ‖π_ref); on tokens of the policy that rolled out, KL(π_old‖π_θ) is the penalty of PPO's second variant.
+The policy that sampled decides which divergence is estimated: samples of p estimate KL(p‖q). Tokens that the policy
+has just sampled estimate KL(π_θ‖π_ref). After an update the same tokens estimate KL(π_old‖π_θ), the penalty of PPO's
+second variant.
 """
 
 import math
@@ -23,7 +24,7 @@ def kl_estimate(logps: torch.Tensor, other_logps: torch.Tensor, estimator: str) 
 
     Args:
         logps (`torch.Tensor`):
-            Log-probabilities under p, which sampled.
+            Log-probabilities under p, the policy that sampled.
         other_logps (`torch.Tensor`):
             Log-probabilities under q.
         estimator (`str`):
@@ -48,7 +49,7 @@ def adapted_kl_coef(
     """
     The next coefficient of a KL penalty, given the KL that was measured.
 
-    - `"fixed"`: as it is.
+    - `"fixed"`: unchanged.
     - `"ppo"`: halved below target/1.5, doubled above 1.5·target (https://huggingface.co/papers/1707.06347, sec. 4).
     - `"proportional"`: times 1 + clip(kl/target − 1, ±0.2) · samples/horizon
       (https://huggingface.co/papers/1909.08593, sec. 2.2).
@@ -56,22 +57,22 @@ def adapted_kl_coef(
 
     Args:
         coef (`float`):
-            The coefficient now.
+            The current coefficient.
         kl (`float`):
-            Measured KL, in nats per completion or per token, as `target`.
+            Measured KL, in the unit of `target`: nats per completion or per token.
         target (`float`):
             Wanted KL.
         rule (`str`):
-            One of the four.
+            One of `KL_RULES`.
         horizon (`float`):
-            Completions over which `"proportional"` corrects.
+            Completions over which `"proportional"` corrects a deviation.
         samples (`int`):
-            Completions that `kl` was measured on.
+            Completions on which `kl` was measured.
         rate (`float`):
-            Of `"exponential"`, per nat.
+            Rate of `"exponential"`, per nat.
 
     Returns:
-        `float`: unchanged if `kl` isn't finite.
+        `float`: the next coefficient, which is `coef` if `kl` isn't finite.
     """
     if rule == "fixed" or not math.isfinite(kl):
         return coef

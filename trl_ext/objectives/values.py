@@ -1,6 +1,8 @@
 """
-What a critic is fitted to and judged by, and whitening. Sums over all tokens of all ranks go through a `reduce` that
-the caller passes: from a tensor of this rank's sums to those of all.
+The loss of a critic, how much it explains, and whitening.
+
+Sums over the tokens of all ranks go through a function `reduce` that the caller passes: it takes a tensor with this
+rank's sums and returns the sums over all ranks.
 """
 
 from collections.abc import Callable
@@ -11,7 +13,8 @@ import torch
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _only_here(sums: torch.Tensor) -> torch.Tensor:
+def only_here(sums: torch.Tensor) -> torch.Tensor:
+    """The `reduce` of a single rank."""
     return sums
 
 
@@ -19,21 +22,22 @@ def value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    ½ (V − R)² per token or, where it is larger, the same of a V that moved at most `clip_range` from the one at
-    rollout time (PPO's value clipping, as in OpenAI's baselines).
+    ½ (V − R)² for each token, or the same with V clipped to V_old ± `clip_range` where that is larger (PPO's value
+    clipping, as in OpenAI's baselines; without clipping it is eq. 9's L^VF of https://huggingface.co/papers/1707.06347,
+    halved).
 
     Args:
         values (`torch.Tensor` of shape `(B, T)`):
-            V now.
+            V of the critic as it is.
         old_values (`torch.Tensor` of shape `(B, T)`):
-            V at rollout time.
+            V_old, of the critic at rollout time.
         returns (`torch.Tensor` of shape `(B, T)`):
-            What is fitted.
+            R, the targets.
         clip_range (`float`, *optional*):
             `None`: no clipping.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]` of shapes `(B, T)`: loss, and 1.0 where the clipped term is the larger one.
+        `tuple[torch.Tensor, torch.Tensor]` of shapes `(B, T)`: the loss, and 1.0 where the clipped term is larger.
     """
     unclipped = (values - returns).square()
     if clip_range is None:
@@ -43,9 +47,12 @@ def value_loss(
 
 
 def masked_moments(
-    values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = _only_here
+    values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = only_here
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased variance of the masked values of all ranks, as tensors; a variance of 0 below two values."""
+    """
+    Mean and unbiased variance of the masked values of all ranks, as tensors. The variance of fewer than two values is
+    0.
+    """
     mask = mask.bool()
     count, total = reduce(torch.stack([mask.sum().to(values.dtype), values[mask].sum()]))
     mean = total / count.clamp(min=1)
@@ -54,18 +61,18 @@ def masked_moments(
 
 
 def whiten(
-    values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, reduce: Reduce = _only_here
+    values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, reduce: Reduce = only_here
 ) -> torch.Tensor:
     """
     (x − mean)/√(variance + 1e-8) over the masked values of all ranks, with TRL's and OpenAI's guard.
 
     Args:
         values (`torch.Tensor` of shape `(B, T)`):
-            What to whiten.
+            The values.
         mask (`torch.Tensor` of shape `(B, T)`):
-            What counts; 0 in the result elsewhere.
+            1 on the values that count; the result is 0 elsewhere.
         shift_mean (`bool`):
-            `False` keeps the mean.
+            Whether the mean is subtracted.
         reduce (`Callable`, *optional*):
             Sums over ranks.
 
@@ -78,11 +85,11 @@ def whiten(
 
 
 def explained_variance(
-    values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, reduce: Reduce = _only_here
+    values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, reduce: Reduce = only_here
 ) -> float:
     """
-    1 − Var(R − V)/Var(R): 1 for a perfect critic, 0 for a constant one, below 0 for one that is worse than none. NaN
-    where the returns don't vary.
+    1 − Var(R − V)/Var(R): 1 for a perfect critic, 0 for a constant one, negative for a critic that is worse than a
+    constant. NaN if the returns don't vary.
     """
     _, residual = masked_moments(returns - values, mask, reduce)
     _, total = masked_moments(returns, mask, reduce)

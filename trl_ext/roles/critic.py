@@ -1,11 +1,14 @@
 """
-Critics: the value V of a state, from the forward that gives the log-probabilities.
+Critics: the value V of a state, from the forward pass that gives the log-probabilities.
 
-A critic is a submodule of the actor, so that there is one engine, one optimizer and one forward, under DDP, DeepSpeed
-and FSDP alike. Its values leave that forward as a field of the output: what leaves it in another way is lost on them.
+A critic is a submodule of the actor, so that there is one engine, one optimizer and one forward pass, under DDP,
+DeepSpeed and FSDP alike. Its values leave this pass as a field of the output: DDP and ZeRO find no other way to the
+critic's parameters.
 
-- [`HeadCritic`]: a head on the actor's own last hidden state. How much of its gradient reaches the trunk is a setting:
-  a value loss can wreck a policy early on (https://huggingface.co/papers/2009.01325, app. G.1).
+[`Critic`] is the contract: a kind of critic is one subclass and one entry of [`CRITICS`].
+
+- [`HeadCritic`]: a head on the actor's last hidden state. The share of its gradient that reaches the trunk is a
+  setting, because a value loss can wreck a policy early on (https://huggingface.co/papers/2009.01325, app. G.1).
 - [`ModelCritic`]: a model of its own.
 """
 
@@ -15,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,8 +26,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
+from ..errors import require, require_one_of
+
 
 HEAD_KINDS = ("linear", "mlp")
+CRITIC_INITS = ("policy", "reward")
 # The name of a critic among the submodules of an actor, and of its folder beside the actor's files
 CRITIC = "critic"
 CONFIG_FILE, WEIGHTS_FILE = "critic_config.json", "critic.safetensors"
@@ -33,7 +39,7 @@ CONFIG_FILE, WEIGHTS_FILE = "critic_config.json", "critic.safetensors"
 @dataclass
 class ActorCriticOutput(FusedCausalLMOutput):
     """
-    TRL's output of a fused forward, with values.
+    TRL's output of a forward pass with its fused head, with values.
 
     Args:
         state_values (`torch.Tensor` of shape `(batch, seq_len)`):
@@ -45,16 +51,16 @@ class ActorCriticOutput(FusedCausalLMOutput):
 
 class LastColumns:
     """
-    Makes a causal language model that has TRL's fused head score only the columns that it is given labels for, counted
-    from the last. TRL scores all columns where there is no Triton, and leaves out what has no label afterwards.
+    Makes a causal language model with TRL's fused head score only as many of the last columns as there are labels. On
+    machines without Triton, TRL scores all columns and drops those without a label afterwards.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The model (the base model, under PEFT). Its forward is as it was where labels have all columns.
+            The model; under PEFT the base model. If labels cover all columns, nothing changes.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.columns: int | None = None  # during a fused forward
+        self.columns: int | None = None  # in a pass with the fused head
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.base_model.register_forward_hook(self._cut)
 
@@ -78,8 +84,8 @@ class Float32Linear(nn.Linear):
 
 class ValueHead(nn.Module):
     """
-    From hidden states to values, in float32 whatever the trunk's type. Starts at V = 0 everywhere: it moves neither
-    the advantages nor a shared trunk before it has learned something.
+    From hidden states to values, in float32 whatever the trunk's type. It starts at V = 0 everywhere, so that it
+    changes neither the advantages nor a shared trunk before it has learned something.
 
     Args:
         hidden_size (`int`):
@@ -109,33 +115,121 @@ class ValueHead(nn.Module):
 
 class Critic(nn.Module):
     """
-    Base of the critics; see [`attach`].
+    Base of the critics, and their contract. A kind of critic is a subclass with
+
+    - `kind`: its name, in `PPOConfig.critic`, in [`CRITICS`] and in saved files;
+    - `settings`, [`check_settings`]: arguments of `PPOConfig` that belong to it alone, and what is wrong with them;
+    - `learning_rate_factor`: its default learning rate, as a multiple of the policy's;
+    - [`for_policy`]: how it is built for a policy, and `built_before_trl`: when;
+    - [`values`]: the value of a state, and `reads_token_ids`: what from;
+    - [`trained_parameters`]: what is trained;
+    - [`detached`], [`split_state_dict`]: how it is separated from the policy's weights for saving;
+    - [`description`], [`from_description`]: what is saved beside its weights, and how it is built from that.
+
+    `kind`, `learning_rate_factor`, `for_policy`, `values` and `from_description` must be there; the others have
+    defaults, for a critic whose parameters are all in its own module.
 
     Attributes:
         active (`bool`):
-            `False`: fused forwards of the actor give no values, and cost nothing for them.
+            If `False`, passes of the actor with its fused head return no values and compute none.
+
+    Raises:
+        TypeError: when a subclass that has a `kind` is defined without a part of the contract.
     """
 
     kind: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]] = ()
+    learning_rate_factor: ClassVar[float]
+    # Before TRL and PEFT wrap and change the policy: for a critic that copies weights
+    built_before_trl: ClassVar[bool] = False
+    # If so, left padding moves its values unless its positions are relative
+    reads_token_ids: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "kind"):
+            return  # a common base of several kinds
+        missing = [] if hasattr(cls, "learning_rate_factor") else ["learning_rate_factor"]
+        for name in ("for_policy", "from_description", "values"):
+            own, inherited = getattr(cls, name), getattr(Critic, name)
+            if getattr(own, "__func__", own) is getattr(inherited, "__func__", inherited):
+                missing.append(name)
+        if missing:
+            lacks = f"{cls.__name__} is half a critic: it lacks {', '.join(missing)}."
+            raise TypeError(f"{lacks} The contract is in the docstring of trl_ext.roles.critic.Critic.")
 
     def __init__(self) -> None:
         super().__init__()
         self.active = True
-        self._wanted = False  # during a fused forward of the actor
+        self._wanted = False  # in a pass of the actor with the fused head
         self._hidden: torch.Tensor | None = None
         self._inputs: dict[str, Any] = {}
 
+    @classmethod
+    def check_settings(cls, config: Any) -> None:
+        """Raise `ValueError` for bad values of this kind's `settings` in a `PPOConfig`."""
+
+    @classmethod
+    def for_policy(cls, policy: Any, config: Any, value_model: Any = None, reward_model: Any = None) -> Self:
+        """
+        A new critic for a policy.
+
+        Args:
+            policy (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                The policy that the user passed, or the trainer's if the critic is not `built_before_trl`.
+            config (`PPOConfig`):
+                Its settings.
+            value_model, reward_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+                Sequence classification models that the user passed.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any], actor: Any) -> Self:
+        """A critic whose weights are to be loaded, from what [`description`] returned, for an actor's base model."""
+        raise NotImplementedError
+
+    def description(self) -> dict[str, Any]:
+        """What [`from_description`] needs, as JSON."""
+        return {"critic": self.kind}
+
     def values(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """V `(B, S)`, from the actor's last hidden state `(B, S, H)` and its inputs."""
+        """V `(B, S)` after each token, from the actor's last hidden state `(B, S, H)` and its inputs."""
         raise NotImplementedError
 
     def forward(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         return self.values(hidden, inputs)
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Parameters that learn with the critic's learning rate, and in steps that leave the policy as it is."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def detached(self, actor: nn.Module) -> Iterator[None]:
+        """Within this context, `actor` (a base model) has no weights of the critic."""
+        del actor._modules[CRITIC]
+        try:
+            yield
+        finally:
+            actor._modules[CRITIC] = self
+
+    def split_state_dict(
+        self, state_dict: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The weights of the actor, and those of the critic under the critic's own names."""
+        actor, critic = {}, {}
+        for name, value in state_dict.items():
+            before, found, own_name = name.partition(f"{CRITIC}.")
+            if found and (not before or before.endswith(".")):
+                critic[own_name] = value
+            else:
+                actor[name] = value
+        return actor, critic
+
     def attach(self, actor: PreTrainedModel) -> None:
         """
-        Make this the critic of a causal language model that has TRL's fused head (of the base model, under PEFT): its
-        fused forwards return [`ActorCriticOutput`] from now on. Generation is left alone.
+        Make this the critic of a causal language model that has TRL's fused head (under PEFT, of the base model). From
+        then on its passes with the fused head return [`ActorCriticOutput`]. Generation doesn't change.
         """
         actor.add_module(CRITIC, self)
         LastColumns(actor)
@@ -160,21 +254,15 @@ class Critic(nn.Module):
         assert hidden is not None
         return ActorCriticOutput(**output, state_values=self(hidden, inputs))
 
-    # Files
-
-    def description(self) -> dict[str, Any]:
-        """What [`load_critic`] needs beside the weights."""
-        return {"critic": self.kind}
-
     def save(self, directory: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """
-        Write the critic.
+        Write the critic's description and weights.
 
         Args:
             directory (`Path`):
-                Where to.
+                Folder, which is made if it isn't there.
             state_dict (`dict`, *optional*):
-                Its whole weights, where the module itself holds only a part of them.
+                All of its weights, if the module of this process holds only a part of them.
         """
         directory.mkdir(parents=True, exist_ok=True)
         weights = self.state_dict() if state_dict is None else state_dict
@@ -196,15 +284,43 @@ class HeadCritic(Critic):
         head (`str`):
             `"linear"` or `"mlp"`.
         trunk_grad (`float`):
-            Share of the value gradient, in [0, 1], that reaches the trunk. 0: the critic reads, and doesn't write.
+            Share of the value gradient, in [0, 1], that reaches the trunk. 0: the trunk doesn't learn from values.
     """
 
     kind = "head"
+    settings = ("critic_head", "critic_trunk_grad")
+    # It starts at zero, and reads features that are there
+    learning_rate_factor = 100.0
+    reads_token_ids = False
 
     def __init__(self, hidden_size: int, head: str = "linear", trunk_grad: float = 0.0) -> None:
         super().__init__()
         self.head = ValueHead(hidden_size, head)
         self.trunk_grad = trunk_grad
+
+    @classmethod
+    def check_settings(cls, config: Any) -> None:
+        require_one_of("critic_head", config.critic_head, (None, *HEAD_KINDS))
+        share = config.critic_trunk_grad
+        require(share is None or 0 <= share <= 1, f"critic_trunk_grad={share} is a share: choose it in [0, 1].")
+
+    @classmethod
+    def for_policy(cls, policy: Any, config: Any, value_model: Any = None, reward_model: Any = None) -> Self:
+        size = policy.config.get_text_config().hidden_size
+        return cls(size, config.critic_head or "linear", config.critic_trunk_grad or 0.0)
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any], actor: Any) -> Self:
+        size, own = actor.config.get_text_config().hidden_size, description["hidden_size"]
+        require(
+            size == own,
+            f"The value head reads hidden states of size {own}, but the policy's have {size}. Load the policy that it "
+            "was trained with.",
+        )
+        return cls(size, description["head"])
+
+    def description(self) -> dict[str, Any]:
+        return super().description() | {"head": self.head.kind, "hidden_size": self.head.hidden_size}
 
     def values(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         if self.trunk_grad == 0.0:
@@ -213,9 +329,6 @@ class HeadCritic(Critic):
             hidden = self.trunk_grad * hidden + (1.0 - self.trunk_grad) * hidden.detach()
         values: torch.Tensor = self.head(hidden)
         return values
-
-    def description(self) -> dict[str, Any]:
-        return super().description() | {"head": self.head.kind, "hidden_size": self.head.hidden_size}
 
 
 class ModelCritic(Critic):
@@ -228,6 +341,9 @@ class ModelCritic(Critic):
     """
 
     kind = "model"
+    settings = ("critic_init",)
+    learning_rate_factor = 1.0
+    built_before_trl = True
     backbone: Any
     score: nn.Linear
 
@@ -251,7 +367,34 @@ class ModelCritic(Critic):
         self.backbone, self.score, self.config = backbone, score, config
 
     @classmethod
-    def on_backbone_of(cls, policy: Any) -> "ModelCritic":
+    def check_settings(cls, config: Any) -> None:
+        require_one_of("critic_init", config.critic_init, (None, *CRITIC_INITS))
+
+    @classmethod
+    def for_policy(cls, policy: Any, config: Any, value_model: Any = None, reward_model: Any = None) -> Self:
+        source = value_model or (reward_model if config.critic_init == "reward" else policy)
+        if isinstance(source, str):
+            # In float32 unless said otherwise, as TRL loads what it trains
+            own: Any = config.model_init_kwargs if source is policy else None
+            settings = {"dtype": torch.float32, **(own or {})}
+            critic = cls(AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **settings))
+            if source is policy:
+                nn.init.zeros_(critic.score.weight)  # its file has no such layer
+            return critic
+        if source is policy:
+            return cls.on_backbone_of(policy)
+        return cls(source if source is value_model else copy.deepcopy(source))
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any], actor: Any) -> Self:
+        config = AutoConfig.for_model(**description["config"])
+        return cls(AutoModelForSequenceClassification.from_config(config))
+
+    def description(self) -> dict[str, Any]:
+        return super().description() | {"config": self.config.to_dict()}
+
+    @classmethod
+    def on_backbone_of(cls, policy: Any) -> Self:
         """A copy of a policy's backbone, adapters merged into it, with a head that starts at V = 0."""
         base = policy
         if hasattr(policy, "merge_and_unload"):  # its layers are the adapter's, and all but those are frozen
@@ -271,41 +414,47 @@ class ModelCritic(Critic):
         values: torch.Tensor = self.score(own.to(self.score.weight.dtype)).squeeze(-1).float()
         return values
 
-    def description(self) -> dict[str, Any]:
-        return super().description() | {"config": self.config.to_dict()}
+
+# Every kind of critic. A further one is a subclass of [`Critic`] and an entry here.
+CRITICS: dict[str, type[Critic]] = {cls.kind: cls for cls in (HeadCritic, ModelCritic)}
+
+
+def critic_class(kind: str) -> type[Critic]:
+    """The class behind the name of a kind. Raises `ValueError` if there is none, or it goes by a different name."""
+    require_one_of("critic", kind, CRITICS)
+    found = CRITICS[kind]
+    own = getattr(found, "kind", None)
+    require(
+        own == kind,
+        f"CRITICS[{kind!r}] is {found.__name__}, whose `kind` is {own!r}: what it saves could not be loaded. Use one "
+        "name for both.",
+    )
+    return found
+
+
+def _base_model(actor: Any) -> Any:
+    """What a PEFT model is built on; any other model itself."""
+    return actor.get_base_model() if hasattr(actor, "get_base_model") else actor
 
 
 def critic_of(actor: nn.Module) -> Critic | None:
     """The critic that is attached to a model or to the base model of a PEFT model."""
-    base = actor.get_base_model() if hasattr(actor, "get_base_model") else actor  # type: ignore[operator]
-    critic = getattr(base, CRITIC, None)
+    critic = getattr(_base_model(actor), CRITIC, None)
     return critic if isinstance(critic, Critic) else None
 
 
 @contextmanager
 def without_critic(actor: nn.Module) -> Iterator[None]:
-    """The actor as everything else knows it: saving, vLLM and references see no weights of a critic."""
-    base: nn.Module = actor.get_base_model() if hasattr(actor, "get_base_model") else actor  # type: ignore[operator]
-    critic = base._modules.pop(CRITIC, None)
-    try:
+    """
+    Within this context, a model or PEFT model has no weights of a critic: for saving, for vLLM, and for PEFT, which
+    looks layers up by their names.
+    """
+    critic = critic_of(actor)
+    if critic is None:
         yield
-    finally:
-        if critic is not None:
-            base._modules[CRITIC] = critic
-
-
-def split_state_dict(
-    state_dict: dict[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weights of an actor, and those of its critic under the critic's own names."""
-    actor, critic = {}, {}
-    for name, value in state_dict.items():
-        before, found, own_name = name.partition(f"{CRITIC}.")
-        if found and (not before or before.endswith(".")):
-            critic[own_name] = value
-        else:
-            actor[name] = value
-    return actor, critic
+        return
+    with critic.detached(_base_model(actor)):
+        yield
 
 
 def load_critic(directory: str | Path, actor: nn.Module, temperature: float = 1.0) -> Critic:
@@ -324,29 +473,21 @@ def load_critic(directory: str | Path, actor: nn.Module, temperature: float = 1.
         actor (`PreTrainedModel` or `PeftModel`):
             The policy that was saved with it.
         temperature (`float`):
-            That logits are divided by: the one of the trainer, for its log-probabilities.
+            Divisor of the logits. With the trainer's, log-probabilities are the trainer's.
 
     Raises:
         FileNotFoundError: if there is no critic.
-        ValueError: if it is a head for hidden states of another size.
+        ValueError: if its kind is unknown, or it is a head for hidden states of a different size.
     """
     directory = Path(directory)
     if not (directory / CONFIG_FILE).exists():
         raise FileNotFoundError(f"No critic in {directory}: {CONFIG_FILE} is missing.")
     description = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    base: Any = actor.get_base_model() if hasattr(actor, "get_base_model") else actor  # type: ignore[operator]
-    critic: Critic
-    if description["critic"] == HeadCritic.kind:
-        size = base.config.get_text_config().hidden_size
-        if size != description["hidden_size"]:
-            raise ValueError(
-                f"The value head in {directory} reads hidden states of size {description['hidden_size']}, but the "
-                f"policy's have {size}. Load the policy that it was trained with."
-            )
-        critic = HeadCritic(size, description["head"])
-    else:
-        config = AutoConfig.for_model(**description["config"])
-        critic = ModelCritic(AutoModelForSequenceClassification.from_config(config))
+    base = _base_model(actor)
+    try:
+        critic = critic_class(description["critic"]).from_description(description, base)
+    except ValueError as error:
+        raise ValueError(f"The critic in {directory} can't be loaded. {error}") from error
     critic.load(directory)
     critic.to(base.device).train(base.training)
     add_fused_lm_head(base, temperature)
@@ -358,7 +499,7 @@ def logps_and_values(
     actor: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Log-probabilities of tokens, and values of states, in one forward.
+    Log-probabilities of tokens, and values of states, in one forward pass.
 
     Args:
         actor (`PreTrainedModel` or `PeftModel`):

@@ -6,7 +6,6 @@ and with `fit_micro_batches=False` every number of it.
 """
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch import nn
 from trl.rewards import get_soft_overlong_punishment
-from trl.trainer.utils import get_callable_name, get_config_model_id
+from trl.trainer.utils import get_callable_name
 
 from ..errors import require
 from ..objectives.advantages import ESTIMATORS, aggregate_rewards, scale_advantages, updated_baseline
@@ -42,9 +41,10 @@ from ..rollouts.selection import (
 )
 from ..rollouts.statistics import restate_loss_metrics
 from ..rollouts.stream import PromptStream, prompt_key
+from .arguments import bound, model_name
 from .data_checks import check_curriculum, check_data, check_images, check_outcome_names
 from .grpo_config import GRPOConfig
-from .seams.grpo import GRPOSeams
+from .seams.critic import CriticSeams
 from .seams.probes import savings_of, without_trace
 
 
@@ -75,18 +75,12 @@ class Counters:
     batches_without_variance: int = 0
 
 
-def model_name(model: Any) -> str:
-    """The last part of a model's Hub id or path, as TRL names things by it."""
-    identifier = model if isinstance(model, str) else get_config_model_id(model.config)
-    return identifier.split("/")[-1]
-
-
 def reward_name(func: Any) -> str:
     """The name TRL will give a reward function; known before anything is loaded."""
     return model_name(func) if isinstance(func, str | nn.Module) else get_callable_name(func)
 
 
-class GRPOTrainer(GRPOSeams):
+class GRPOTrainer(CriticSeams):
     """
     [`~trl.GRPOTrainer`] with the axes of [`GRPOConfig`]. Takes the same arguments; `args` may be a
     [`~trl.GRPOConfig`], which [`GRPOConfig.adopt`] takes over.
@@ -115,11 +109,8 @@ class GRPOTrainer(GRPOSeams):
     _tag_names = ["trl", "trl_ext", "grpo"]
 
     def __init__(self, *args: Any, curriculum: PromptChooser | None = None, **kwargs: Any) -> None:
-        given = inspect.signature(trl.GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
-        given.pop("self")
-        if given.get("args") is None:
-            given["args"] = self.config_class(f"{model_name(given['model'])}-{self._name}")
-        config = given["args"] = self.config_class.adopt(given["args"])
+        given = bound(trl.GRPOTrainer, self, args, kwargs)
+        config = given["args"]
         check_data(config, given.get("train_dataset"), given.get("environment_factory"))
         check_images(config, given.get("train_dataset"), given.get("rollout_func"))
         check_curriculum(config, curriculum, given)

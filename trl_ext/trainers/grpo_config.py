@@ -23,6 +23,7 @@ from ..objectives.advantages import ESTIMATORS
 from ..objectives.ratios import IMPORTANCE_LEVELS
 from ..rollouts.outlook import REFILL_DRAWS
 from ..rollouts.selection import SELECTIONS
+from .arguments import adopted
 
 
 logger = get_logger(__name__)
@@ -464,18 +465,19 @@ class GRPOConfig(trl.GRPOConfig):
         Raises:
             TypeError: if it is not a configuration for GRPO, or is one of a different method of `trl_ext`.
         """
-        if isinstance(args, cls):
-            return args
-        if not isinstance(args, trl.GRPOConfig):
-            raise TypeError(f"`args` must be a {cls.__name__} or a trl.GRPOConfig, not {type(args).__name__}.")
         ours = isinstance(args, GRPOConfig)
-        if ours and not issubclass(cls, type(args)):
+        if ours and not issubclass(cls, type(args)) and not isinstance(args, cls):
             raise TypeError(
                 f"`args` is a {type(args).__name__}, whose defaults are those of a different method. Pass a "
                 f"{cls.__name__}."
             )
+        return adopted(cls, args, trl.GRPOConfig, cls._taken)
+
+    @classmethod
+    def _taken(cls, args: trl.GRPOConfig) -> dict[str, Any]:
+        """The arguments that [`adopt`] takes over: what the user set, as far as that can be told, and all sizes."""
         own = {f.name: f for f in fields(cls)}
-        parents = {f.name: f for f in fields(GRPOConfig if ours else trl.GRPOConfig)}
+        parents = {f.name: f for f in fields(GRPOConfig if isinstance(args, GRPOConfig) else trl.GRPOConfig)}
         names = {name for name in own.keys() & parents.keys() if own[name].init}
         changed = {name for name in names if own[name].default != parents[name].default}
         left_open: set[str] = getattr(args, "_left_open", set()) - set(cls._sizes)
@@ -488,8 +490,4 @@ class GRPOConfig(trl.GRPOConfig):
         taken.pop("generation_batch_size", None)
         if taken.get("updates_per_generation") is not None:
             taken.pop("steps_per_generation")
-        adopted = cls(**taken)
-        for f in fields(args):  # a user's own subclass may have added some
-            if f.name not in own:
-                setattr(adopted, f.name, getattr(args, f.name))
-        return adopted
+        return taken

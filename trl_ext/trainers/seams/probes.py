@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import trl
 
-from ...roles.critic import ModelCritic, critic_of
+from ...roles.critic import critic_of
 from ...rollouts.exactness import ExactSavings, exact_savings, has_relative_positions
 from .checkpoints import random_states, set_random_states
 from .grpo import GRPOSeams
@@ -22,7 +22,7 @@ def savings_of(trainer: trl.GRPOTrainer) -> ExactSavings:
     unwrap: Any = trainer.accelerator.unwrap_model
     critic = critic_of(unwrap(trainer.model))
     models = [unwrap(model) for model in (trainer.model, trainer.ref_model) if model is not None]
-    models += [critic] if isinstance(critic, ModelCritic) else []
+    models += [critic] if critic is not None and critic.reads_token_ids else []
     return exact_savings(
         trainer.loss_type,
         kl=trainer.beta != 0.0,

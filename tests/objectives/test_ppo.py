@@ -1,0 +1,103 @@
+"""The loss of PPO, term by term, and its gradient."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trl_ext.objectives.ppo import PPOLossSettings, ppo_loss
+
+
+PLAIN = PPOLossSettings(vf_coef=0.5, cliprange_value=None, old_kl_coef=0.0, positive_nll_coef=0.0)
+TOKENS = torch.tensor(4.0)
+SURROGATE = torch.tensor(0.25)
+
+
+def batch():
+    """Row 0 has two tokens of the policy, row 1 one, one of an environment, and padding."""
+    return {
+        "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 0]]),
+        "tool_mask": torch.tensor([[1, 1, 1], [1, 0, 1]]),
+        "old_per_token_logps": torch.tensor([[-1.0, -2.0, -9.0], [-1.0, -9.0, -9.0]]),
+        "old_values": torch.tensor([[0.0, 1.0, 9.0], [2.0, 9.0, 9.0]]),
+        "returns": torch.tensor([[1.0, 3.0, -9.0], [2.0, -9.0, -9.0]]),
+        "is_right": torch.tensor([1.0, 0.0]),
+    }
+
+
+def policy():
+    logps = torch.tensor([[-1.5, -2.0, 5.0], [-0.5, 5.0, 5.0]], requires_grad=True)
+    values = torch.tensor([[0.5, 2.0, 5.0], [1.0, 5.0, 5.0]], requires_grad=True)
+    return logps, values
+
+
+def loss_of(settings=PLAIN, frozen=False, **changed):
+    logps, values = policy()
+    surrogate = SURROGATE + 0.0 * logps.sum()
+    loss, sums = ppo_loss(surrogate, logps, values, batch(), TOKENS, replace(settings, **changed), frozen)
+    found = torch.autograd.grad(loss, [logps, values])
+    return (
+        loss.item(),
+        {name: value.item() for name, value in sums.items()},
+        *(gradient.tolist() for gradient in found),
+    )
+
+
+def test_the_value_loss_is_half_the_square_for_each_token_of_the_policy():
+    loss, sums, of_logps, of_values = loss_of()
+    # ½(0.5² + 1² + 1²) = 1.125, times ½, over 4 tokens
+    assert loss == pytest.approx(0.25 + 0.5 * 1.125 / 4)
+    assert sums["value_loss"] == pytest.approx(1.125)
+    assert (sums["tokens"], sums["clipped_values"]) == (3, 0)
+    assert of_values == [[0.5 * -0.5 / 4, 0.5 * -1.0 / 4, 0.0], [0.5 * -1.0 / 4, 0.0, 0.0]]
+    assert not any(map(any, of_logps))
+
+
+def test_a_value_that_moved_too_far_is_clipped_and_learns_nothing():
+    # V may move by ¼: 0.5 → 0.25, 2 → 1.25, 1 → 1.75. The clipped squares 0.75² and 1.75² are larger, 0.25² isn't
+    loss, sums, _, of_values = loss_of(cliprange_value=0.25)
+    assert sums["value_loss"] == pytest.approx((0.75**2 + 1.75**2 + 1.0) / 2)
+    assert sums["clipped_values"] == 2
+    assert loss == pytest.approx(0.25 + 0.5 * sums["value_loss"] / 4)
+    assert of_values == [[0.0, 0.0, 0.0], [0.5 * -1.0 / 4, 0.0, 0.0]]
+
+
+def test_the_kl_from_the_old_policy_pulls_back_to_it():
+    # k3 of old − new = 0.5, 0 and −0.5: e^−0.5 − 1 + 0.5, 0 and e^0.5 − 1 − 0.5
+    loss, sums, of_logps, _ = loss_of(old_kl_coef=0.8)
+    expected = (math.exp(-0.5) - 0.5) + (math.exp(0.5) - 1.5)
+    assert sums["old_kl"] == pytest.approx(expected, rel=1e-5)
+    assert loss == pytest.approx(0.25 + 0.5 * 1.125 / 4 + 0.8 * expected / 4)
+    # d/dlogp of e^(logp − old) − 1 − (logp − old)
+    assert of_logps[0][:2] == pytest.approx([0.2 * (math.exp(-0.5) - 1), 0.0], abs=1e-6)
+    assert of_logps[1] == pytest.approx([0.2 * (math.exp(0.5) - 1), 0.0, 0.0], abs=1e-6)
+
+
+def test_only_right_completions_are_made_likelier():
+    loss, _, of_logps, _ = loss_of(positive_nll_coef=2.0)
+    assert loss == pytest.approx(0.25 + 0.5 * 1.125 / 4 + 2.0 * (1.5 + 2.0) / 4)
+    assert of_logps == [[-0.5, -0.5, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_a_frozen_policy_leaves_the_value_loss_alone():
+    everything = {"old_kl_coef": 0.8, "positive_nll_coef": 2.0}
+    loss, sums, of_logps, of_values = loss_of(frozen=True, **everything)
+    assert loss == pytest.approx(0.5 * 1.125 / 4)
+    assert not any(map(any, of_logps))  # zeros, and in the graph
+    assert of_values == loss_of()[3]
+    assert sums == loss_of(**everything)[1]
+
+
+def test_sums_for_the_metrics():
+    _, sums, _, _ = loss_of()
+    # log π/π_old = −0.5, 0 and 0.5
+    assert sums["approximate_kl"] == pytest.approx(0.5 * (0.25 + 0.25))
+    assert sums["ratio"] == pytest.approx(math.exp(-0.5) + 1 + math.exp(0.5), rel=1e-5)
+
+
+def test_without_a_tool_mask_every_token_of_a_completion_counts():
+    own = batch()
+    del own["tool_mask"]
+    _, sums = ppo_loss(SURROGATE, *policy(), own, TOKENS, PLAIN)
+    assert sums["tokens"] == 4
