@@ -207,11 +207,11 @@ class Critic(nn.Module):
     @contextmanager
     def detached(self, actor: nn.Module) -> Iterator[None]:
         """Within this context, `actor` (a base model) has no weights of the critic."""
-        del actor._modules[CRITIC]
+        delattr(actor, CRITIC)
         try:
             yield
         finally:
-            actor._modules[CRITIC] = self
+            actor.add_module(CRITIC, self)
 
     def split_state_dict(
         self, state_dict: dict[str, torch.Tensor]
