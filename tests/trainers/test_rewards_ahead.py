@@ -629,7 +629,7 @@ def test_tools(tmp_path):
 def test_chunks_with_tools_are_refused(tmp_path, arguments):
     model = {"model": "does/not-exist"}  # an OSError where it is loaded
     settings = {"rewards_in_flight": 2, "generation_chunks": 2}
-    with pytest.raises(ValueError, match="generation_chunks=2 with tools or environments"):
+    with pytest.raises(ValueError, match="generation_chunks=2 can't be used with tools or environments"):
         tiny.trainer(GRPOTrainer, tmp_path, last_word, {**model, **arguments}, **settings)
     with pytest.raises(OSError):  # all else is well
         tiny.trainer(GRPOTrainer, tmp_path, last_word, {**model, **arguments}, rewards_in_flight=2)
@@ -639,8 +639,11 @@ def test_chunks_with_tools_are_refused(tmp_path, arguments):
     ("changed", "said"),
     [
         ({"rewards_in_flight": 0}, ["rewards_in_flight=0", "at least 1", "None"]),
-        ({"reward_timeout": 3.0}, ["reward_timeout=3.0", "without rewards_in_flight", "leave it out"]),
-        ({"generation_chunks": 2}, ["generation_chunks=2", "without rewards_in_flight", "leave it out"]),
+        ({"reward_timeout": 3.0}, ["reward_timeout=3.0", "without rewards_in_flight", "leave reward_timeout out"]),
+        (
+            {"generation_chunks": 2},
+            ["generation_chunks=2", "without rewards_in_flight", "leave generation_chunks out"],
+        ),
         ({"rewards_in_flight": 2, "reward_timeout": 0.0}, ["reward_timeout=0.0", "seconds", "None"]),
         ({"rewards_in_flight": 2, "reward_timeout": -1.0}, ["reward_timeout=-1.0", "seconds", "None"]),
         ({"rewards_in_flight": 2, "generation_chunks": 0}, ["generation_chunks=0", "at least 1"]),

@@ -1,8 +1,8 @@
 """
-The engine: TRL's GRPO with three axes that combine freely. [`GRPOConfig`] has their values.
+TRL's GRPO with three axes that can be combined freely. [`GRPOConfig`] has their values.
 
-With `all`, `group` and `token` (or `sequence`) it is `trl.GRPOTrainer`: its gradient, for a fraction of the compute,
-and with `fit_micro_batches=False` every number of it.
+With `all`, `group` and `token` (or `sequence`), the gradient is that of `trl.GRPOTrainer`, for a fraction of the
+compute. With `fit_micro_batches=False` as well, all numbers are the same.
 """
 
 import copy
@@ -60,13 +60,13 @@ class Counters:
 
     Args:
         generated_tokens (`int`):
-            Completion tokens that the policy wrote for training, discarded ones included.
+            Completion tokens that the policy wrote for training, including those that were discarded.
         trained_tokens (`int`):
-            Completion tokens that entered a loss, copies included, counted once per generation.
+            Completion tokens that were in a loss, including copies, counted once for each generation batch.
         generation_rounds (`int`):
-            Rounds of generation. Optimizer steps are `trainer.state.global_step`.
+            Rounds of generation. (The number of optimizer steps is `trainer.state.global_step`.)
         batches_without_variance (`int`):
-            Generation batches in which no group had variance.
+            Generation batches in which no group had reward variance.
     """
 
     generated_tokens: int = 0
@@ -76,32 +76,36 @@ class Counters:
 
 
 def reward_name(func: Any) -> str:
-    """The name TRL will give a reward function; known before anything is loaded."""
+    """The name that TRL will give to a reward function, known before anything is loaded."""
     return model_name(func) if isinstance(func, str | nn.Module) else get_callable_name(func)
 
 
 class GRPOTrainer(CriticSeams):
     """
-    [`~trl.GRPOTrainer`] with the axes of [`GRPOConfig`]. Takes the same arguments; `args` may be a
-    [`~trl.GRPOConfig`], which [`GRPOConfig.adopt`] takes over.
+    [`~trl.GRPOTrainer`] with the axes of [`GRPOConfig`]. It takes the same arguments; if `args` is a
+    [`~trl.GRPOConfig`], [`GRPOConfig.adopt`] converts it.
 
     Args:
         curriculum ([`~trl_ext.rollouts.choosers.PromptChooser`], *optional*):
-            Which prompts are trained on when, such as a [`~trl_ext.DifficultyCurriculum`]. The trainer works on a
-            copy. `None`: TRL's order.
+            Chooses which prompts are trained on, and when, such as a [`~trl_ext.DifficultyCurriculum`]. The trainer
+            uses a copy of it. `None`: TRL's order.
 
     Attributes:
         chooser ([`~trl_ext.rollouts.choosers.PromptChooser`]):
-            Chooses the prompts of this run.
+            The chooser of this run's prompts.
         observers (`list[RolloutObserver]`):
-            See every generation batch of training; the chooser is the first. [`add_observer`] adds more.
+            Objects that see every generation batch of training. The first is the chooser; [`add_observer`] adds more.
         counters ([`Counters`]):
             Totals of the run.
+        saved_compute ([`~trl_ext.rollouts.micro_batches.SavedCompute`]):
+            How much less was computed than by TRL.
+        exact_savings ([`~trl_ext.rollouts.exactness.ExactSavings`]):
+            Which savings of compute are exact for the loss and the model.
 
     Raises:
-        ValueError: before a model is loaded, for a data set without prompts, with fewer prompts than one generation
-            batch, or that `rollout_selection="refill"` can't draw from; for unknown names in `outcome_reward_funcs`.
-        RewardFunctionError: in training, if a reward function fails. What was trained is saved first.
+        ValueError: before a model is loaded, if the data set has no prompts, or fewer than one generation batch, or
+            can't be used for `rollout_selection="refill"`; or if `outcome_reward_funcs` has an unknown name.
+        RewardFunctionError: in training, if a reward function fails. The trainer saves a checkpoint first.
     """
 
     config_class: ClassVar[type[GRPOConfig]] = GRPOConfig
@@ -116,8 +120,9 @@ class GRPOTrainer(CriticSeams):
         check_curriculum(config, curriculum, given)
         require(
             config.generation_chunks == 1 or not (given.get("tools") or given.get("environment_factory")),
-            f"generation_chunks={config.generation_chunks} with tools or environments: TRL binds them to the rows of "
-            "the whole batch. Leave it at 1; rewards_in_flight alone scores their groups side by side.",
+            f"generation_chunks={config.generation_chunks} can't be used with tools or environments, because TRL "
+            "binds them to the rows of the whole batch. Leave generation_chunks at 1: with rewards_in_flight, groups "
+            "are still scored at the same time.",
         )
         dataset = given.get("train_dataset")
         draws = REFILL_DRAWS[config.refill_draws]
@@ -136,7 +141,7 @@ class GRPOTrainer(CriticSeams):
         self.counters, self.saved_compute = Counters(), SavedCompute()
         self._acceptance = AcceptanceRate()
         self._baseline: float | None = None
-        self._duplicates = torch.Generator().manual_seed(config.seed)
+        self._copy_generator = torch.Generator().manual_seed(config.seed)
         super().__init__(**given)
         self.importance_sampling_level = self.level.trl_level
         self._set_up_selection(config)
@@ -144,10 +149,10 @@ class GRPOTrainer(CriticSeams):
         self._set_up_micro_batches(config)
 
     def _set_up_roles(self, config: GRPOConfig) -> None:
-        """Models beside the policy and TRL's own reference and rewards."""
+        """Adds models to the policy, and to the reference and reward models that TRL has."""
 
     def _set_up_selection(self, config: GRPOConfig) -> None:
-        check_outcome_names(config, self.reward_func_names)  # with those of environments
+        check_outcome_names(config, self.reward_func_names)  # which now include those of environments
         outcome = config.outcome_reward_funcs or [n for n in self.reward_func_names if n != SHAPING_REWARD]
         self.is_outcome = torch.tensor([name in outcome for name in self.reward_func_names])
         self.prompt_stream: PromptStream | None = None
@@ -156,17 +161,17 @@ class GRPOTrainer(CriticSeams):
 
     def _set_up_micro_batches(self, config: GRPOConfig) -> None:
         exact = savings_of(self)
-        # Where refilling falls back on copies they are computed: metrics over all rows are worth more there
+        # A few copies are computed like other rows: that costs little, and metrics are then taken over all rows
         self.exact_savings = replace(exact, weigh_copies=exact.skip_dead and self.rollout_selection.mostly_copies)
         if config.fit_micro_batches:
             for reason in self.exact_savings.reasons:
                 logger.warning(
-                    f"Not all compute that TRL spends on padding and dead rows can be saved here: {reason}."
+                    f"Some of the compute that TRL spends on padding and dead rows can't be saved here: {reason}."
                 )
 
     @staticmethod
     def _add_overlong_punishment(given: dict[str, Any]) -> None:
-        """Append TRL's soft punishment to the reward functions, unless the user passes one."""
+        """Append TRL's soft overlong punishment to the reward functions, unless the user passes one."""
         config, funcs = given["args"], given["reward_funcs"]
         rewarded = funcs or given.get("environment_factory") is not None
         if not config.soft_punish_cache or not rewarded or SHAPING_REWARD in map(reward_name, funcs):
@@ -183,19 +188,24 @@ class GRPOTrainer(CriticSeams):
 
     @property
     def progress(self) -> float:
-        """Share of the run that is over."""
+        """Share of the run that is over, in [0, 1]."""
         return self.state.global_step / max(self.state.max_steps, 1)
 
     def add_observer(self, observer: RolloutObserver) -> None:
-        """Have an observer see every generation batch of training, and its state in every checkpoint."""
+        """
+        Add an observer. It sees every generation batch of training, and checkpoints hold its state.
+
+        Raises:
+            ValueError: if the trainer has an observer with the same key.
+        """
         require(
             not observer.key or observer.key not in [other.key for other in self.observers],
-            f"This trainer has an observer with the key {observer.key!r} already.",
+            f"This trainer has an observer with the key {observer.key!r} already. Give this one a different key.",
         )
         self.observers.append(observer)
 
     def _first_of_groups(self, rows: Rows) -> Rows:
-        """The rows of all ranks, one for each group, from this rank's."""
+        """The data set rows of all ranks, one for each group, from this rank's rows for each completion."""
         start = self.accelerator.process_index * len(rows)
         gathered: Rows = gather_object(rows[-start % self.num_generations :: self.num_generations])
         return gathered
@@ -204,31 +214,31 @@ class GRPOTrainer(CriticSeams):
         return self.chooser.completion_length(self.max_completion_length, self.progress)
 
     def rows_to_generate(self, rows: Rows) -> Rows:
-        """Dealt prompts that the chooser passes over make room for those that it prefers, slot by slot."""
+        """Replaces the dealt prompts that the chooser passes over by those that it chooses instead, slot by slot."""
         for observer in self.observers:
             observer.begin(self)
         if not self.chooser.needs_rows:
             return rows
         dealt = self._first_of_groups(rows)
         assert self.prompt_stream is not None
-        others = self.prompt_stream.draw(
+        further = self.prompt_stream.draw(
             (self.chooser.lookahead - 1) * len(dealt), exclude=set(map(prompt_key, dealt))
         )
-        chosen = self.chooser.choose(dealt + others, len(dealt), self.progress, dealt=len(dealt))
-        stays, comes = set(chosen), iter([others[i - len(dealt)] for i in chosen if i >= len(dealt)])
-        self.batch.group_rows = [row if i in stays else next(comes) for i, row in enumerate(dealt)]
-        self.batch.replaced = sum(i not in stays for i in range(len(dealt)))
+        chosen = self.chooser.choose(dealt + further, len(dealt), self.progress, dealt=len(dealt))
+        kept, replacements = set(chosen), iter([further[i - len(dealt)] for i in chosen if i >= len(dealt)])
+        self.batch.group_rows = [row if i in kept else next(replacements) for i, row in enumerate(dealt)]
+        self.batch.replaced = sum(i not in kept for i in range(len(dealt)))
         return self._local_rows(self.batch.group_rows, self.num_generations)
 
     def _local_rows(self, rows: Rows, num_generations: int) -> Rows:
-        """This rank's part of `rows`, each repeated for its completions; copies, since rollouts write into them."""
+        """This rank's part of `rows`, with a copy for each completion, because rollouts write into their rows."""
         repeated = [row for row in rows for _ in range(num_generations)]
         per_rank = len(repeated) // self.accelerator.num_processes
         start = self.accelerator.process_index * per_rank
         return [copy.deepcopy(row) for row in repeated[start : start + per_rank]]
 
     def _observe(self, rows: Rows, outcomes: torch.Tensor) -> list[bool]:
-        """Show a round to all observers. Returns which groups are live."""
+        """Show a round of generation to all observers. Returns for each group whether it is live."""
         live: list[bool] = has_variance(outcomes).tolist()
         for observer in self.observers:
             observer.observe(rows, outcomes.cpu(), live)
@@ -238,11 +248,11 @@ class GRPOTrainer(CriticSeams):
 
     def group_outcomes(self, rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
         """
-        Outcome rewards by group.
+        The outcome rewards of groups, see [`~trl_ext.rollouts.selection.outcome_rewards`].
 
         Args:
             rewards (`torch.Tensor` of shape `(N, F)`):
-                Rewards by function, NaN = not applicable.
+                Rewards of N completions by F functions, NaN = not applicable.
             num_generations (`int`):
                 Size of a group.
 
@@ -257,16 +267,17 @@ class GRPOTrainer(CriticSeams):
         self._acceptance.observe(sum(live), len(live))
         selection = GroupSelection(live, self.num_generations, rows_per_rank=len(first.rollouts))
         assert self.rollout_selection.fill is not None
-        self.rollout_selection.fill(selection, self._further_rounds(selection), self._duplicates)
+        self.rollout_selection.fill(selection, self._further_rounds(selection), self._copy_generator)
         if not any(selection.live):
             self._warn_without_variance()
         return selection
 
     def _further_rounds(self, selection: GroupSelection) -> Iterator[FurtherRound]:
-        """Generate for new prompts until no slot is dead, the rounds are used up, or the prompts are."""
+        """Generate for new prompts until no slot is dead, or no round or no prompt is left."""
         assert self.prompt_stream is not None
         processes, size, rounds = self.accelerator.num_processes, self.num_generations, self.batch.rounds
-        together = processes // math.gcd(processes, size)  # prompts that give every rank equally many rows
+        # With a multiple of this number of prompts, every rank has the same number of rows
+        multiple = processes // math.gcd(processes, size)
         drawn: set[str] | None = None
         for _ in range(self.args.max_refill_rounds):
             missing = len(selection.dead_slots)
@@ -274,10 +285,10 @@ class GRPOTrainer(CriticSeams):
                 return
             if drawn is None:
                 drawn = set(gather_object([prompt_key(rollout.row) for rollout in rounds[0].rollouts]))
-            count = self._acceptance.draws_for(missing, at_most=len(selection.slots), multiple_of=together)
+            count = self._acceptance.draws_for(missing, at_most=len(selection.slots), multiple_of=multiple)
             choose = partial(self.chooser.choose, count=count, progress=self.progress)
             rows = self.prompt_stream.draw(count, drawn, choose, self.chooser.lookahead)
-            rows = rows[: len(rows) // together * together]
+            rows = rows[: len(rows) // multiple * multiple]
             if not rows:
                 return
             scored = self.score_round(self._local_rows(rows, size))
@@ -291,22 +302,22 @@ class GRPOTrainer(CriticSeams):
         times = self.counters.batches_without_variance
         if times & (times - 1) == 0:  # the 1st, 2nd, 4th, 8th, …
             logger.warning(
-                f"No group of this generation batch has reward variance after {len(self.batch.rounds)} "
-                f"round(s) of generation ({times} such batch(es) so far). The step goes on as TRL's would. Are "
-                "the prompts all solved or all out of reach, or does the reward not tell completions apart?"
+                f"No group of this generation batch has reward variance after {len(self.batch.rounds)} round(s) of "
+                f"generation ({times} such batch(es) so far). The batch is used as TRL would use it. Check whether "
+                "the prompts are all too easy or all too hard, and whether the reward differs between completions."
             )
 
     # Advantages and ratios
 
     def estimate_advantages(self, rewards: torch.Tensor, training: bool) -> torch.Tensor | None:
-        if self.estimator.computed_by == "critic":  # by token, in `credit_tokens`
+        if self.estimator.computed_by == "critic":  # advantages of tokens, set in `credit_tokens`
             return rewards.new_zeros(len(rewards))
         if self.estimator.function is None:
             return None
         num_generations = self.num_generations if training else self.num_generations_eval
         reward = aggregate_rewards(rewards, self.reward_weights, self.multi_objective_aggregation, num_generations)
-        given = {"num_generations": num_generations, "baseline": self._baseline}
-        advantages = self.estimator.function(reward, **{name: given[name] for name in self.estimator.needs})
+        available = {"num_generations": num_generations, "baseline": self._baseline}
+        advantages = self.estimator.function(reward, **{name: available[name] for name in self.estimator.needs})
         momentum = self.args.reinforce_baseline_momentum
         if momentum is not None and training:
             self._baseline = updated_baseline(self._baseline, reward, momentum)
@@ -318,7 +329,7 @@ class GRPOTrainer(CriticSeams):
         if self.level.old_logps is None:
             return None
         old = inputs.get("old_per_token_logps")
-        # TRL leaves them out where the policy that sampled is the policy that learns
+        # TRL leaves them out if the policy has not changed since it sampled
         return self.level.old_logps(per_token_logps, per_token_logps.detach() if old is None else old, mask)
 
     # Micro-batches
@@ -333,39 +344,39 @@ class GRPOTrainer(CriticSeams):
             self.saved_compute += saved
 
     def _normalize_by_mini_batch(self, micro_batches: list[dict[str, Any]]) -> None:
-        window = self.args.gradient_accumulation_steps
+        per_step = self.args.gradient_accumulation_steps
         tokens = torch.stack([(b["completion_mask"] * b.get("tool_mask", 1)).sum() for b in micro_batches])
-        tokens = self.accelerator.reduce(tokens.view(-1, window).sum(dim=1), reduction="sum")
+        tokens = self.accelerator.reduce(tokens.view(-1, per_step).sum(dim=1), reduction="sum")
         for i, batch in enumerate(micro_batches):
-            # TRL's loss scales the count of a generation batch down to a step: this is that step's, scaled up
-            batch["num_items_in_batch"] = tokens[i // window] * (len(micro_batches) / window)
+            # Scaled up to the generation batch, because TRL's loss scales this number down to an optimizer step
+            batch["num_items_in_batch"] = tokens[i // per_step] * (len(micro_batches) / per_step)
 
     def fit(
-        self, micro_batches: list[dict[str, Any]], windows: list[tuple[int, int]], saved: SavedCompute
+        self, micro_batches: list[dict[str, Any]], slices: list[tuple[int, int]], saved: SavedCompute
     ) -> list[dict[str, Any]]:
         """
-        Deal TRL's micro-batches anew. Every process must make the call.
+        Deal the rows of TRL's micro-batches again. Must be called on every process.
 
         Args:
             micro_batches (`list[dict]`):
-                As TRL dealt them; left as they are.
-            windows (`list[tuple[int, int]]`):
-                Stretches of them that share an optimizer step.
+                TRL's micro-batches. They are not changed.
+            slices (`list[tuple[int, int]]`):
+                Parts of them that share an optimizer step, see [`~trl_ext.rollouts.packing.step_slices`].
             saved ([`SavedCompute`]):
-                Counts what that saves.
+                What was saved is added to it, in place.
 
         Returns:
-            `list[dict]`: equally many.
+            `list[dict]`: the same number of micro-batches.
         """
         fitted: list[dict[str, Any]] = []
-        for start, stop in windows:
-            window, multiple = micro_batches[start:stop], self.columns_multiple
-            fitted += fit_step(window, self.exact_savings, self.accelerator, self.loss_type, multiple, saved)
+        for start, stop in slices:
+            step, multiple = micro_batches[start:stop], self.columns_multiple
+            fitted += fit_step(step, self.exact_savings, self.accelerator, self.loss_type, multiple, saved)
         return fitted
 
     @property
     def columns_multiple(self) -> int:
-        """TRL's `pad_to_multiple_of`, resolved."""
+        """TRL's `pad_to_multiple_of`, as a number."""
         return int(self.pad_to_multiple_of or 1)
 
     def pass_without_loss(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -397,7 +408,7 @@ class GRPOTrainer(CriticSeams):
             self._log_selection(batch, batch.selection)
         for observer in self.observers:
             observer.end(self, batch)
-        if batch.selection is None:  # else every round was observed when it was scored
+        if batch.selection is None:  # with a selection, every round was observed when it was scored
             assert batch.rewards is not None
             self._observe(batch.group_rows, self.group_outcomes(batch.rewards, self.num_generations))
 
@@ -419,7 +430,7 @@ class GRPOTrainer(CriticSeams):
             "saved": asdict(self.saved_compute),
             "acceptance": asdict(self._acceptance),
             "baseline": self._baseline,
-            "duplicates": self._duplicates.get_state(),
+            "duplicates": self._copy_generator.get_state(),
         }
         if self.prompt_stream is not None:
             state["refill_stream"] = self.prompt_stream.state_dict()
@@ -430,7 +441,7 @@ class GRPOTrainer(CriticSeams):
         self.saved_compute = SavedCompute(**state["saved"])
         self._acceptance = AcceptanceRate(**state["acceptance"])
         self._baseline = state["baseline"]
-        self._duplicates.set_state(state["duplicates"].cpu())
+        self._copy_generator.set_state(state["duplicates"].cpu())
         if self.prompt_stream is not None and "refill_stream" in state:
             self.prompt_stream.load_state_dict(state["refill_stream"])
         for observer in self.observers:
@@ -454,26 +465,30 @@ class GRPOTrainer(CriticSeams):
 
     def roll_out(self, rows: Rows, num_generations: int, seed: int | None = None) -> ScoredGroups:
         """
-        Generate and score completions without training on them. Leaves random states and metrics as they were.
+        Generate and score completions without training on them. Random states and metrics are left unchanged.
 
         Args:
             rows (`list[dict]`):
-                Data set rows; the same on every rank.
+                Data set rows, the same on every rank.
             num_generations (`int`):
-                Completions for each.
+                Number of completions for each row.
             seed (`int`, *optional*):
-                Seed of the sampling.
+                Seed of the sampling. `None`: the current random state is used.
 
         Returns:
             [`~trl_ext.rollouts.rollout.ScoredGroups`]
+
+        Raises:
+            RewardFunctionError: if a reward function fails. The trainer saves a checkpoint first.
         """
         processes = self.accelerator.num_processes
-        together = processes // math.gcd(processes, num_generations)
-        padded = rows + rows[:1] * (-len(rows) % together)
+        # With a multiple of this number of prompts, every rank has the same number of rows
+        multiple = processes // math.gcd(processes, num_generations)
+        padded = rows + rows[:1] * (-len(rows) % multiple)
         try:
             with without_trace(self, num_generations, seed):
                 scored = self.score_round(self._local_rows(padded, num_generations))
-        except RewardFunctionError as error:  # on every rank
+        except RewardFunctionError as error:  # raised on every rank
             self.save_before_stopping(error)
             raise
         tokens = sum(sum(r.tool_mask) if r.tool_mask else len(r.completion_ids) for r in scored.rollouts)

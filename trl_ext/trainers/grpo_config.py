@@ -399,8 +399,8 @@ class GRPOConfig(trl.GRPOConfig):
             return
         require(
             self.rewards_in_flight >= 1,
-            f"rewards_in_flight={self.rewards_in_flight} must be at least 1. To compute rewards after generation, "
-            "leave it out.",
+            f"rewards_in_flight={self.rewards_in_flight} must be at least 1, or None to compute rewards after "
+            "generation.",
         )
         require(
             self.reward_timeout is None or self.reward_timeout > 0,

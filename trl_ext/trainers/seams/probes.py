@@ -1,6 +1,7 @@
 """
-Looks at a trainer, TRL's or ours, that leave no trace in its run: the micro-batches that it would deal, the one that
-it used last, what can be saved on its models, and rollouts apart from training.
+Looks into a trainer without changing its run: the micro-batches that it would train on, the one that it used last, the
+savings of compute that are exact for it, and rollouts outside of training. Where `trl.GRPOTrainer` is the type of the
+trainer, it may be TRL's or one of `trl_ext`.
 """
 
 import copy
@@ -18,7 +19,7 @@ from .grpo import GRPOSeams
 
 
 def savings_of(trainer: trl.GRPOTrainer) -> ExactSavings:
-    """Which savings of compute are exact for the loss and the models of a trainer, TRL's or ours."""
+    """Which savings of compute are exact for the loss and the models of a trainer."""
     unwrap: Any = trainer.accelerator.unwrap_model
     critic = critic_of(unwrap(trainer.model))
     models = [unwrap(model) for model in (trainer.model, trainer.ref_model) if model is not None]
@@ -34,22 +35,25 @@ def savings_of(trainer: trl.GRPOTrainer) -> ExactSavings:
 
 
 def last_micro_batch(trainer: trl.GRPOTrainer) -> dict[str, Any]:
-    """The micro-batch whose loss a trainer, TRL's or ours, computed last."""
+    """The micro-batch whose loss was computed last."""
     buffer: Any = trainer._buffered_inputs
     batch: dict[str, Any] = buffer[(trainer._step - 1) % len(buffer)]
     return batch
 
 
 def generation_is_used_up(trainer: trl.GRPOTrainer) -> bool:
-    """Whether a trainer, TRL's or ours, generates before its next micro-batch."""
+    """Whether the trainer will generate before its next micro-batch."""
     args: Any = trainer.args
     return int(trainer._step) % (args.steps_per_generation * trainer.num_iterations) == 0
 
 
 def preview_micro_batches(trainer: GRPOSeams) -> list[dict[str, Any]]:
-    """The micro-batches that TRL would deal for the first generation batch of an epoch. Leaves no trace."""
-    kept = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
-    before = {name: copy.deepcopy(getattr(trainer, name)) for name in kept}
+    """
+    The micro-batches of TRL that an epoch would start with. They are generated and scored; afterwards the trainer, its
+    random states, metrics and logs are what they were.
+    """
+    copied = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs")
+    before = {name: copy.deepcopy(getattr(trainer, name)) for name in copied}
     before |= {name: getattr(trainer, name) for name in ("_step", "_buffered_inputs", "_window", "_before_window")}
     states, run, tokens = random_states(), copy.deepcopy(trainer.run_state()), trainer.state.num_input_tokens_seen
     trainer._step, trainer._buffered_inputs, trainer.previewed = 0, None, []
@@ -67,7 +71,10 @@ def preview_micro_batches(trainer: GRPOSeams) -> list[dict[str, Any]]:
 
 @contextmanager
 def without_trace(trainer: GRPOSeams, num_generations: int, seed: int | None) -> Iterator[None]:
-    """Evaluation mode that leaves no trace in random states, metrics and logs."""
+    """
+    Evaluation mode with groups of `num_generations`. Afterwards mode, random states, metrics and logs are what they
+    were.
+    """
     training, generations = trainer.model.training, trainer.num_generations_eval
     metrics, pending = trainer._metrics["eval"], copy.deepcopy(trainer._pending_metrics)
     trainer._metrics["eval"] = copy.deepcopy(metrics)
