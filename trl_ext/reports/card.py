@@ -11,6 +11,7 @@ from trl.trainer.utils import generate_model_card
 
 from ..evaluation.pairs import PAIR_ACCURACY
 from ..monitors.progress import count
+from ..trainers.cards import name_what_has_no_hub_id
 from .summary import redact
 
 
@@ -89,7 +90,12 @@ def stages_section(summary: dict[str, Any], figure: str | None = None, config: s
 
 
 def write_stages_card(
-    folder: str | Path, section: str, summary: dict[str, Any], base_model: str, dataset: str | None, hub_id: str = ""
+    folder: str | Path,
+    section: str,
+    summary: dict[str, Any],
+    base_model: str,
+    dataset: str | None,
+    hub_id: str | None = None,
 ) -> None:
     """
     Writes `README.md`: TRL's model card, then `section`.
@@ -106,21 +112,26 @@ def write_stages_card(
         dataset (`str`, *optional*):
             Hub id of the data.
         hub_id (`str`, *optional*):
-            Where the model is published.
+            Where the model is published. `None`: nowhere.
     """
-    name = hub_id.split("/")[-1] or Path(folder).name
+    name = Path(folder).name if hub_id is None else hub_id.split("/")[-1]
     methods = list(dict.fromkeys(stage["name"].split()[0] for stage in summary["stages"][1:]))
     linked = None if Path(base_model).exists() else base_model
     card: Any = generate_model_card(
-        linked, name, hub_id, dataset, ["trl", "trl_ext", *methods], None, None, summary["method"],
-        "", paper_title="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+        linked,
+        name,
+        str(hub_id),
+        dataset,
+        tags=["trl", "trl_ext", *methods],
+        wandb_url=None,
+        trackio_url=None,
+        trainer_name=summary["method"],
+        trainer_citation="",
+        paper_title="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
         paper_id="2305.18290",
-    )  # fmt: skip
+    )
     card.data.library_name = "peft"  # what is published is an adapter
-    text = str(card)
-    # TRL's template says None where there is no Hub id
-    text = text.replace("[None](https://huggingface.co/None)", "a model without a Hub id")
-    text = text.replace('model=""', f'model="{name}"')
+    text = name_what_has_no_hub_id(str(card), name)
     (Path(folder) / "README.md").write_text(f"{text.rstrip()}\n\n{section}", encoding="utf-8")
 
 

@@ -40,6 +40,7 @@ from ..rollouts.rollout import ScoredGroups, ScoredRound
 from ..rollouts.selection import AcceptanceRate, GroupSelection, census, has_variance, outcome_rewards
 from ..rollouts.statistics import restate_loss_metrics
 from ..rollouts.stream import PromptStream, can_be_read_twice, prompt_key
+from .cards import name_what_has_no_hub_id
 from .seams.grpo import GRPOSeams, Rows, savings_of
 
 
@@ -995,10 +996,7 @@ class GRPOTrainer(GRPOSeams):
         if not self.is_world_process_zero():
             return
         card = Path(str(self.args.output_dir)) / "README.md"
-        text = card.read_text(encoding="utf-8")
-        # TRL's template names the Hub ids of base model and result, and says None where there are none
-        text = text.replace("[None](https://huggingface.co/None)", "a model without a Hub id")
-        text = text.replace('model="None"', f'model="{card.parent.name}"')
+        text = name_what_has_no_hub_id(card.read_text(encoding="utf-8"), card.parent.name)
         sections = [section() for section in self.card_sections]
         card.write_text("\n\n".join([text.rstrip(), *sections]) + "\n", encoding="utf-8")
 
