@@ -99,6 +99,7 @@ def test_help_and_version(capsys):
         (["run", "dapo", "--accelerate_config", "8xh100"], "--accelerate_config is '8xh100'"),
         (["run", "dapo", "--num_processes", "two"], "--num_processes: invalid int value: 'two'"),
         (["run", "dapo", "--launch", "'"], "No closing quotation"),
+        (["run", "dapo", "--launch"], "--launch: expected one argument"),
         (["run", "dapo", "--max_steps", "1"], "--model_name_or_path is missing"),
         (["copy", "dapo"], "required: DIR"),
         (["recipes", "dapo"], "unrecognized arguments: dapo"),
@@ -124,7 +125,9 @@ def test_what_is_started(started, tmp_path, monkeypatch):
     cli.main(["run", "sort_digits", "--output_dir", "out"])
     cli.main(["run", "dpo", "--num_processes", "2", *given, "--launch", "--main_process_port 1"])
     cli.main(["run", "dpo", "--accelerate_config", "2xa100_80g", *given])
-    here, with_own, task, processes, machine = started
+    cli.main(["run", "dpo", "--launch", "--cpu", *given])
+    here, with_own, task, processes, machine, one_option = started
+    assert one_option == (recipes / "dpo.py", given, ["--cpu"])
     assert here == (recipes / "dapo.py", ["--config", str(recipes / "configs/quickstart_dapo.yaml"), *given])
     assert with_own == (recipes / "ppo.py", ["--config", "mine.yaml", "--help"])
     assert task == (recipes / "tasks/sort_digits.py", ["--output_dir", "out"])

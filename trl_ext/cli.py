@@ -62,7 +62,11 @@ def run(argv: Sequence[str]) -> None:
     from .run.launching import options_of_config, run_by_accelerate, run_here
 
     script = find_recipe(argv[0]).file
-    given, arguments = parser.parse_known_args(argv[1:])
+    words = list(argv[1:])
+    if "--launch" in words:  # whose value may begin with dashes, which argparse takes with an equals sign only
+        at = words.index("--launch")
+        words[at : at + 2] = ["=".join(words[at : at + 2])]
+    given, arguments = parser.parse_known_args(words)
     if given.config is not None:
         arguments = ["--config", str(find_config(given.config, "configs", "--config")), *arguments]
     try:
