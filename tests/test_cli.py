@@ -168,6 +168,7 @@ def test_an_installed_wheel_lists_its_own_recipes(installed, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.train
 def test_an_installed_wheel_trains(installed, tmp_path):
     """The quickstart's data and DAPO, with the task's own reward, without the repository."""
     code = "import sys; from trl_ext.cli import main; sys.exit(main())"

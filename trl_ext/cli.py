@@ -42,12 +42,13 @@ def recipes(argv: Sequence[str]) -> None:
     found = list_recipes()
     names = max(len(recipe.name) for recipe in found) + 2
     width = min(shutil.get_terminal_size().columns, 119) - names
+    table: list[str] = []
     for recipe in found:
         lines = textwrap.wrap(recipe.phrase, width)
         if recipe.configs:
             lines += textwrap.wrap(f"configs: {', '.join(recipe.configs)}", width, break_on_hyphens=False)
-        for i, line in enumerate(lines):
-            print(f"{recipe.name if i == 0 else '':<{names}}{line}")
+        table += [f"{recipe.name if i == 0 else '':<{names}}{line}" for i, line in enumerate(lines)]
+    print("\n".join(table))
 
 
 def run(argv: Sequence[str]) -> None:
@@ -114,7 +115,7 @@ def copy(argv: Sequence[str]) -> None:
 
     parser = _Parser(f"{PROGRAM} copy", description=copy.__doc__)
     parser.add_argument("recipe", metavar="RECIPE", help=f"a name that `{PROGRAM} recipes` lists")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="made if it isn't there")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="destination; made if it doesn't exist")
     given = parser.parse_args(argv)
     copies = copy_recipe(find_recipe(given.recipe), given.folder)
     print("\n".join(map(str, copies)))

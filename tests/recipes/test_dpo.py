@@ -7,6 +7,7 @@ import quickstart
 from datasets import load_from_disk
 
 
+pytestmark = pytest.mark.train
 ROOT = quickstart.ROOT
 
 

@@ -22,6 +22,7 @@ from trl_ext.run.stages import train_dpo_then_ppo
 from trl_ext.run.training import train_policy
 
 
+pytestmark = pytest.mark.train
 ROOT = quickstart.ROOT
 # The task's reward, which a model this untrained never gets, and one that tells its completions apart
 REWARDS = [str(ROOT / "recipes/tasks/sort_digits.py:exact_match"), str(ROOT / "tests/tiny.py:first_token_even")]
@@ -311,7 +312,7 @@ def test_the_second_method_is_looked_up(task):
 
 def test_a_column_without_a_curriculum(task):
     column = ["--dpo", '{"curriculum_column": "digits"}']
-    with pytest.raises(ValueError, match="curriculum_column is there, but no curriculum"):
+    with pytest.raises(ValueError, match="curriculum_column is set, but curriculum isn't"):
         train_dpo_then_ppo([*quickstart.arguments("hybrid", task, "sft", "other"), *column])
 
 

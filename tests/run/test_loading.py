@@ -131,7 +131,7 @@ def test_a_curriculum_by_schedule_and_column():
     assert loading.load_curriculum(None, None) is None
     found = loading.load_curriculum("mixed", "-margin")
     assert (found.schedule, found.column, found.more_is_easier) == ("mixed", "margin", True)
-    with pytest.raises(UserError, match="curriculum_column is there, but no curriculum"):
+    with pytest.raises(UserError, match="curriculum_column is set, but curriculum isn't"):
         loading.load_curriculum(None, "margin")
 
 

@@ -33,7 +33,7 @@ def test_what_the_first_stage_does_not_know(tmp_path):
     args = trl_ext.PPOConfig(**{**tiny.cpu_settings(tmp_path), "num_generations": 1})
     for arguments, message in (
         ({"dpo": {"betas": 1}}, "--dpo has betas, which DPOConfig doesn't know"),
-        ({"dpo": {"curriculum_column": "digits"}}, "curriculum_column is there, but no curriculum"),
+        ({"dpo": {"curriculum_column": "digits"}}, "curriculum_column is set, but curriculum isn't"),
         ({"pairs": {"split": "mine"}}, "--pairs is 'mine', but the data set has only: train"),
     ):
         with pytest.raises(UserError, match=message):

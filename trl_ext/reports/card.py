@@ -1,6 +1,6 @@
 """
-What a run adds to the model card that TRL writes: the result with its interval, the figure, what it took, and the
-command and configuration that repeat it.
+What a run adds to the model card that TRL writes: the results with their intervals, the figure, what the run cost, and
+the command and configuration that repeat it.
 """
 
 import json
@@ -34,8 +34,8 @@ def results_section(
             Text of the yaml file the run was launched with. Access tokens in it, and in the command line, are replaced
             by `***`.
         example_prompt (`str`, *optional*):
-            A plain-text prompt to show how the model is asked. Models with a chat template need none: TRL's own card
-            shows that.
+            A plain-text prompt, to show how the model is used. Models with a chat template need none: TRL's own card
+            shows their use.
         token_figure (`str`, *optional*):
             Path of the figure of single completions, token by token.
 
@@ -102,17 +102,17 @@ def write_stages_card(
 
     Args:
         folder (`str` or `Path`):
-            Of the model.
+            The model's folder.
         section (`str`):
             What [`stages_section`] returned.
         summary (`dict[str, Any]`):
-            What that was made from.
+            The summary from which the section was made.
         base_model (`str`):
-            Hub id, or a folder, which the card then doesn't link.
+            Hub id, or a folder. The card doesn't link a folder.
         dataset (`str`, *optional*):
             Hub id of the data.
         hub_id (`str`, *optional*):
-            Where the model is published. `None`: nowhere.
+            Hub id under which the model is published. `None`: it isn't published.
     """
     name = Path(folder).name if hub_id is None else hub_id.split("/")[-1]
     methods = list(dict.fromkeys(stage["name"].split()[0] for stage in summary["stages"][1:]))
@@ -136,7 +136,7 @@ def write_stages_card(
 
 
 def _repeat(summary: dict[str, Any], config: str | None) -> list[str]:
-    """How the run is repeated, and with which versions."""
+    """How to repeat the run, and with which versions it was made."""
     parts = []
     if summary["command"]:
         parts += ["### Train it again", f"```shell\n{summary['command']}\n```"]
@@ -202,12 +202,14 @@ def _reward_model(reward_model: dict[str, Any]) -> dict[str, str]:
         rows[f"of {pairs} held-out pairs, it ranks right"] = _cell(reward_model, PAIR_ACCURACY)
     before = reward_model.get("before") or {}
     if PAIR_ACCURACY in before:
-        rows["… and did before its training"] = _cell(before, PAIR_ACCURACY)
+        rows[f"of {before['prompts']} held-out pairs, it ranked right before its training"] = _cell(
+            before, PAIR_ACCURACY
+        )
     return rows
 
 
 def _critic(critic: dict[str, float]) -> dict[str, str]:
-    """What the last tenth of the run says of critic and policy."""
+    """Critic and policy in the last tenth of the run."""
     rows = {}
     if "explained_variance" in critic:
         rows["explained variance of the critic, at the end"] = f"{critic['explained_variance']:.2f}"

@@ -1,1 +1,1 @@
-"""What a run from the command line needs: arguments, data, rewards, training, measuring, saving, publishing."""
+"""What recipes and the `trl-ext` command do: arguments, loading, training, measuring, publishing."""

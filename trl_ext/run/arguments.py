@@ -155,7 +155,7 @@ class HybridArguments(PPOArguments):
             What reports call the model before any stage.
     """
 
-    method: str = field(default=METHODS[0], metadata={"help": f"Of the second stage: {', '.join(METHODS)}."})
+    method: str = field(default=METHODS[0], metadata={"help": f"Method of the second stage: {', '.join(METHODS)}."})
     dpo: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of DPOConfig, and `curriculum`."}
     )
@@ -286,9 +286,9 @@ def peek(argv: list[str], name: str, choices: tuple[str, ...]) -> str:
         argv (`list[str]`):
             Arguments without the program's name.
         name (`str`):
-            Of the argument, on the command line or in the yaml file.
+            Name of the argument, on the command line or in the yaml file.
         choices (`tuple[str, ...]`):
-            What it may be; the first is the default.
+            Allowed values; the first is the default.
 
     Raises:
         UserError: if it is none of the choices.

@@ -1,6 +1,5 @@
 """
-The recipes that are installed: what each is for, which configurations it has, and how they are copied to a folder of
-one's own.
+The installed recipes: what each is for, which configurations it has, and how they are copied to be changed.
 
 What is known of a recipe is read from its file without importing it: the phrase is the first sentence of its
 docstring, its configurations are those that the docstring names. Nothing here imports torch.
@@ -108,13 +107,13 @@ def copy_recipe(recipe: Recipe, folder: Path) -> list[Path]:
         recipe ([`Recipe`]):
             An installed one.
         folder (`Path`):
-            Where to. Made if it isn't there.
+            Destination. It is made if it doesn't exist.
 
     Returns:
         `list[Path]`: the copies, the script first.
 
     Raises:
-        UserError: if one of them is there already, or `folder` is a file. Nothing is copied then.
+        UserError: if one of the files exists, or `folder` is a file. Nothing is copied then.
     """
     if folder.is_file():
         raise UserError(f"'{folder}' is a file. Name a folder.")

@@ -30,7 +30,7 @@ def options_of_config(file: Path) -> list[str]:
     [`~trl_ext.run.files.find_file`] finds it; Accelerate itself only looks in the working directory.
 
     Raises:
-        UserError: if DeepSpeed's file isn't there.
+        UserError: if DeepSpeed's file is in none of these places.
     """
     options = ["--config_file", str(file)]
     config = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -76,11 +76,11 @@ def load_reward_funcs(
 
     Args:
         script_args ([`PolicyArguments`]):
-            Name them.
+            Their `reward_funcs` and `reward_model_name_or_path` name the rewards.
         training_args ([`~trl.GRPOConfig`]):
-            Has the lengths that `get_soft_overlong_punishment` needs.
+            Their completion lengths are those of `get_soft_overlong_punishment`.
         learned (`Sequence[str]`, *optional*):
-            Names of rewards that a stage before learns, which stay names.
+            Names of rewards that an earlier stage learns. They are returned as names.
 
     Raises:
         UserError: if none is named, or one can't be found.
@@ -120,7 +120,7 @@ def load_data(script_args: DataArguments, mixture_args: DatasetMixtureConfig) ->
     Loads the data set, or TRL's mixture of several, as a mapping from split to data set, and prepares its rows.
 
     Raises:
-        UserError: if none is named, or one with this name isn't there in a form that can be read.
+        UserError: if no data set is named, or its form can't be read.
     """
     data: Any = get_dataset(mixture_args) if mixture_args.datasets else _read(script_args)
     splits: Mapping[str, Any] = (
@@ -157,11 +157,11 @@ def get_split(data: Mapping[str, Any], split: str, argument: str) -> Any:
 
 
 def load_curriculum(schedule: str | None, column: str | None) -> DifficultyCurriculum | None:
-    """The curriculum that `curriculum` and `curriculum_column` ask for. Raises `UserError` for a column alone."""
+    """The curriculum that `curriculum` and `curriculum_column` ask for. Raises `UserError` for a lone column."""
     if schedule is not None:
         return DifficultyCurriculum(schedule, column)
     if column is not None:
-        raise UserError("curriculum_column is there, but no curriculum: set it, e.g. to easy_to_hard.")
+        raise UserError("curriculum_column is set, but curriculum isn't. Set curriculum, e.g. to easy_to_hard.")
     return None
 
 
@@ -184,7 +184,7 @@ def shared_model_settings(training_args: Any, model_args: ModelConfig) -> dict[s
 def trainer_arguments(
     script_args: DataArguments, training_args: Any, model_args: ModelConfig, data: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The keyword arguments that all of TRL's trainers take, from the command line's."""
+    """The keyword arguments that all of TRL's trainers take. What is passed in isn't changed."""
     own = copy.copy(training_args)
     own.model_init_kwargs = model_settings(training_args, model_args)
     evaluates = training_args.eval_strategy != "no"

@@ -1,4 +1,4 @@
-"""What a run is measured by: held-out prompts, held-out pairs, and the credit of single tokens."""
+"""How a run is measured: on held-out prompts, on held-out pairs, and by the credit of single tokens."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,12 +21,12 @@ COMPLETIONS_TO_CHOOSE_FROM = 32
 
 
 def prompts_at_once(training_args: Any, samples: int) -> int:
-    """As many prompts as give a generation batch of training, if each has so many completions."""
+    """Number of prompts that fill a generation batch of training with `samples` completions each; at least 1."""
     return max(1, training_args.generation_batch_size // samples)
 
 
 def held_out_rows(data: Mapping[str, Any], script_args: PolicyArguments) -> Any:
-    """A seeded choice of test prompts, `None` if none are asked for or there."""
+    """A seeded choice of test prompts; `None` if none are asked for, or there is no test split."""
     if script_args.held_out_prompts == 0:
         return None
     if script_args.dataset_test_split not in data:
@@ -43,7 +43,7 @@ def _choose(rows: Any, script_args: PolicyArguments) -> Any:
 
 
 def add_held_out(trainer: Any, data: Mapping[str, Any], script_args: PolicyArguments) -> HeldOut | None:
-    """Has the policy measured on a seeded choice of test prompts, in batches as large as those of training."""
+    """Adds a callback that measures the policy on held-out prompts, in batches as large as those of training."""
     prompts = held_out_rows(data, script_args)
     if prompts is None:
         return None
@@ -61,8 +61,8 @@ def add_held_out(trainer: Any, data: Mapping[str, Any], script_args: PolicyArgum
 
 def pair_accuracy(trainer: Any) -> dict[int, dict[str, Estimate]]:
     """
-    What a trainer of pairs measured on its held-out pairs, by optimizer step. Empty if there are none, or if their
-    number is not known, as in a stream.
+    The share of held-out pairs that a trainer of pairs ranked right, by optimizer step. Empty if there are none, or if
+    their number is not known, as in a stream.
     """
     pairs = trainer.eval_dataset
     return read_pair_accuracy(trainer.state.log_history, len(pairs)) if has_length(pairs) else {}
@@ -74,11 +74,11 @@ def score_completions(trainer: Any, script_args: DPOArguments, data: Mapping[str
 
     Args:
         trainer ([`~trl_ext.DPOTrainer`]):
-            Has the policy. Every process must make the call.
+            The trainer that has the policy. Every process must make the call.
         script_args ([`DPOArguments`]):
-            Their `held_out_*` say for which prompts and how many.
+            Their `held_out_*` choose prompts, number and length of the completions.
         data (`Mapping[str, Any]`):
-            By split.
+            Data sets by split.
 
     Returns:
         `dict[str, Estimate]`: by reward function; empty without `held_out_split`.
@@ -109,8 +109,8 @@ def score_completions(trainer: Any, script_args: DPOArguments, data: Mapping[str
 
 def token_credits(trainer: Any, data: Mapping[str, Any], script_args: PolicyArguments) -> list[TokenCredit]:
     """
-    Two completions, token by token: the best and the worst scored of the longer half of a few. Empty where there is no
-    critic.
+    The credit of each token in two sampled completions: the best and the worst scored of the longer half. Empty where
+    there is no critic.
     """
     if getattr(trainer, "critic", None) is None:
         return []

@@ -27,7 +27,7 @@ def as_policies_are_scored(data: Mapping[str, Any], tokenizer: Any) -> dict[str,
         data (`Mapping[str, Any]`):
             Data sets by split. Those without a column `chosen` stay as they are.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Of the reward model.
+            The reward model's tokenizer.
 
     Returns:
         `dict[str, Any]`: the same splits, plain text with `chosen_ids` and `rejected_ids`.

@@ -1,4 +1,4 @@
-"""What a run leaves: `summary.json`, figures and a model card beside the model, and the whole on the Hub."""
+"""What a run leaves beside the model: `summary.json`, figures, a model card; and the upload to the Hub."""
 
 import shlex
 import sys
@@ -30,21 +30,21 @@ def write_results(
     reward_model: str | None = None,
 ) -> dict[str, Any]:
     """
-    Writes `summary.json`. One process makes the call.
+    Writes `summary.json`. Only the main process makes the call.
 
     Args:
         trainer ([`~transformers.Trainer`]):
-            That ran.
+            The trainer, after training.
         arguments ([`ParsedArguments`]):
-            Of the run.
+            Arguments of the run.
         measured (`dict[int, dict[str, Estimate]]`):
-            By optimizer step.
+            Held-out estimates by optimizer step and metric.
         seconds (`float`):
-            Of the whole run.
+            Wall-clock seconds of the run.
         argv (`Sequence[str]`, *optional*):
-            Arguments without the program's name, if the summary is to have the command.
+            Arguments without the program's name. `None`: the summary has no command.
         reward_model (`str`, *optional*):
-            What the policy was trained to please.
+            Hub id or folder of the reward model.
 
     Returns:
         `dict[str, Any]`: the summary.
@@ -66,8 +66,8 @@ def add_results(
     trainer: Any, arguments: ParsedArguments, summary: Mapping[str, Any], credits: Sequence[TokenCredit]
 ) -> None:
     """
-    Draws `learning.png`, and `tokens.png` where there are credits, and gives the model card a section with them. One
-    process makes the call.
+    Draws `learning.png`, and `tokens.png` where there are credits, and adds a section with them to the model card.
+    Only the main process makes the call.
     """
     folder, script_args = Path(trainer.args.output_dir), arguments.script
     title = f"{summary['method']} · {arguments.model.model_name_or_path} · {script_args.dataset_name}"
@@ -127,9 +127,9 @@ def command_line(script: str, argv: Sequence[str], processes: int) -> str:
         script (`str`):
             The program that ran, as `sys.argv[0]` has it.
         argv (`Sequence[str]`):
-            Its arguments.
+            Arguments of the program.
         processes (`int`):
-            How many it ran in.
+            Number of processes.
     """
     count = ["--num_processes", str(processes)] if processes > 1 else []
     file, installed = Path(script), recipes_folder()

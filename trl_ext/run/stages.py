@@ -1,4 +1,4 @@
-"""DPO, then PPO or another method, from the arguments of one command to what all stages leave."""
+"""The recipe of several stages: DPO, then PPO or a different method, from arguments to a published adapter."""
 
 import sys
 from collections.abc import Mapping
@@ -84,10 +84,10 @@ def train_dpo_then_ppo(argv: list[str] | None = None) -> DPOThenPPO:
 
 def preference_stage(script_args: HybridArguments, training_args: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     """
-    What [`DPOThenPPO`] takes for its first stage, from the arguments under `dpo:` and `pairs:`.
+    The keyword arguments of [`DPOThenPPO`] for its first stage, from the arguments under `dpo:` and `pairs:`.
 
     Raises:
-        UserError: for an argument that [`DPOConfig`] doesn't know, or a split that isn't there.
+        UserError: for an argument that [`DPOConfig`] doesn't know, or a split that the data set doesn't have.
     """
     dpo, pairs = as_mapping(script_args.dpo, "dpo"), as_mapping(script_args.pairs, "pairs")
     curriculum = load_curriculum(dpo.pop("curriculum", None), dpo.pop("curriculum_column", None))
@@ -105,7 +105,7 @@ def preference_stage(script_args: HybridArguments, training_args: Any, data: Map
 
 
 def _watch_stage(trainer: Any, script_args: PolicyArguments) -> None:
-    """What the arguments ask for of the trainer of each stage."""
+    """Adds to a stage's trainer the progress lines and checks that the arguments ask for."""
     watch(trainer, script_args.health_checks)
     if script_args.verify and isinstance(trainer, GRPOTrainer):
         verify(trainer)
@@ -113,15 +113,15 @@ def _watch_stage(trainer: Any, script_args: PolicyArguments) -> None:
 
 def train_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[str]) -> DPOThenPPO:
     """
-    Runs several stages, writes what they leave (`summary.json`, `stages.png`, a card), and publishes it.
+    Trains all stages that aren't finished, writes `summary.json`, `stages.png` and a model card, and publishes them.
 
     Args:
         schedule ([`DPOThenPPO`]):
-            Not trained, or not to its end.
+            The stages.
         arguments ([`ParsedArguments`]):
-            It was made from.
+            Arguments that the schedule was made from.
         argv (`list[str]`):
-            These arguments, as they were given.
+            The same arguments as words of the command line.
 
     Returns:
         [`DPOThenPPO`]: `schedule`, after its last stage.
@@ -131,7 +131,7 @@ def train_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[st
     folder, hub_id = schedule.output_dir, None
     if training_args.push_to_hub:
         hub_id = training_args.hub_model_id or folder.name
-        if state.is_main_process:  # now, so that what forbids it is reported before the training
+        if state.is_main_process:  # now, so that an error is reported before the training
             hub_id = create_repo(hub_id, private=training_args.hub_private_repo, exist_ok=True).repo_id
     schedule.train()
     if state.is_main_process:
@@ -146,7 +146,7 @@ def train_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[st
 
 
 def _report_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[str], hub_id: str | None) -> None:
-    """Writes summary, figure and card, and prints what each stage reached."""
+    """Writes summary, figure and card, and prints the result of each stage."""
     folder, script_args, model = schedule.output_dir, arguments.script, arguments.model.model_name_or_path
     method, dataset = f"DPO, then {schedule.policy_trainer.__name__.removesuffix('Trainer')}", script_args.dataset_name
     state: Any = PartialState()

@@ -1,4 +1,4 @@
-"""Recipes that train with one trainer, from its arguments to what it leaves."""
+"""Recipes with one trainer, from their arguments to a published model."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ from .publishing import add_results, publish, write_results
 
 
 def watch(trainer: Any, health_checks: bool = False) -> None:
-    """Progress on single lines, and health checks where they are asked for."""
+    """Prints progress on single lines, and adds health checks if they are asked for."""
     ProgressLines.instead_of_bars(trainer)
     if health_checks:
         HealthChecks().add_to(trainer)
@@ -25,8 +25,8 @@ def watch(trainer: Any, health_checks: bool = False) -> None:
 
 def train_and_save(trainer: Any, health_checks: bool = False) -> None:
     """
-    Trains, from `--resume_from_checkpoint` if given (a folder, or `true` for the last one in the output folder), and
-    saves, before anything that comes after can fail.
+    Trains and saves at once, before anything later can fail. Training resumes from `--resume_from_checkpoint` if that
+    is given: a folder, or `true` for the last checkpoint in the output folder.
     """
     watch(trainer, health_checks)
     checkpoint = trainer.args.resume_from_checkpoint
