@@ -29,7 +29,7 @@ setup: $(READY) ## build .venv with the versions in requirements.lock (PYTHON=py
 # torch goes first and by its exact version: pip keeps a build that .venv already has, and what follows takes that one.
 # CPU or CUDA depends on where pip is told to look. On Linux without a GPU, the public index would give CUDA; to avoid
 # it, put the CPU build into .venv beforehand (`uv pip install --python .venv --torch-backend cpu torch==...` does it).
-$(READY): pyproject.toml requirements.lock
+$(READY): pyproject.toml setup.py requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=...)")'
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	$(PY) -m pip install $(TORCH)

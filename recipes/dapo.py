@@ -9,12 +9,11 @@ accelerate launch recipes/dapo.py --config recipes/configs/dapo_qwen2.5_0.5b_gsm
 
 Defaults are the paper's (see `trl_ext.DAPOConfig`), made for long reasoning on many GPUs: set
 `max_completion_length`, `num_generations` and `updates_per_generation` for anything smaller. See
-`common.PolicyArguments` for data, rewards and held-out evaluation.
+`trl_ext.run.arguments.PolicyArguments` for data, rewards and held-out evaluation.
 """
 
-from common import train_policy
-
 from trl_ext import DAPOConfig, DAPOTrainer
+from trl_ext.run.training import train_policy
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ accelerate launch recipes/dupo.py --config recipes/configs/dupo_qwen2.5_0.5b_gsm
     --dataset_name runs/gsm8k_filtered
 ```
 
-See `common.PolicyArguments` for data, rewards and held-out evaluation.
+See `trl_ext.run.arguments.PolicyArguments` for data, rewards and held-out evaluation.
 """
 
-from common import train_policy
-
 from trl_ext import DUPOConfig, DUPOTrainer
+from trl_ext.run.training import train_policy
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ GRPO (https://huggingface.co/papers/2402.03300): TRL's trainer, with `trl_ext`'s
 accelerate launch recipes/grpo.py --config recipes/configs/grpo_qwen2.5_0.5b_gsm8k.yaml
 ```
 
-`--rollout_selection`, `--advantage_estimator` and `--importance_sampling_level` combine freely; left alone, this is
-`trl.GRPOTrainer`, number for number. See `common.PolicyArguments` for data, rewards and held-out evaluation.
+`--rollout_selection`, `--advantage_estimator` and `--importance_sampling_level` combine freely; with their defaults,
+this is `trl.GRPOTrainer`, number for number. See `trl_ext.run.arguments.PolicyArguments` for data, rewards and
+held-out evaluation.
 """
 
-from common import train_policy
-
 from trl_ext import GRPOConfig, GRPOTrainer
+from trl_ext.run.training import train_policy
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ accelerate launch recipes/gspo.py --config recipes/configs/gspo_qwen2.5_0.5b_gsm
 ```
 
 GSPO-token, for advantages that differ between tokens, is `--importance_sampling_level sequence_token`. See
-`common.PolicyArguments` for data, rewards and held-out evaluation.
+`trl_ext.run.arguments.PolicyArguments` for data, rewards and held-out evaluation.
 """
 
-from common import train_policy
-
 from trl_ext import GSPOConfig, GSPOTrainer
+from trl_ext.run.training import train_policy
 
 
 if __name__ == "__main__":

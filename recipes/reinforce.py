@@ -5,14 +5,13 @@ REINFORCE (Williams, 1992): plain policy gradient, where the baseline is a runni
 accelerate launch recipes/reinforce.py --config recipes/configs/reinforce_qwen2.5_0.5b_gsm8k.yaml
 ```
 
-It is `recipes/grpo.py` with another `--advantage_estimator`. Completions of a prompt are not compared: it is better
-served by many prompts with few completions (`--num_generations 2` is the least) than by the reverse. See
-`common.PolicyArguments` for data, rewards and held-out evaluation.
+It is `recipes/grpo.py` with a different `--advantage_estimator`. Completions of a prompt are not compared: many
+prompts with few completions (`--num_generations 2` is the least) serve it better than the reverse. See
+`trl_ext.run.arguments.PolicyArguments` for data, rewards and held-out evaluation.
 """
 
-from common import train_policy
-
 from trl_ext import GRPOConfig, GRPOTrainer
+from trl_ext.run.training import train_policy
 
 
 if __name__ == "__main__":

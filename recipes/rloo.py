@@ -6,14 +6,13 @@ reward of the other completions of its prompt.
 accelerate launch recipes/rloo.py --config recipes/configs/rloo_qwen2.5_0.5b_gsm8k.yaml
 ```
 
-It is `recipes/grpo.py` with another `--advantage_estimator`; the KL to the reference is TRL's `--beta`. With one
-update a generation, as is the default, no ratio is clipped. See `common.PolicyArguments` for data, rewards and
-held-out evaluation.
+It is `recipes/grpo.py` with a different `--advantage_estimator`; the KL to the reference is TRL's `--beta`. With one
+update a generation, as is the default, no ratio is clipped. See `trl_ext.run.arguments.PolicyArguments` for data,
+rewards and held-out evaluation.
 """
 
-from common import train_policy
-
 from trl_ext import GRPOConfig, GRPOTrainer
+from trl_ext.run.training import train_policy
 
 
 if __name__ == "__main__":

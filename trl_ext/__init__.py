@@ -4,49 +4,23 @@ An extension layer on Hugging Face TRL: trainers that subclass TRL's.
 Whoever can use `trl.GRPOTrainer` can use it: change the import, keep the rest.
 """
 
-from .curriculum.schedule import DifficultyCurriculum
-from .monitors.health import HealthChecks
-from .monitors.verify import verify
-from .monitors.waste import WasteCallback
-from .pipelines.dpo_then_ppo import DPOThenPPO
-from .preferences.pairs import make_pairs
-from .rewards.guard import RewardFunctionError
-from .rewards.implicit import ImplicitReward
-from .rewards.objectives import ObjectiveSchedule, RewardConstraint, RewardObjectives
-from .roles.critic import load_critic
-from .trainers.dapo import DAPOConfig, DAPOTrainer
-from .trainers.dpo import DPOConfig, DPOTrainer
-from .trainers.dupo import DUPOConfig, DUPOTrainer
-from .trainers.grpo import GRPOTrainer
-from .trainers.grpo_config import GRPOConfig
-from .trainers.gspo import GSPOConfig, GSPOTrainer
-from .trainers.ppo import NonFiniteLossError, PPOConfig, PPOTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 
-__all__ = [
-    "DAPOConfig",
-    "DAPOTrainer",
-    "DPOConfig",
-    "DPOThenPPO",
-    "DPOTrainer",
-    "DUPOConfig",
-    "DUPOTrainer",
-    "DifficultyCurriculum",
-    "GRPOConfig",
-    "GRPOTrainer",
-    "GSPOConfig",
-    "GSPOTrainer",
-    "HealthChecks",
-    "ImplicitReward",
-    "NonFiniteLossError",
-    "ObjectiveSchedule",
-    "PPOConfig",
-    "PPOTrainer",
-    "RewardConstraint",
-    "RewardFunctionError",
-    "RewardObjectives",
-    "WasteCallback",
-    "load_critic",
-    "make_pairs",
-    "verify",
-]
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """Imports torch and TRL with the first name that is used, so that `trl-ext --help` doesn't wait for them."""
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = import_module(".public", __name__)
+    if name != "__all__" and name not in public.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(public, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

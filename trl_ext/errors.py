@@ -6,6 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 
+class UserError(ValueError):
+    """
+    Something on a command line, or in a yaml file, that can't be used. The `trl-ext` command prints the message and
+    no traceback.
+    """
+
+
 def require(condition: bool, message: str) -> None:
     """Raises `ValueError` with `message` unless `condition` holds."""
     if not condition:

@@ -17,6 +17,7 @@ those of `test`, which no other split has.
 
 ```shell
 python recipes/tasks/sort_digits.py --output_dir runs/sort_digits --task_set N --seed 0
+trl-ext run sort_digits --output_dir runs/sort_digits  # the same where only the wheel is installed
 ```
 """
 

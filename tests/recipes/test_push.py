@@ -14,6 +14,7 @@ import pytest
 import sort_digits
 
 
+pytestmark = pytest.mark.train
 ROOT = Path(sort_digits.__file__).parents[2]
 
 

@@ -2,52 +2,30 @@
 
 import json
 import math
-import runpy
 import shutil
 from pathlib import Path
 
-import common
-import dpo_then_ppo
-import filter_prompts
 import pytest
-import reward
-import sft
-import sort_digits
+import quickstart
 import torch
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import DatasetDict, load_from_disk
 from huggingface_hub.errors import OfflineModeIsEnabled
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import DatasetMixtureConfig
 
 import trl_ext
 from trl_ext import DPOThenPPO
+from trl_ext.run.arguments import DataArguments
+from trl_ext.run.loading import load_data
+from trl_ext.run.stages import train_dpo_then_ppo
+from trl_ext.run.training import train_policy
 
 
-ROOT = Path(common.__file__).parents[1]
+pytestmark = pytest.mark.train
+ROOT = quickstart.ROOT
 # The task's reward, which a model this untrained never gets, and one that tells its completions apart
 REWARDS = [str(ROOT / "recipes/tasks/sort_digits.py:exact_match"), str(ROOT / "tests/tiny.py:first_token_even")]
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory) -> Path:
-    """`data/` and, after a few supervised steps with the quickstart's configuration, `sft/`."""
-    folder = tmp_path_factory.mktemp("task")
-    with pytest.MonkeyPatch.context() as patch:
-        sizes = ["--sft_size", "256", "--train_size", "256", "--test_size", "40", "--pairs_size", "256"]
-        patch.setattr("sys.argv", ["sort_digits.py", "--output_dir", str(folder), *sizes])
-        sort_digits.main()
-        patch.setattr("sys.argv", ["sft.py", *quickstart("sft", folder, "init", "sft"), "--max_steps", "4"])
-        sft.main()
-    return folder
-
-
-def quickstart(config: str, folder: Path, model: str, output: str) -> list[str]:
-    return [
-        *("--config", str(ROOT / f"recipes/configs/quickstart_{config}.yaml")),
-        *("--model_name_or_path", str(folder / model)),
-        *("--dataset_name", str(folder / "data")),
-        *("--output_dir", str(folder / output)),
-    ]
 
 
 def policy(folder: Path, output: str, *more: str) -> list[str]:
@@ -65,13 +43,13 @@ def policy(folder: Path, output: str, *more: str) -> list[str]:
         "2",
     ]
     held_out = ["--held_out_prompts", "16", "--held_out_samples", "2", "--held_out_every", "2"]
-    return [*quickstart("dapo", folder, "sft", output), "--reward_funcs", *REWARDS, *small, *held_out, *more]
+    return [*quickstart.arguments("dapo", folder, "sft", output), "--reward_funcs", *REWARDS, *small, *held_out, *more]
 
 
 @pytest.fixture(scope="module")
 def dapo(task):
     argv = policy(task, "dapo")
-    return common.train_policy(trl_ext.DAPOTrainer, trl_ext.DAPOConfig, argv), task / "dapo"
+    return train_policy(trl_ext.DAPOTrainer, trl_ext.DAPOConfig, argv), task / "dapo"
 
 
 def test_supervised_fine_tuning_writes_a_model(task):
@@ -113,7 +91,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(dapo, task):
     (task / "resumed").mkdir()
     shutil.copytree(folder / "checkpoint-2", task / "resumed" / "checkpoint-2")
     argv = policy(task, "resumed", "--resume_from_checkpoint", "true")
-    resumed = common.train_policy(trl_ext.DAPOTrainer, trl_ext.DAPOConfig, argv)
+    resumed = train_policy(trl_ext.DAPOTrainer, trl_ext.DAPOConfig, argv)
     for name, weight in trainer.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
     whole, rest = (json.loads((task / run / "summary.json").read_text()) for run in ("dapo", "resumed"))
@@ -121,45 +99,23 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(dapo, task):
         assert whole[key] == rest[key], key
 
 
-def start(recipe: str, argv: list[str]) -> None:
-    """Runs the recipe's own file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [f"recipes/{recipe}.py", *argv])
-        runpy.run_path(str(ROOT / f"recipes/{recipe}.py"), run_name="__main__")
-
-
 @pytest.fixture(scope="module")
 def reward_model(task):
-    argv = [*quickstart("reward", task, "sft", "reward_model"), "--max_steps", "30", "--eval_steps", "30"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["reward.py", *argv, "--per_device_eval_batch_size", "40"])
-        reward.main()
+    argv = [*quickstart.arguments("reward", task, "sft", "reward_model"), "--max_steps", "30", "--eval_steps", "30"]
+    quickstart.start("reward", [*argv, "--per_device_eval_batch_size", "40"])
     return task / "reward_model"
 
 
-def test_a_reward_model_reads_what_policies_have_scored(task):
-    tokenizer = AutoTokenizer.from_pretrained(task / "sft")
-    message = [{"role": "user", "content": "s31="}]
-    texts = Dataset.from_dict({"prompt": ["s31="], "chosen": ["13"], "rejected": ["3"]})
-    whole = Dataset.from_dict({"chosen": ["s31=13"], "rejected": ["s31=3"]})
-    messages = Dataset.from_dict({"prompt": [message], "chosen": [message], "rejected": [message]})
-    given = {"texts": texts, "whole": whole, "messages": messages, "sft": Dataset.from_dict({"prompt": ["s31="]})}
-    data = reward.as_policies_are_scored(given, tokenizer)
-    for split in ("texts", "whole"):
-        assert [tokenizer.decode(data[split][0][f"{name}_ids"]) for name in ("chosen", "rejected")] == [
-            "s31=13",
-            "s31=3",
-        ]
-    assert data["messages"].column_names == messages.column_names and data["sft"] is given["sft"]
-    streamed = reward.as_policies_are_scored({"train": texts.to_iterable_dataset().map(dict)}, tokenizer)
-    assert tokenizer.decode(next(iter(streamed["train"]))["chosen_ids"]) == "s31=13"
-
-
-def test_a_reward_model_as_an_adapter(task, monkeypatch):
-    argv = [*quickstart("reward", task, "sft", "reward_adapter"), "--max_steps", "2", "--eval_strategy", "no"]
+def test_a_reward_model_as_an_adapter(task):
+    argv = [
+        *quickstart.arguments("reward", task, "sft", "reward_adapter"),
+        "--max_steps",
+        "2",
+        "--eval_strategy",
+        "no",
+    ]
     argv += ["--eval_on_start", "false"]
-    monkeypatch.setattr("sys.argv", ["reward.py", *argv, "--use_peft", "true"])
-    reward.main()
+    quickstart.start("reward", [*argv, "--use_peft", "true"])
     saved = json.loads((task / "reward_adapter/adapter_config.json").read_text())
     assert saved["task_type"] == "SEQ_CLS"
 
@@ -177,10 +133,10 @@ def test_a_reward_model_says_how_many_pairs_it_ranks_right(reward_model):
 
 
 def test_ppo_from_pairs_to_pictures(task, reward_model):
-    argv = [*quickstart("ppo", task, "sft", "ppo"), "--reward_model_name_or_path", str(reward_model)]
+    argv = [*quickstart.arguments("ppo", task, "sft", "ppo"), "--reward_model_name_or_path", str(reward_model)]
     argv += ["--reward_funcs", REWARDS[0], "--held_out_prompts", "16", "--held_out_samples", "2"]
     argv += ["--max_steps", "4", "--per_device_train_batch_size", "16", "--held_out_every", "0"]
-    start("ppo", argv)
+    quickstart.start("ppo", argv)
     folder = task / "ppo"
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["method"], summary["steps"]) == ("PPO", 4)
@@ -212,9 +168,11 @@ def test_recipes_that_are_grpo_with_another_baseline(recipe, estimator, task, mo
         made.append(self)
 
     monkeypatch.setattr(trl_ext.GRPOTrainer, "__init__", remembered)
-    argv = quickstart("sft", task, "sft", recipe)[2:]  # GRPO has other arguments than the quickstart's DAPO
+    argv = quickstart.arguments("sft", task, "sft", recipe)[2:]  # GRPO has other arguments than the quickstart's DAPO
     argv += ["--reward_funcs", *REWARDS, "--max_completion_length", "14", "--held_out_prompts", "0"]
-    start(recipe, [*argv, "--max_steps", "2", "--per_device_train_batch_size", "16", "--learning_rate", "1e-3"])
+    quickstart.start(
+        recipe, [*argv, "--max_steps", "2", "--per_device_train_batch_size", "16", "--learning_rate", "1e-3"]
+    )
     (trainer,) = made
     assert trainer.args.advantage_estimator == estimator
     assert trainer.state.global_step == 2
@@ -226,7 +184,7 @@ def test_the_other_methods(name, task, capsys):
     trainer_class, config_class = getattr(trl_ext, f"{name}Trainer"), getattr(trl_ext, f"{name}Config")
     argv = policy(task, name, "--max_steps", "2", "--use_peft", "--lora_target_modules", "q_proj", "v_proj")
     argv += ["--verify", "true"]
-    trainer = common.train_policy(trainer_class, config_class, argv)
+    trainer = train_policy(trainer_class, config_class, argv)
     summary = json.loads((task / name / "summary.json").read_text())
     assert summary["method"] == name
     assert summary["trainable_parameters"] == 2 * 2 * (64 * 16 + 16 * 64)  # layers, projections, A and B of rank 16
@@ -238,38 +196,51 @@ def test_the_other_methods(name, task, capsys):
 def test_a_data_set_without_test_split_trains_unmeasured(task, tmp_path, capsys):
     load_from_disk(task / "data")["train"].to_parquet(tmp_path / "train.parquet")
     argv = policy(task, "unmeasured", "--max_steps", "1", "--dataset_name", str(tmp_path / "train.parquet"))
-    common.train_policy(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, argv)
+    train_policy(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, argv)
     assert "No held-out evaluation: the data set has no split 'test'" in capsys.readouterr().out
     assert json.loads((task / "unmeasured" / "summary.json").read_text())["after"] is None
 
 
-def test_filtered_prompts_are_the_next_data_set(task, monkeypatch, capsys):
+def test_filtered_prompts_are_the_next_data_set(task, capsys):
     output = task / "filtered"
     settings = ["--dataset_train_split", "test", "--num_generations", "4", "--per_device_train_batch_size", "32"]
-    files = [*quickstart("dapo", task, "sft", "filtered")[2:], "--reward_funcs", *REWARDS, *settings]
-    argv = ["filter_prompts.py", *files, "--max_completion_length", "14", "--drop_unsolved"]
-    monkeypatch.setattr("sys.argv", argv)
-    filter_prompts.main()
+    files = [*quickstart.arguments("dapo", task, "sft", "filtered")[2:], "--reward_funcs", *REWARDS, *settings]
+    quickstart.start("filter_prompts", [*files, "--max_completion_length", "14", "--drop_unsolved"])
     assert "rolled out 40 of 40 prompts" in capsys.readouterr().out
     rates = [rate for line in (output / "pass_rates.jsonl").read_text().splitlines()[1:] for rate in json.loads(line)]
     assert len(rates) == 40
     assert 0 < len([rate for rate in rates if rate in (0, 1)]) < 40
-    kept = common.load_data(common.DataArguments(dataset_name=str(output)), common.DatasetMixtureConfig())
+    kept = load_data(DataArguments(dataset_name=str(output)), DatasetMixtureConfig())
     assert list(kept["test"]["pass_rate"]) == [rate for rate in rates if 0 < rate < 1]
     assert len(kept["train"]) == 256
+
+
+def test_made_pairs_are_the_next_data_set(task, capsys):
+    """Sampled for some of the prompts; a second start samples nothing anew."""
+    argv = [*quickstart.arguments("pairs", task, "sft", "made_pairs"), "--reward_funcs", REWARDS[1]]
+    argv += ["--max_prompts", "24", "--num_generations", "4", "--per_device_train_batch_size", "32"]
+    for strategy in ("best_worst", "margin"):
+        quickstart.start("make_pairs", [*argv, "--truncated", "keep", "--strategy", strategy])
+        report = json.loads((task / "made_pairs" / "report.json").read_text())
+        pairs = load_data(DataArguments(dataset_name=str(task / "made_pairs")), DatasetMixtureConfig())["train"]
+        assert (report["prompts"], report["completions"], report["pairs"]) == (24, 96, len(pairs))
+        assert all(row["score_chosen"] > row["score_rejected"] for row in pairs)
+    said = capsys.readouterr().out
+    assert said.count("sampled for 8 of 24 prompts") == 1
+    assert f"Saved to {task / 'made_pairs'}." in said
 
 
 @pytest.fixture(scope="module")
 def hybrid(task) -> tuple[DPOThenPPO, Path]:
     """All stages, small; pairs judged by what a model this untrained differs in."""
     argv = [
-        *quickstart("hybrid", task, "sft", "hybrid"),
+        *quickstart.arguments("hybrid", task, "sft", "hybrid"),
         *("--reward_funcs", REWARDS[1], "--max_steps", "4", "--per_device_train_batch_size", "16"),
         *("--held_out_prompts", "16", "--held_out_samples", "2", "--held_out_every", "2", "--save_steps", "2"),
         *("--pairs", '{"prompts": 96, "num_generations": 4, "truncated": "keep"}'),
         *("--dpo", '{"max_steps": 2, "per_device_train_batch_size": 16, "logging_steps": 1}'),
     ]
-    return dpo_then_ppo.main(argv), task / "hybrid"
+    return train_dpo_then_ppo(argv), task / "hybrid"
 
 
 def test_all_stages_from_one_command(hybrid):
@@ -312,7 +283,7 @@ def given_pairs(task) -> Path:
 
 def test_given_pairs_in_an_order_and_what_dpo_learned_from_them(task, given_pairs):
     argv = [
-        *quickstart("hybrid", task, "sft", "given_pairs"),
+        *quickstart.arguments("hybrid", task, "sft", "given_pairs"),
         *("--dataset_name", str(given_pairs), "--reward_funcs", "implicit_reward", REWARDS[1], "--clean", "none"),
         *("--reward_weights", "1.0", "0.5", "--held_out_prompts", "0", "--save_steps", "2"),
         *("--pairs", '{"split": "pairs", "eval_split": "held"}', "--max_steps", "2"),
@@ -321,7 +292,7 @@ def test_given_pairs_in_an_order_and_what_dpo_learned_from_them(task, given_pair
         '"curriculum": "easy_to_hard", "curriculum_column": "digits"}',
         *("--per_device_train_batch_size", "16"),
     ]
-    run = dpo_then_ppo.main(argv)
+    run = train_dpo_then_ppo(argv)
     assert [stage.name for stage in run.stages] == ["pairs", "dpo", "ppo"]
     dpo, ppo = run.stages[1].log_history, run.stages[2].log_history
     assert len([entry for entry in dpo if "eval_rewards/accuracies" in entry]) == 2
@@ -332,29 +303,29 @@ def test_given_pairs_in_an_order_and_what_dpo_learned_from_them(task, given_pair
 
 def test_the_second_method_is_looked_up(task):
     with pytest.raises(ValueError, match=r"--method is 'TRPO'\. Choose one of PPO, GRPO"):
-        dpo_then_ppo.main([*quickstart("hybrid", task, "sft", "other"), "--method", "TRPO"])
+        train_dpo_then_ppo([*quickstart.arguments("hybrid", task, "sft", "other"), "--method", "TRPO"])
     with pytest.raises(ValueError, match=r"--dpo is '\{beta: 1\}', which is no JSON"):
-        dpo_then_ppo.main([*quickstart("hybrid", task, "sft", "other"), "--dpo", "{beta: 1}"])
+        train_dpo_then_ppo([*quickstart.arguments("hybrid", task, "sft", "other"), "--dpo", "{beta: 1}"])
     with pytest.raises(ValueError, match="--dpo has betas, which DPOConfig doesn't know"):
-        dpo_then_ppo.main([*quickstart("hybrid", task, "sft", "other"), "--dpo", '{"betas": 1}'])
+        train_dpo_then_ppo([*quickstart.arguments("hybrid", task, "sft", "other"), "--dpo", '{"betas": 1}'])
 
 
 def test_a_column_without_a_curriculum(task):
     column = ["--dpo", '{"curriculum_column": "digits"}']
-    with pytest.raises(ValueError, match="curriculum_column is there, but no curriculum"):
-        dpo_then_ppo.main([*quickstart("hybrid", task, "sft", "other"), *column])
+    with pytest.raises(ValueError, match="curriculum_column is set, but curriculum isn't"):
+        train_dpo_then_ppo([*quickstart.arguments("hybrid", task, "sft", "other"), *column])
 
 
 def test_a_push_that_cannot_be_fails_before_the_training(task):
     with pytest.raises(OfflineModeIsEnabled):
-        dpo_then_ppo.main([*quickstart("hybrid", task, "sft", "pushed"), "--push_to_hub", "true"])
+        train_dpo_then_ppo([*quickstart.arguments("hybrid", task, "sft", "pushed"), "--push_to_hub", "true"])
     assert not (task / "pushed" / "start").exists()
 
 
 def test_a_curriculum_and_health_checks_by_name(task):
     """The arguments of every recipe that samples; the checks are in the log."""
     argv = policy(task, "in_order", "--health_checks", "true", "--curriculum", "frontier", "--held_out_prompts", "0")
-    trainer = common.train_policy(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, argv)
+    trainer = train_policy(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, argv)
     assert trainer.chooser.schedule == "frontier"
     logged = {key for entry in trainer.state.log_history for key in entry}
     assert {"curriculum/difficulty", "health/entropy"} <= logged

@@ -58,7 +58,7 @@ def test_critic_and_reward_model_have_their_rows():
     assert "](tokens.png)" in card
     assert "| reward model | `runs/reward_model` |" in card
     assert "| of 512 held-out pairs, it ranks right | 0.934 (0.912 to 0.955) |" in card
-    assert "| … and did before its training | 0.500 (0.457 to 0.543) |" in card
+    assert "| of 512 held-out pairs, it ranked right before its training | 0.500 (0.457 to 0.543) |" in card
     assert "| explained variance of the critic, at the end | 0.32 |" in card
     assert "| KL to the reference, at the end | 1.23 nats per completion |" in card
     without = results_section(SUMMARY | {"reward_model": {"model": "org/model"}, "critic": {"value_loss": 1.0}})

@@ -1,1 +1,1 @@
-"""What a run leaves behind for people: figures, cards, summaries."""
+"""What a run leaves for people to read: summaries, figures, model cards."""

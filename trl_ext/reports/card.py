@@ -1,6 +1,6 @@
 """
-What a run adds to the model card that TRL writes: the result with its interval, the figure, what it took, and the
-command and configuration that repeat it.
+What a run adds to the model card that TRL writes: the results with their intervals, the figure, what the run cost, and
+the command and configuration that repeat it.
 """
 
 import json
@@ -11,6 +11,7 @@ from trl.trainer.utils import generate_model_card
 
 from ..evaluation.pairs import PAIR_ACCURACY
 from ..monitors.progress import count
+from ..trainers.cards import name_what_has_no_hub_id
 from .summary import redact
 
 
@@ -33,8 +34,8 @@ def results_section(
             Text of the yaml file the run was launched with. Access tokens in it, and in the command line, are replaced
             by `***`.
         example_prompt (`str`, *optional*):
-            A plain-text prompt to show how the model is asked. Models with a chat template need none: TRL's own card
-            shows that.
+            A plain-text prompt, to show how the model is used. Models with a chat template need none: TRL's own card
+            shows their use.
         token_figure (`str`, *optional*):
             Path of the figure of single completions, token by token.
 
@@ -89,43 +90,53 @@ def stages_section(summary: dict[str, Any], figure: str | None = None, config: s
 
 
 def write_stages_card(
-    folder: str | Path, section: str, summary: dict[str, Any], base_model: str, dataset: str | None, hub_id: str = ""
+    folder: str | Path,
+    section: str,
+    summary: dict[str, Any],
+    base_model: str,
+    dataset: str | None,
+    hub_id: str | None = None,
 ) -> None:
     """
     Writes `README.md`: TRL's model card, then `section`.
 
     Args:
         folder (`str` or `Path`):
-            Of the model.
+            The model's folder.
         section (`str`):
             What [`stages_section`] returned.
         summary (`dict[str, Any]`):
-            What that was made from.
+            The summary from which the section was made.
         base_model (`str`):
-            Hub id, or a folder, which the card then doesn't link.
+            Hub id, or a folder. The card doesn't link a folder.
         dataset (`str`, *optional*):
             Hub id of the data.
         hub_id (`str`, *optional*):
-            Where the model is published.
+            Hub id under which the model is published. `None`: it isn't published.
     """
-    name = hub_id.split("/")[-1] or Path(folder).name
+    name = Path(folder).name if hub_id is None else hub_id.split("/")[-1]
     methods = list(dict.fromkeys(stage["name"].split()[0] for stage in summary["stages"][1:]))
     linked = None if Path(base_model).exists() else base_model
     card: Any = generate_model_card(
-        linked, name, hub_id, dataset, ["trl", "trl_ext", *methods], None, None, summary["method"],
-        "", paper_title="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+        linked,
+        name,
+        str(hub_id),
+        dataset,
+        tags=["trl", "trl_ext", *methods],
+        wandb_url=None,
+        trackio_url=None,
+        trainer_name=summary["method"],
+        trainer_citation="",
+        paper_title="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
         paper_id="2305.18290",
-    )  # fmt: skip
+    )
     card.data.library_name = "peft"  # what is published is an adapter
-    text = str(card)
-    # TRL's template says None where there is no Hub id
-    text = text.replace("[None](https://huggingface.co/None)", "a model without a Hub id")
-    text = text.replace('model=""', f'model="{name}"')
+    text = name_what_has_no_hub_id(str(card), name)
     (Path(folder) / "README.md").write_text(f"{text.rstrip()}\n\n{section}", encoding="utf-8")
 
 
 def _repeat(summary: dict[str, Any], config: str | None) -> list[str]:
-    """How the run is repeated, and with which versions."""
+    """How to repeat the run, and with which versions it was made."""
     parts = []
     if summary["command"]:
         parts += ["### Train it again", f"```shell\n{summary['command']}\n```"]
@@ -191,12 +202,14 @@ def _reward_model(reward_model: dict[str, Any]) -> dict[str, str]:
         rows[f"of {pairs} held-out pairs, it ranks right"] = _cell(reward_model, PAIR_ACCURACY)
     before = reward_model.get("before") or {}
     if PAIR_ACCURACY in before:
-        rows["… and did before its training"] = _cell(before, PAIR_ACCURACY)
+        rows[f"of {before['prompts']} held-out pairs, it ranked right before its training"] = _cell(
+            before, PAIR_ACCURACY
+        )
     return rows
 
 
 def _critic(critic: dict[str, float]) -> dict[str, str]:
-    """What the last tenth of the run says of critic and policy."""
+    """Critic and policy in the last tenth of the run."""
     rows = {}
     if "explained_variance" in critic:
         rows["explained variance of the critic, at the end"] = f"{critic['explained_variance']:.2f}"

@@ -1,9 +1,13 @@
 """
-`learning.png`: one look at a run. Did it learn, on what share of what it generated, and at which price? Where there is
-a critic: is it of any use, and how far did the policy go? `tokens.png`: what it thinks of single tokens.
+Figures of a run.
 
-Colours are Okabe and Ito's, which remain apart for colour-blind readers; everything drawn also differs by position,
-line style or label.
+- `learning.png` shows whether the policy improved, on which share of its completions it was trained, and how many
+  tokens that took; where there is a critic, also how well it predicts returns and how far the policy moved.
+- `stages.png` shows a run of several stages on one axis.
+- `tokens.png` shows how a critic values single tokens.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; what is drawn also differs by position, line
+style or label.
 """
 
 from collections.abc import Sequence
@@ -19,7 +23,7 @@ from ..evaluation.credit import TokenCredit
 from ..evaluation.held_out import Estimate, read_estimates
 from ..monitors.progress import count
 from ..pipelines.stages import StageResult
-from .summary import metric_of
+from .summary import CRITIC_METRICS, metric_of
 
 
 BLUE, ORANGE, GREEN, VERMILION, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#8C8C8C"
@@ -38,10 +42,10 @@ def plot_learning(
     log_history: Sequence[dict[str, Any]], path: str | Path, title: str, metric: str | None = None
 ) -> Path:
     """
-    Draws a run's log: reward over optimizer steps with the held-out results, held-out before and after, what became of
-    the groups, and tokens generated and trained on. Where a critic was trained: its loss, its explained variance and
-    the KL to the reference; the groups then only if some were selected. A panel whose quantity wasn't logged says so.
-    It needs no display.
+    Draws a run's log: reward over optimizer steps with the held-out results, held-out results before and after, how
+    many groups were kept, and tokens generated and trained on. Where a critic was trained, it adds the critic's loss,
+    its explained variance and the KL to the reference, and draws groups and tokens only if groups were selected. A
+    panel whose quantity wasn't logged says so. No display is needed.
 
     Args:
         log_history (`Sequence[dict[str, Any]]`):
@@ -62,7 +66,7 @@ def plot_learning(
         metric = next(iter(next(iter(measured.values()))))
     held_out = {step: estimates[metric] for step, estimates in measured.items() if metric in estimates}
 
-    has_critic = any("val/explained_variance" in entry for entry in log_history)
+    has_critic = any(CRITIC_METRICS["explained_variance"] in entry for entry in log_history)
     has_groups = not has_critic or any("selection/groups_kept" in entry for entry in log_history)
     rows = 1 + has_critic + has_groups
     figure = Figure(figsize=(11, 3.6 * rows), dpi=130, layout="constrained")
@@ -85,12 +89,12 @@ def plot_learning(
 
 def plot_stages(stages: Sequence[StageResult], path: str | Path, title: str, metric: str | None = None) -> Path:
     """
-    Draws a run of several stages on one axis, optimizer steps from the first to the last: held-out results with what
-    was sampled in training, preference accuracy where DPO trained, and KL to the reference where it was logged.
+    Draws a run of several stages on one axis, which counts optimizer steps over all stages: held-out results and the
+    reward while training, preference accuracy where DPO trained, and KL to the reference where it was logged.
 
     Args:
         stages (`Sequence[StageResult]`):
-            In order, as [`~trl_ext.pipelines.dpo_then_ppo.DPOThenPPO`] has them.
+            The finished stages in order: `DPOThenPPO.stages`.
         path (`str` or `Path`):
             Where the PNG goes.
         title (`str`):
@@ -125,7 +129,7 @@ def plot_stages(stages: Sequence[StageResult], path: str | Path, title: str, met
     _draw_stage_results(axes[0], stages, starts, logs, metric)
     _draw_preference_accuracy(axes[1], logs)
     _heading(axes[2], "KL to the reference, nats a completion")
-    steps, (values,) = series(logs, "objective/kl")
+    steps, (values,) = series(logs, CRITIC_METRICS["kl"])
     if steps:
         _draw_course(axes[2], steps, values)
     else:
@@ -142,7 +146,7 @@ def plot_tokens(credits: Sequence[TokenCredit], path: str | Path, title: str) ->
 
     Args:
         credits (`Sequence[TokenCredit]`):
-            What [`~trl_ext.evaluation.credit.credit_by_token`] returned, or a few of it.
+            Some of those that [`~trl_ext.evaluation.credit.credit_by_token`] returned.
         path (`str` or `Path`):
             Where the PNG goes.
         title (`str`):
@@ -182,7 +186,7 @@ def _save(figure: Figure, path: str | Path) -> Path:
 
 def series(log_history: Sequence[dict[str, Any]], *keys: str) -> tuple[list[int], list[list[float]]]:
     """
-    Steps at which all of `keys` were logged, and the values of each key at those steps.
+    Returns the steps at which all of `keys` were logged, and the values of each key at those steps.
 
     A resumed run may have logged a step twice; the later entry counts.
     """
@@ -194,7 +198,7 @@ def series(log_history: Sequence[dict[str, Any]], *keys: str) -> tuple[list[int]
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Centred moving average that takes fewer values at the ends, so that it neither lags nor drops any."""
+    """Centred moving average. It takes fewer values at the ends, so that it doesn't lag and has as many values."""
     half = window // 2
     parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]
@@ -227,12 +231,12 @@ def _draw_reward(
             zorder=5,
         )
     handles = axis.get_legend_handles_labels()[0] + _draw_score(axis, log_history, values)
-    # Below, where no course can cross it
+    # Below the axes, where no line crosses it
     axis.legend(handles=handles, frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def _draw_score(axis: Axes, log_history: Sequence[dict[str, Any]], shown: list[float]) -> list[Any]:
-    """What a critic's trainer maximises, where that is not what is shown: its line, on an axis of its own."""
+    """Draws the score that a critic's trainer maximises, where it isn't what is shown, on an axis of its own."""
     steps, (scores,) = series(log_history, "objective/scores")
     if not steps or scores == shown:
         return []
@@ -255,7 +259,7 @@ def _draw_stage_results(
         axis.plot(steps, values, color=SKY, linewidth=1, alpha=0.8, label="sampled in training")
     held_out = {step: estimates[metric] for step, estimates in read_estimates(logs).items() if metric in estimates}
     ends = dict(zip((stage.folder for stage in stages if stage.steps), starts[1:], strict=True))
-    for stage in stages:  # those without steps were measured where they began
+    for stage in stages:  # a stage without steps was measured at the start
         if metric in stage.measured:
             held_out[ends.get(stage.folder, 0)] = stage.measured[metric]
     if not held_out:
@@ -288,7 +292,7 @@ def _draw_preference_accuracy(axis: Axes, logs: Sequence[dict[str, Any]]) -> Non
 
 
 def _draw_course(axis: Axes, steps: list[int], values: list[float], label: str | None = None) -> None:
-    """What was logged, and its moving average."""
+    """Draws what was logged, and its moving average."""
     axis.plot(steps, values, color=SKY, linewidth=1, alpha=0.8, label=label)
     smoothed = smooth(values, max(3, len(values) // 12))
     axis.plot(steps, smoothed, color=BLUE, linewidth=2.4, label="moving average" if label else None)
@@ -366,16 +370,16 @@ def _draw_tokens(axis: Axes, log_history: Sequence[dict[str, Any]]) -> None:
 
 def _draw_value_loss(axis: Axes, log_history: Sequence[dict[str, Any]]) -> None:
     _heading(axis, "value loss, per token", "optimizer step")
-    steps, (values,) = series(log_history, "loss/value_avg")
+    steps, (values,) = series(log_history, CRITIC_METRICS["value_loss"])
     if not steps:
-        return _nothing(axis, "`loss/value_avg` was not logged")
+        return _nothing(axis, f"`{CRITIC_METRICS['value_loss']}` was not logged")
     _draw_course(axis, steps, values)
     axis.set_ylim(bottom=0)
 
 
 def _draw_explained_variance(axis: Axes, log_history: Sequence[dict[str, Any]]) -> None:
     _heading(axis, "explained variance of returns", "optimizer step")
-    steps, (values,) = series(log_history, "val/explained_variance")
+    steps, (values,) = series(log_history, CRITIC_METRICS["explained_variance"])
     _draw_course(axis, steps, values)
     axis.axhline(0, color=GREY, linestyle=":", linewidth=1.2)
     axis.set_ylim(max(-1.0, min(-0.1, *values)), 1)
@@ -387,7 +391,7 @@ def _draw_explained_variance(axis: Axes, log_history: Sequence[dict[str, Any]]) 
 
 def _draw_kl(axis: Axes, log_history: Sequence[dict[str, Any]]) -> None:
     _heading(axis, "KL to the reference, nats a completion", "optimizer step")
-    steps, (values,) = series(log_history, "objective/kl")
+    steps, (values,) = series(log_history, CRITIC_METRICS["kl"])
     if not steps:
         return _nothing(axis, "there was no reference")
     _draw_course(axis, steps, values)

@@ -1,5 +1,5 @@
 """
-A run in one small file, `summary.json`: what was trained, how good it was before and after, and what that took.
+A run in one small file, `summary.json`: what was trained, how good it was before and after, and what that cost.
 Everything in it is read from the run.
 """
 
@@ -20,7 +20,7 @@ from ..evaluation.held_out import Estimate, difference
 from ..pipelines.stages import StageResult
 
 
-# Reports are made to be published: whatever follows one of these words in a command line or a yaml file stays at home.
+# Reports are made to be published: what follows one of these words in a command line or a yaml file is left out.
 _SECRET = re.compile(
     r"((?:hub|hf|auth|access)_token|api_key|password|secret)([ \t]*[:=][ \t]*|[ \t]+)([^\s-]\S*)", re.I
 )
@@ -48,21 +48,22 @@ def summarize(
 
     Args:
         trainer ([`GRPOTrainer`]):
-            The trainer that ran. `trl_ext`'s count tokens; for others those entries are `None`.
+            The trainer that ran. Those of `trl_ext` count tokens; for others these entries are `None`.
         measured (`dict[int, dict[str, Estimate]]`):
-            Held-out estimates by optimizer step and metric, as [`HeldOut`] has them; the first is the policy before
-            training, the last the one after. May be empty.
+            Held-out estimates by optimizer step and metric, as [`HeldOut`] has them: of the policy before training
+            first, after training last. May be empty.
         seconds (`float`):
-            Wall-clock seconds of the whole run, of this session if it was resumed.
+            Wall-clock seconds of the whole run; of a resumed run, since it was resumed.
         model (`str`, *optional*):
-            What was trained.
+            Hub id or folder of the model that was trained.
         dataset (`str`, *optional*):
-            On what.
+            Hub id or folder of the data set.
         command (`str`, *optional*):
             The command line. Access tokens in it are replaced by `***`.
         reward_model (`str`, *optional*):
-            What the policy was trained to please. If it is a folder with a summary of its own, as `recipes/reward.py`
-            writes it, its held-out results are taken over; those before its training under `before`.
+            Hub id or folder of the reward model that the policy was trained with. If the folder has a summary, as
+            `recipes/reward.py` writes it, the summary's held-out results are copied: those after its training, and,
+            under `before`, those before it.
 
     Returns:
         `dict[str, Any]`: `before`, `after` and `gain` map each metric to its mean, and hold under `intervals` the
@@ -115,19 +116,19 @@ def summarize_stages(
 
     Args:
         stages (`Sequence[StageResult]`):
-            As [`~trl_ext.pipelines.dpo_then_ppo.DPOThenPPO`] has them.
+            The finished stages in order: `DPOThenPPO.stages`.
         method (`str`):
-            What the schedule is called.
+            Name of the whole schedule.
         model, dataset, command (*optional*):
             As in [`summarize`].
         start_name (`str`, *optional*, defaults to `"start"`):
-            What to call the policy as it came.
+            Name of the policy before any stage.
 
     Returns:
         `dict[str, Any]`: `metric`, the first one that all stages have, and `stages`, with an entry for each that was
         measured: `name` (with the round, from the second on), the mean of each metric by its name, `low` and `high`,
-        the 95 % interval of `metric`, `intervals` of all, `prompts`, `samples`, `steps`, `generated_tokens` (those of
-        the pairs are DPO's) and `seconds`.
+        the 95 % interval of `metric`, `intervals` of all metrics, `prompts`, `samples`, `steps`, `generated_tokens`
+        (those sampled for pairs count for DPO) and `seconds`.
     """
     entries: list[dict[str, Any]] = []
     sampled, took = 0, 0.0  # for pairs, which belong to the stage that learns from them
@@ -167,7 +168,7 @@ def summarize_stages(
 
 
 def metric_of(stages: Sequence[StageResult]) -> str | None:
-    """The first metric that every stage has which was measured: a learned reward is none of the start."""
+    """The first metric that every measured stage has. The start has no learned reward."""
     measured = [stage.measured for stage in stages if stage.measured]
     names = measured[-1] if measured else ()
     return next((name for name in names if all(name in found for found in measured)), None)

@@ -42,6 +42,7 @@ from ..rollouts.selection import (
 from ..rollouts.statistics import restate_loss_metrics
 from ..rollouts.stream import PromptStream, prompt_key
 from .arguments import bound, model_name
+from .cards import name_what_has_no_hub_id
 from .data_checks import check_curriculum, check_data, check_images, check_outcome_names
 from .grpo_config import GRPOConfig
 from .seams.critic import CriticSeams
@@ -454,10 +455,7 @@ class GRPOTrainer(CriticSeams):
         if not self.is_world_process_zero():
             return
         card = Path(str(self.args.output_dir)) / "README.md"
-        text = card.read_text(encoding="utf-8")
-        # TRL's template names the Hub ids of base model and result, and says None where there are none
-        text = text.replace("[None](https://huggingface.co/None)", "a model without a Hub id")
-        text = text.replace('model="None"', f'model="{card.parent.name}"')
+        text = name_what_has_no_hub_id(card.read_text(encoding="utf-8"), card.parent.name)
         sections = [section() for section in self.card_sections]
         card.write_text("\n\n".join([text.rstrip(), *sections]) + "\n", encoding="utf-8")
 

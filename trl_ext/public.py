@@ -1,0 +1,50 @@
+"""
+The names that `trl_ext` offers. A new one is added here: `trl_ext/__init__.py` looks them up when they are used.
+"""
+
+from .curriculum.schedule import DifficultyCurriculum
+from .monitors.health import HealthChecks
+from .monitors.verify import verify
+from .monitors.waste import WasteCallback
+from .pipelines.dpo_then_ppo import DPOThenPPO
+from .preferences.pairs import make_pairs
+from .rewards.guard import RewardFunctionError
+from .rewards.implicit import ImplicitReward
+from .rewards.objectives import ObjectiveSchedule, RewardConstraint, RewardObjectives
+from .roles.critic import load_critic
+from .trainers.dapo import DAPOConfig, DAPOTrainer
+from .trainers.dpo import DPOConfig, DPOTrainer
+from .trainers.dupo import DUPOConfig, DUPOTrainer
+from .trainers.grpo import GRPOTrainer
+from .trainers.grpo_config import GRPOConfig
+from .trainers.gspo import GSPOConfig, GSPOTrainer
+from .trainers.ppo import NonFiniteLossError, PPOConfig, PPOTrainer
+
+
+__all__ = [
+    "DAPOConfig",
+    "DAPOTrainer",
+    "DPOConfig",
+    "DPOThenPPO",
+    "DPOTrainer",
+    "DUPOConfig",
+    "DUPOTrainer",
+    "DifficultyCurriculum",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "GSPOConfig",
+    "GSPOTrainer",
+    "HealthChecks",
+    "ImplicitReward",
+    "NonFiniteLossError",
+    "ObjectiveSchedule",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardConstraint",
+    "RewardFunctionError",
+    "RewardObjectives",
+    "WasteCallback",
+    "load_critic",
+    "make_pairs",
+    "verify",
+]

@@ -1,0 +1,1 @@
+"""What recipes and the `trl-ext` command do: arguments, loading, training, measuring, publishing."""

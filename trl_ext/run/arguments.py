@@ -1,0 +1,322 @@
+"""
+The arguments of recipes, beside those of TRL's configurations, and how they are read from a command line and a yaml
+file.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import yaml
+from accelerate.utils import parse_flag_from_env
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from ..errors import UserError
+from ..pipelines.dpo_then_ppo import DPOThenPPO
+
+
+# TRL's defaults are made for GPUs.
+WITHOUT_ACCELERATOR = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+METHODS = ("PPO", "GRPO", "DAPO", "DUPO", "GSPO")  # that a schedule can end with
+_SCHEDULE: Mapping[str, Any] = DPOThenPPO.__init__.__kwdefaults__ or {}
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """
+    [`~trl.ScriptArguments`] plus what local runs need. `dataset_name` may also be a folder written by `save_to_disk`,
+    or a json, jsonl, csv or parquet file.
+
+    Args:
+        prepare_row (`str`, *optional*):
+            Function applied to every row, e.g. to build `prompt` from other columns: `package.module.function` or
+            `path/to/file.py:function`. It takes a row and returns the columns to add or replace.
+        cpu_threads (`int`, *optional*):
+            Threads PyTorch computes with when there is no accelerator. Tiny models are fastest with 1.
+
+    `config_file` is the yaml file that the arguments were read from, `None` if there was none. The files that it names
+    may lie beside it.
+    """
+
+    prepare_row: str | None = field(
+        default=None, metadata={"help": "Function applied to every row: module.function or file.py:function."}
+    )
+    cpu_threads: int | None = field(
+        default=None, metadata={"help": "Threads PyTorch computes with when there is no accelerator."}
+    )
+    config_file: Path | None = field(default=None, init=False)  # no argument
+
+
+@dataclass
+class PolicyArguments(DataArguments):
+    """
+    Arguments of the recipes that sample completions and score them.
+
+    Args:
+        reward_funcs (`list[str]`, *optional*):
+            Reward functions: `package.module.function`, `path/to/file.py:function`, the name of one of TRL's
+            (`accuracy_reward`, `think_format_reward`, ...), or the Hub id or folder of a reward model.
+        reward_model_name_or_path (`str`, *optional*):
+            One more reward model, as in TRL's own scripts.
+        held_out_prompts (`int`, *optional*, defaults to `256`):
+            Prompts of the test split on which the policy is measured before and after training. 0: none.
+        held_out_samples (`int`, *optional*, defaults to `4`):
+            Completions sampled for each, at the training temperature.
+        held_out_every (`int`, *optional*, defaults to `0`):
+            Also measure every so many optimizer steps. 0: only before and after.
+        held_out_seed (`int`, *optional*, defaults to `0`):
+            Chooses the prompts and the samples, the same ones at every measurement.
+        curriculum, curriculum_column (`str`, *optional*):
+            Schedule and column of a [`~trl_ext.DifficultyCurriculum`].
+        health_checks (`bool`, *optional*, defaults to `False`):
+            Watch KL, preference accuracy, entropy, reward hacking, length and the critic, and warn
+            ([`~trl_ext.HealthChecks`]).
+        verify (`bool`, *optional*, defaults to `False`):
+            Before training, measure on one step that the gradient is TRL's, and what time and memory are saved
+            (`trl_ext.verify`).
+    """
+
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "module.function, file.py:function, TRL's names, or reward model ids."}
+    )
+    reward_model_name_or_path: str | None = field(default=None, metadata={"help": "One more reward model."})
+    held_out_prompts: int = field(
+        default=256, metadata={"help": "Prompts of the test split to measure on before and after. 0: none."}
+    )
+    held_out_samples: int = field(default=4, metadata={"help": "Completions sampled for each held-out prompt."})
+    held_out_every: int = field(default=0, metadata={"help": "Also measure every so many optimizer steps."})
+    held_out_seed: int = field(default=0, metadata={"help": "Chooses the held-out prompts and the samples."})
+    curriculum: str | None = field(default=None, metadata={"help": "'easy_to_hard', 'frontier' or 'mixed'."})
+    curriculum_column: str | None = field(default=None, metadata={"help": "Column that says how hard a row is."})
+    health_checks: bool = field(default=False, metadata={"help": "Warn when a measurement leaves its usual range."})
+    verify: bool = field(
+        default=False, metadata={"help": "Measure first that the gradient is TRL's, and what is saved."}
+    )
+
+
+@dataclass
+class PPOArguments(PolicyArguments):
+    """
+    Arguments of `recipes/ppo.py`.
+
+    Args:
+        value_model_name_or_path (`str`, *optional*):
+            A sequence classification model with one output, from which the critic starts. Sets `critic="model"`.
+        ptx_dataset_name (`str`, *optional*):
+            Text for the language-modelling term of `--ptx_coef`: whatever `--dataset_name` can be.
+        ptx_dataset_split (`str`, *optional*, defaults to `"train"`):
+            Its split.
+    """
+
+    value_model_name_or_path: str | None = field(default=None, metadata={"help": "Model that the critic starts from."})
+    ptx_dataset_name: str | None = field(default=None, metadata={"help": "Text for the language-modelling term."})
+    ptx_dataset_split: str = field(default="train", metadata={"help": "Split of that text."})
+
+
+@dataclass
+class DPOArguments(PolicyArguments):
+    """
+    Arguments of `recipes/dpo.py`.
+
+    Args:
+        held_out_split (`str`, *optional*):
+            Split of prompts for which completions are sampled and scored, before and after training. `None`: none are.
+        held_out_length (`int`, *optional*, defaults to `256`):
+            Maximum length of those completions, in tokens.
+    """
+
+    held_out_split: str | None = field(default=None, metadata={"help": "Split of prompts to sample and score."})
+    held_out_length: int = field(default=256, metadata={"help": "Maximum length of those completions, in tokens."})
+
+
+@dataclass
+class HybridArguments(PPOArguments):
+    """
+    Arguments of `recipes/dpo_then_ppo.py`; see [`~trl_ext.DPOThenPPO`].
+
+    Args:
+        method (`str`, *optional*, defaults to `"PPO"`):
+            Method of the second stage.
+        dpo (`dict` or `str`, *optional*):
+            Arguments of [`~trl_ext.DPOConfig`], and `curriculum` and `curriculum_column`: a mapping in a yaml file,
+            JSON on the command line.
+        pairs (`dict` or `str`, *optional*):
+            Arguments of [`~trl_ext.make_pairs`] and the number of `prompts`; or the `split` of given pairs. The
+            `eval_split` holds pairs to measure on.
+        clean, reference, rounds, accuracy_threshold, accuracy_logs (*optional*):
+            As in [`~trl_ext.DPOThenPPO`].
+        start_name (`str`, *optional*, defaults to `"start"`):
+            What reports call the model before any stage.
+    """
+
+    method: str = field(default=METHODS[0], metadata={"help": f"Method of the second stage: {', '.join(METHODS)}."})
+    dpo: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of DPOConfig, and `curriculum`."}
+    )
+    pairs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of make_pairs, or a split."})
+    clean: str | None = field(default=None, metadata={"help": "'cross_fitting', or 'none'."})
+    reference: str = field(
+        default=_SCHEDULE["reference"], metadata={"help": "Reference of the second stage: 'base' or 'dpo'."}
+    )
+    rounds: int = field(default=_SCHEDULE["rounds"], metadata={"help": "How often all stages are repeated."})
+    accuracy_threshold: float | None = field(
+        default=_SCHEDULE["accuracy_threshold"],
+        metadata={"help": "Preference accuracy that ends DPO. None: DPO runs to its last step."},
+    )
+    accuracy_logs: int = field(
+        default=_SCHEDULE["accuracy_logs"], metadata={"help": "Consecutive logs above the threshold."}
+    )
+    start_name: str = field(default="start", metadata={"help": "What reports call the model before any stage."})
+
+
+@dataclass
+class FilterArguments(PolicyArguments):
+    """
+    Arguments of `recipes/filter_prompts.py`.
+
+    Args:
+        drop_unsolved (`bool`, *optional*, defaults to `False`):
+            Drop also the prompts that no sample solves.
+    """
+
+    drop_unsolved: bool = field(default=False, metadata={"help": "Drop also the prompts that no sample solves."})
+
+
+@dataclass
+class PairArguments(PolicyArguments):
+    """
+    Arguments of `recipes/make_pairs.py`.
+
+    Args:
+        strategy, margin, max_pairs, truncated (*optional*):
+            As in [`~trl_ext.make_pairs`].
+        max_prompts (`int`, *optional*):
+            Prompts to sample for, chosen by `seed`. `None`: all.
+    """
+
+    strategy: str = field(default="best_worst", metadata={"help": "'best_worst', 'margin' or 'majority'."})
+    margin: float = field(default=0.0, metadata={"help": "By how much scores have to differ, at least."})
+    max_pairs: int | None = field(default=None, metadata={"help": "Pairs of a prompt, the largest margins first."})
+    truncated: str = field(default="drop", metadata={"help": "Completions without an end: 'drop', 'reject', 'keep'."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Prompts to sample for. None: all."})
+
+
+class ParsedArguments(NamedTuple):
+    """What [`parse_arguments`] returns."""
+
+    script: Any
+    training: Any
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
+
+
+class _Parser(TrlParser):
+    """Reports an argument that can't be read on one line: the usage of a recipe is hundreds of lines long."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_arguments(
+    script_class: type, config_class: type, argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> ParsedArguments:
+    """
+    Reads the command line and the yaml file named by `--config`; the command line wins.
+
+    Args:
+        script_class (`type`):
+            [`DataArguments`] or a subclass.
+        config_class (`type`):
+            The trainer's configuration class.
+        argv (`list[str]`, *optional*):
+            Arguments without the program's name, by default those of the process.
+        defaults (`Mapping[str, Any]`, *optional*):
+            Defaults of the recipe, where they are not those of the classes.
+
+    Returns:
+        [`ParsedArguments`]: script arguments, training arguments, [`~trl.ModelConfig`] and
+        [`~trl.DatasetMixtureConfig`].
+
+    Raises:
+        UserError: if no model is named, an argument doesn't exist, or a configuration refuses its values.
+    """
+    classes: Any = (script_class, config_class, ModelConfig, DatasetMixtureConfig)
+    parser = _Parser(classes)
+    has_accelerator = torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    if not has_accelerator:
+        parser.set_defaults(**WITHOUT_ACCELERATOR)
+    parser.set_defaults(**(defaults or {}))
+    try:
+        parsed = ParsedArguments(*parser.parse_args_and_config(argv))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    script_args, training_args, model_args, _ = parsed
+    script_args.config_file = config_file(argv)
+    if model_args.model_name_or_path is None:
+        raise UserError("--model_name_or_path is missing. Give the Hub id or the folder of the model to train.")
+    if training_args.hub_token is not None:
+        # The trainer saves its arguments beside the model and pushes them: the token must not be among them
+        os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
+    if not has_accelerator:
+        if script_args.cpu_threads is not None:
+            torch.set_num_threads(script_args.cpu_threads)
+        settings = ", ".join(f"{name}={getattr(training_args, name)}" for name in WITHOUT_ACCELERATOR)
+        if training_args.process_index == 0:
+            print(f"No accelerator in use: {settings}, {torch.get_num_threads()} thread(s) per process.", flush=True)
+    return parsed
+
+
+def config_file(argv: list[str] | None = None) -> Path | None:
+    """The yaml file that a command line names, as TRL reads it, or `None`."""
+    argv = sys.argv[1:] if argv is None else argv
+    return Path(argv[argv.index("--config") + 1]) if "--config" in argv else None
+
+
+def peek(argv: list[str], name: str, choices: tuple[str, ...]) -> str:
+    """
+    Reads an argument that decides which other arguments there are.
+
+    Args:
+        argv (`list[str]`):
+            Arguments without the program's name.
+        name (`str`):
+            Name of the argument, on the command line or in the yaml file.
+        choices (`tuple[str, ...]`):
+            Allowed values; the first is the default.
+
+    Raises:
+        UserError: if it is none of the choices.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for argument in ("config", name):
+        parser.add_argument(f"--{argument}")
+    given = vars(parser.parse_known_args(argv)[0])
+    found = given[name]
+    if found is None and given["config"] is not None:
+        found = yaml.safe_load(Path(given["config"]).read_text(encoding="utf-8")).get(name)
+    found = choices[0] if found is None else found
+    if found not in choices:
+        raise UserError(f"--{name} is '{found}'. Choose one of {', '.join(choices)}.")
+    return str(found)
+
+
+def as_mapping(value: dict[str, Any] | str | None, argument: str) -> dict[str, Any]:
+    """
+    Arguments within an argument, as a new dictionary: a mapping in the yaml file, JSON on the command line.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    try:
+        found = json.loads(value) if isinstance(value, str) else dict(value or {})
+    except ValueError as error:
+        raise UserError(f"--{argument} is '{value}', which is no JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"--{argument} is '{value}'. Write a mapping, such as '{{\"name\": 1}}'.")
+    return found

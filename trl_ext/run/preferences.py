@@ -1,0 +1,105 @@
+"""Recipes that learn from pairs of a better and a worse completion: a reward model, and DPO."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from transformers import AutoTokenizer
+from trl import RewardConfig, RewardTrainer
+
+from ..evaluation.pairs import PAIR_ACCURACY
+from ..trainers.dpo import DPOConfig, DPOTrainer
+from .arguments import DataArguments, DPOArguments, parse_arguments
+from .loading import load_curriculum, load_data, trainer_arguments
+from .measuring import pair_accuracy, score_completions
+from .publishing import publish, write_results
+from .training import train_and_save
+
+
+def as_policies_are_scored(data: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """
+    Plain text as token ids. TRL's reward trainer would end it with the end-of-sequence token, which GRPO and PPO leave
+    out of the text that they have scored: the score would be read at a token that never was trained. Conversations
+    are the same on both sides, and stay as they are.
+
+    Args:
+        data (`Mapping[str, Any]`):
+            Data sets by split. Those without a column `chosen` stay as they are.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The reward model's tokenizer.
+
+    Returns:
+        `dict[str, Any]`: the same splits, plain text with `chosen_ids` and `rejected_ids`.
+    """
+
+    def with_ids(row: dict[str, Any]) -> dict[str, Any]:
+        if "chosen_ids" in row or not isinstance(row.get("chosen"), str):
+            return {}
+        texts = {name: row.get("prompt", "") + row[name] for name in ("chosen", "rejected")}
+        return {f"{name}_ids": tokenizer(text=text)["input_ids"] for name, text in texts.items()}
+
+    return {
+        # A stream whose rows were changed doesn't know its columns
+        split: rows.map(with_ids) if "chosen" in (rows.column_names or "chosen") else rows
+        for split, rows in data.items()
+    }
+
+
+def train_reward_model(argv: list[str] | None = None) -> RewardTrainer:
+    """
+    The whole of `recipes/reward.py`.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Arguments, by default those of the process.
+
+    Returns:
+        [`~trl.RewardTrainer`]: after training.
+    """
+    started = time.monotonic()
+    arguments = parse_arguments(DataArguments, RewardConfig, argv)
+    # The head is trained, and saved, with the adapter
+    model_args = replace(arguments.model, lora_task_type="SEQ_CLS")
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    data = as_policies_are_scored(load_data(arguments.script, arguments.mixture), tokenizer)
+    trainer = RewardTrainer(**trainer_arguments(arguments.script, arguments.training, model_args, data))
+    train_and_save(trainer)
+    if trainer.is_world_process_zero() and (measured := pair_accuracy(trainer)):
+        write_results(trainer, arguments, measured, time.monotonic() - started)
+        for step, estimates in measured.items():
+            e = estimates[PAIR_ACCURACY]
+            print(f"step {step}: {e.mean:.3f} of {e.prompts} pairs right ({e.low:.3f} to {e.high:.3f})")
+    publish(trainer, arguments.script.dataset_name)
+    return trainer
+
+
+def train_dpo(argv: list[str] | None = None) -> DPOTrainer:
+    """
+    The whole of `recipes/dpo.py`.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Arguments, by default those of the process.
+
+    Returns:
+        [`DPOTrainer`]: after training.
+    """
+    started = time.monotonic()
+    arguments = parse_arguments(DPOArguments, DPOConfig, argv)
+    script_args = arguments.script
+    data = load_data(script_args, arguments.mixture)
+    trainer = DPOTrainer(
+        **trainer_arguments(script_args, arguments.training, arguments.model, data),
+        curriculum=load_curriculum(script_args.curriculum, script_args.curriculum_column),
+    )
+    before = score_completions(trainer, script_args, data)
+    train_and_save(trainer, script_args.health_checks)
+    after = score_completions(trainer, script_args, data)
+    if trainer.is_world_process_zero():
+        measured = pair_accuracy(trainer)
+        for step, found in ((0, before), (trainer.state.global_step, after)):
+            measured[step] = {**measured.get(step, {}), **found}
+        write_results(trainer, arguments, dict(sorted(measured.items())), time.monotonic() - started)
+    publish(trainer, script_args.dataset_name)
+    return trainer

@@ -1,0 +1,140 @@
+"""What a run leaves beside the model: `summary.json`, figures, a model card; and the upload to the Hub."""
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from ..evaluation.credit import TokenCredit
+from ..evaluation.held_out import Estimate
+from ..reports.card import results_section
+from ..reports.plots import plot_learning, plot_tokens
+from ..reports.summary import summarize, write_summary
+from .arguments import ParsedArguments
+from .files import recipes_folder
+
+
+SUMMARY = "summary.json"
+
+
+def write_results(
+    trainer: Any,
+    arguments: ParsedArguments,
+    measured: dict[int, dict[str, Estimate]],
+    seconds: float,
+    argv: Sequence[str] | None = None,
+    reward_model: str | None = None,
+) -> dict[str, Any]:
+    """
+    Writes `summary.json`. Only the main process makes the call.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer, after training.
+        arguments ([`ParsedArguments`]):
+            Arguments of the run.
+        measured (`dict[int, dict[str, Estimate]]`):
+            Held-out estimates by optimizer step and metric.
+        seconds (`float`):
+            Wall-clock seconds of the run.
+        argv (`Sequence[str]`, *optional*):
+            Arguments without the program's name. `None`: the summary has no command.
+        reward_model (`str`, *optional*):
+            Hub id or folder of the reward model.
+
+    Returns:
+        `dict[str, Any]`: the summary.
+    """
+    summary = summarize(
+        trainer,
+        measured,
+        seconds=seconds,
+        model=arguments.model.model_name_or_path,
+        dataset=arguments.script.dataset_name,
+        command=None if argv is None else command_line(sys.argv[0], argv, trainer.accelerator.num_processes),
+        reward_model=reward_model,
+    )
+    write_summary(summary, Path(trainer.args.output_dir) / SUMMARY)
+    return summary
+
+
+def add_results(
+    trainer: Any, arguments: ParsedArguments, summary: Mapping[str, Any], credits: Sequence[TokenCredit]
+) -> None:
+    """
+    Draws `learning.png`, and `tokens.png` where there are credits, and adds a section with them to the model card.
+    Only the main process makes the call.
+    """
+    folder, script_args = Path(trainer.args.output_dir), arguments.script
+    title = f"{summary['method']} · {arguments.model.model_name_or_path} · {script_args.dataset_name}"
+    figure = plot_learning(trainer.state.log_history, folder / "learning.png", title)
+    example = next(iter(trainer.train_dataset))["prompt"]
+    section = results_section(
+        dict(summary),
+        figure.name,
+        config_text(script_args.config_file),
+        example if isinstance(example, str) else None,
+        plot_tokens(credits, folder / "tokens.png", title).name if credits else None,
+    )
+    trainer.card_sections.append(lambda: section)
+
+
+def publish(trainer: Any, dataset_name: str | None) -> None:
+    """Writes a card beside the model, and uploads both to the Hub if `--push_to_hub` is given."""
+    dataset = on_the_hub(dataset_name)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset)
+    else:
+        trainer.create_model_card(model_name=Path(trainer.args.output_dir).name, dataset_name=dataset)
+    trainer.accelerator.print(f"Saved to {trainer.args.output_dir}.")
+    if trainer.args.push_to_hub:
+        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    leave(trainer)
+
+
+def leave(trainer: Any = None) -> None:
+    """
+    Ends a run: finishes a trainer's trackers, and the process group. Nothing that needs other processes may follow.
+    """
+    if trainer is not None:
+        trainer.accelerator.end_training()
+    state: Any = PartialState()
+    state.destroy_process_group()
+    if state.num_processes > 1:
+        # A thread of gloo that releases its last tensor after the interpreter has ended aborts the process
+        time.sleep(0.1)
+
+
+def on_the_hub(name: str | None) -> str | None:
+    """`name`, or `None` if it is a local file or folder, which a card can't link."""
+    return None if name is None or Path(name).exists() else name
+
+
+def config_text(file: Path | None) -> str | None:
+    """The text of the yaml file that a run was started with."""
+    return None if file is None else file.read_text(encoding="utf-8")
+
+
+def command_line(script: str, argv: Sequence[str], processes: int) -> str:
+    """
+    The command that repeats a run: `trl-ext run` for an installed recipe, otherwise `accelerate launch`.
+
+    Args:
+        script (`str`):
+            The program that ran, as `sys.argv[0]` has it.
+        argv (`Sequence[str]`):
+            Arguments of the program.
+        processes (`int`):
+            Number of processes.
+    """
+    count = ["--num_processes", str(processes)] if processes > 1 else []
+    file, installed = Path(script), recipes_folder()
+    if not file.is_absolute() or not file.is_relative_to(installed):
+        return shlex.join(["accelerate", "launch", *count, script, *argv])
+    configs = installed / "configs"
+    named = [word if Path(word).parent != configs else Path(word).name for word in argv]
+    return shlex.join(["trl-ext", "run", file.stem, *count, *named])

@@ -1,0 +1,162 @@
+"""The recipe of several stages: DPO, then PPO or a different method, from arguments to a published adapter."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from accelerate import PartialState
+from huggingface_hub import create_repo, upload_folder
+from trl import get_peft_config
+
+import trl_ext
+
+from ..errors import UserError
+from ..monitors.verify import verify
+from ..pipelines.dpo_then_ppo import DPOThenPPO
+from ..reports.card import stages_section, write_stages_card
+from ..reports.plots import plot_stages
+from ..reports.summary import summarize_stages, write_summary
+from ..rewards.implicit import IMPLICIT_REWARD
+from ..trainers.dpo import DPOConfig
+from ..trainers.grpo import GRPOTrainer
+from .arguments import METHODS, HybridArguments, ParsedArguments, PolicyArguments, as_mapping, parse_arguments, peek
+from .loading import (
+    get_split,
+    load_curriculum,
+    load_data,
+    load_reward_funcs,
+    ppo_arguments,
+    shared_model_settings,
+)
+from .measuring import held_out_rows
+from .publishing import SUMMARY, command_line, config_text, leave, on_the_hub
+from .training import watch
+
+
+# Arguments of the second stage that the first one takes over
+SHARED_BY_STAGES = (
+    *("output_dir", "use_cpu", "bf16", "fp16", "gradient_checkpointing", "gradient_checkpointing_kwargs", "seed"),
+    *("report_to", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm"),
+)
+SCHEDULE_SETTINGS = (
+    *("reference", "rounds", "accuracy_threshold", "accuracy_logs"),
+    *("held_out_samples", "held_out_every", "held_out_seed"),
+)
+
+
+def train_dpo_then_ppo(argv: list[str] | None = None) -> DPOThenPPO:
+    """
+    The whole of `recipes/dpo_then_ppo.py`.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Arguments, by default those of the process.
+
+    Returns:
+        [`DPOThenPPO`]: after its last stage.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    method = peek(argv, "method", METHODS)
+    config, trainer = getattr(trl_ext, f"{method}Config"), getattr(trl_ext, f"{method}Trainer")
+    arguments = parse_arguments(HybridArguments, config, argv)
+    script_args, training_args, model_args, mixture_args = arguments
+    data = load_data(script_args, mixture_args)
+    rewards = load_reward_funcs(script_args, training_args, learned=[IMPLICIT_REWARD])
+    further = {"reward_funcs": rewards, **(ppo_arguments(script_args, rewards) if method == "PPO" else {})}
+    further["curriculum"] = load_curriculum(script_args.curriculum, script_args.curriculum_column)
+    schedule = DPOThenPPO(
+        model_args.model_name_or_path,
+        further.pop("reward_funcs"),
+        get_split(data, script_args.dataset_train_split, "dataset_train_split"),
+        output_dir=training_args.output_dir,
+        policy_args=training_args,
+        policy_trainer=trainer,
+        policy_kwargs=further,
+        **preference_stage(script_args, training_args, data),
+        peft_config=get_peft_config(model_args),
+        model_init_kwargs=shared_model_settings(training_args, model_args),
+        held_out=held_out_rows(data, script_args),
+        prepare=lambda _, trainer: _watch_stage(trainer, script_args),
+        **{name: getattr(script_args, name) for name in SCHEDULE_SETTINGS},
+    )
+    return train_stages(schedule, arguments, argv)
+
+
+def preference_stage(script_args: HybridArguments, training_args: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The keyword arguments of [`DPOThenPPO`] for its first stage, from the arguments under `dpo:` and `pairs:`.
+
+    Raises:
+        UserError: for an argument that [`DPOConfig`] doesn't know, or a split that the data set doesn't have.
+    """
+    dpo, pairs = as_mapping(script_args.dpo, "dpo"), as_mapping(script_args.pairs, "pairs")
+    curriculum = load_curriculum(dpo.pop("curriculum", None), dpo.pop("curriculum_column", None))
+    splits = {"pairs": pairs.pop("split", None), "eval_pairs": pairs.pop("eval_split", None)}
+    unknown = sorted(dpo.keys() - {f.name for f in fields(DPOConfig)})
+    if unknown:
+        raise UserError(f"--dpo has {', '.join(unknown)}, which DPOConfig doesn't know.")
+    return {
+        "dpo_args": DPOConfig(**{name: getattr(training_args, name) for name in SHARED_BY_STAGES} | dpo),
+        "dpo_kwargs": {"curriculum": curriculum},
+        "pair_settings": pairs,
+        "clean": None if script_args.clean in ("none", "null") else script_args.clean,
+        **{name: None if split is None else get_split(data, split, "pairs") for name, split in splits.items()},
+    }
+
+
+def _watch_stage(trainer: Any, script_args: PolicyArguments) -> None:
+    """Adds to a stage's trainer the progress lines and checks that the arguments ask for."""
+    watch(trainer, script_args.health_checks)
+    if script_args.verify and isinstance(trainer, GRPOTrainer):
+        verify(trainer)
+
+
+def train_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[str]) -> DPOThenPPO:
+    """
+    Trains all stages that aren't finished, writes `summary.json`, `stages.png` and a model card, and publishes them.
+
+    Args:
+        schedule ([`DPOThenPPO`]):
+            The stages.
+        arguments ([`ParsedArguments`]):
+            Arguments that the schedule was made from.
+        argv (`list[str]`):
+            The same arguments as words of the command line.
+
+    Returns:
+        [`DPOThenPPO`]: `schedule`, after its last stage.
+    """
+    training_args = arguments.training
+    state: Any = PartialState()
+    folder, hub_id = schedule.output_dir, None
+    if training_args.push_to_hub:
+        hub_id = training_args.hub_model_id or folder.name
+        if state.is_main_process:  # now, so that an error is reported before the training
+            hub_id = create_repo(hub_id, private=training_args.hub_private_repo, exist_ok=True).repo_id
+    schedule.train()
+    if state.is_main_process:
+        _report_stages(schedule, arguments, argv, hub_id)
+        if training_args.push_to_hub:
+            assert hub_id is not None
+            commit = upload_folder(repo_id=hub_id, folder_path=folder, ignore_patterns=["round_*", "start*"])
+            print(f"Pushed to {commit.repo_url}.")
+    state.print(f"Saved to {folder}.")
+    leave()
+    return schedule
+
+
+def _report_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[str], hub_id: str | None) -> None:
+    """Writes summary, figure and card, and prints the result of each stage."""
+    folder, script_args, model = schedule.output_dir, arguments.script, arguments.model.model_name_or_path
+    method, dataset = f"DPO, then {schedule.policy_trainer.__name__.removesuffix('Trainer')}", script_args.dataset_name
+    state: Any = PartialState()
+    command = command_line(sys.argv[0], argv, state.num_processes)
+    summary = summarize_stages(schedule.stages, method, model, dataset, command, script_args.start_name)
+    write_summary(summary, folder / SUMMARY)
+    figure = plot_stages(schedule.stages, folder / "stages.png", f"{method} · {model} · {dataset}")
+    section = stages_section(summary, figure.name, config_text(script_args.config_file))
+    write_stages_card(folder, section, summary, str(model), on_the_hub(dataset), hub_id)
+    for stage in summary["stages"]:
+        found = f"{summary['metric']} {stage[summary['metric']]:.3f}"
+        print(f"{stage['name']}: {found} ({stage['low']:.3f} to {stage['high']:.3f})")

@@ -1,0 +1,108 @@
+"""Recipes with one trainer, from their arguments to a published model."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trl import SFTConfig, SFTTrainer
+
+from ..monitors.health import HealthChecks
+from ..monitors.progress import ProgressLines
+from ..monitors.verify import verify
+from .arguments import DataArguments, PolicyArguments, parse_arguments
+from .loading import RewardFunc, load_curriculum, load_data, load_reward_funcs, trainer_arguments
+from .measuring import add_held_out, token_credits
+from .publishing import add_results, publish, write_results
+
+
+def watch(trainer: Any, health_checks: bool = False) -> None:
+    """Prints progress on single lines, and adds health checks if they are asked for."""
+    ProgressLines.instead_of_bars(trainer)
+    if health_checks:
+        HealthChecks().add_to(trainer)
+
+
+def train_and_save(trainer: Any, health_checks: bool = False) -> None:
+    """
+    Trains and saves at once, before anything later can fail. Training resumes from `--resume_from_checkpoint` if that
+    is given: a folder, or `true` for the last checkpoint in the output folder.
+    """
+    watch(trainer, health_checks)
+    checkpoint = trainer.args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint))
+    trainer.save_model(trainer.args.output_dir)
+
+
+def train_supervised(argv: list[str] | None = None) -> SFTTrainer:
+    """
+    The whole of `recipes/sft.py`.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Arguments, by default those of the process.
+
+    Returns:
+        [`~trl.SFTTrainer`]: after training.
+    """
+    arguments = parse_arguments(DataArguments, SFTConfig, argv)
+    data = load_data(arguments.script, arguments.mixture)
+    trainer = SFTTrainer(**trainer_arguments(arguments.script, arguments.training, arguments.model, data))
+    train_and_save(trainer)
+    publish(trainer, arguments.script.dataset_name)
+    return trainer
+
+
+def train_policy(
+    trainer_class: type,
+    config_class: type,
+    argv: list[str] | None = None,
+    *,
+    script_class: type = PolicyArguments,
+    defaults: Mapping[str, Any] | None = None,
+    further_arguments: Callable[[Any, list[RewardFunc]], dict[str, Any]] | None = None,
+) -> Any:
+    """
+    The whole of a reinforcement learning recipe: read the arguments, train, measure on held-out prompts before and
+    after, write `summary.json`, `learning.png` and the model card, save and push.
+
+    Args:
+        trainer_class (`type`):
+            One of `trl_ext`'s trainers.
+        config_class (`type`):
+            Its configuration class.
+        argv (`list[str]`, *optional*):
+            Arguments, by default those of the process.
+        script_class (`type`, *optional*):
+            [`PolicyArguments`] or a subclass.
+        defaults (`Mapping[str, Any]`, *optional*):
+            Defaults of the recipe, where they are not those of the classes.
+        further_arguments (`Callable`, *optional*):
+            Takes script arguments and reward functions, and returns further arguments of the trainer, which win.
+
+    Returns:
+        The trainer, after training.
+    """
+    started = time.monotonic()
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parse_arguments(script_class, config_class, argv, defaults)
+    script_args = arguments.script
+    data = load_data(script_args, arguments.mixture)
+    reward_funcs = load_reward_funcs(script_args, arguments.training)
+    further = {} if further_arguments is None else further_arguments(script_args, reward_funcs)
+    trainer = trainer_class(
+        **trainer_arguments(script_args, arguments.training, arguments.model, data),
+        **{"reward_funcs": reward_funcs, **further},
+        curriculum=load_curriculum(script_args.curriculum, script_args.curriculum_column),
+    )
+    held_out = add_held_out(trainer, data, script_args)
+    if script_args.verify:
+        verify(trainer)
+    train_and_save(trainer, script_args.health_checks)
+    credits = token_credits(trainer, data, script_args)
+    if trainer.is_world_process_zero():
+        measured, seconds = {} if held_out is None else held_out.measured, time.monotonic() - started
+        summary = write_results(trainer, arguments, measured, seconds, argv, script_args.reward_model_name_or_path)
+        add_results(trainer, arguments, summary, credits)
+    publish(trainer, script_args.dataset_name)
+    return trainer
