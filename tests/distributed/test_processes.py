@@ -160,6 +160,21 @@ def test_metrics_of_ppo_do_not_depend_on_the_number_of_processes(results: Any, c
     assert expected <= compared
 
 
+@pytest.mark.parametrize("case", ["everything", "steps"])
+def test_every_process_shows_all_completions_and_credits_its_share(results: Any, case: str) -> None:
+    alone, first, second = (results[key][f"ppo_{case}"] for key in ((1, 0), (2, 0), (2, 1)))
+    assert len(alone["completions"]["prompt"]) == len(alone["credits"]) == 5
+    for name, column in alone["completions"].items():
+        expected = pytest.approx(column, rel=1e-5) if name == "score" else column
+        assert first["completions"][name] == second["completions"][name] == expected
+    shares = [*first["credits"], *second["credits"]]
+    for credit, other in zip(alone["credits"], shares, strict=True):
+        assert (credit.prompt, credit.tokens) == (other.prompt, other.tokens)
+        assert other.advantages == pytest.approx(credit.advantages, abs=1e-4)
+        assert other.score == pytest.approx(credit.score, rel=1e-5)
+    assert any(any(credit.advantages) for credit in alone["credits"])
+
+
 def test_a_fault_on_one_process_stops_all_with_a_checkpoint(results: Any) -> None:
     for key in ((1, 0), (2, 0), (2, 1)):
         fault = results[key]["fault"]

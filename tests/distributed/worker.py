@@ -23,6 +23,8 @@ import tiny
 
 import trl_ext
 from trl_ext.curriculum.schedule import DifficultyCurriculum
+from trl_ext.evaluation.credit import credit_by_token
+from trl_ext.trainers.trl_1_12 import completions_table
 
 
 INFORMED: dict[str, Any] = {
@@ -320,6 +322,9 @@ def ppo(case: dict[str, Any], output_dir: Path, processes: int) -> dict[str, Any
         "logs": logs,
         "state": state,
         "skipped": trainer.skipped_steps,
+        # Five rows are no multiple of two processes
+        "completions": completions_table(trainer, tiny.prompts(5), sampling=False),
+        "credits": credit_by_token(trainer, list(tiny.prompts(5))),
     }
 
 

@@ -26,7 +26,7 @@ PLAIN = CreditSettings(
 
 
 def test_only_an_end_at_the_last_token_counts():
-    ids = torch.tensor([[5, 2, 0], [2, 5, 0], [5, 6, 3], [5, 6, 7], [0, 0, 0]])
+    ids = torch.tensor([[5, 2, 0], [2, 5, 0], [5, 6, 3], [5, 6, 7], [2, 0, 0]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1], [0, 0, 0]])
     assert completions_that_end(ids, mask, [2, 3]).tolist() == [True, False, True, False, False]
 
