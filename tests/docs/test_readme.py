@@ -124,7 +124,7 @@ def test_commands_name_targets_recipes_and_configurations_that_exist(page: Path)
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r"(?:^|`|cpu )make ([a-z]+)", text, re.MULTILINE)) <= set(targets)
     for recipe in re.findall(r"trl-ext (?:run|copy) (\w+)|(?<= )recipes/(\w+)\.py", text):
-        assert (ROOT / "recipes" / f"{''.join(recipe)}.py").is_file()
+        assert list((ROOT / "recipes").rglob(f"{''.join(recipe)}.py"))
     for config in re.findall(r"--config (\S+\.yaml)", text):
         assert (ROOT / "recipes" / "configs" / Path(config).name).is_file()
 
