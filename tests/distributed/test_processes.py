@@ -3,9 +3,6 @@ Selection under several processes: given the same rollouts, one process and two 
 step. The cases are in `worker.py`; both launches run all of them.
 """
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from distributed.worker import CASES, FIT_CASES, PPO_CASES
+from processes import run
 
 
 pytestmark = pytest.mark.distributed
@@ -24,13 +22,9 @@ WORKER = Path(__file__).with_name("worker.py")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[str, Any]]:
     """What every process of every launch wrote, by (processes, rank)."""
     directory = tmp_path_factory.mktemp("processes")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
-    for command in ([sys.executable], torchrun):
-        run = subprocess.run(
-            [*command, str(WORKER), str(directory)], env=env, capture_output=True, text=True, timeout=300
-        )
-        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for command in ([WORKER, directory], [*launch, WORKER, directory]):
+        run(command)
     return {
         (world, rank): torch.load(directory / f"results_{world}_{rank}.pt", weights_only=False)
         for world, rank in ((1, 0), (2, 0), (2, 1))

@@ -5,9 +5,6 @@ Every case of parity trains twice from the same seed, on TRL's trainer and on ou
 `train()`.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +17,7 @@ import trl
 from distributed import dpo_worker
 from distributed.dpo_worker import pairs, recorded, settings
 from peft import LoraConfig, get_peft_model
+from processes import run
 from upstream.test_parity import CLOCKS, Gradients, equal, module_calls
 
 import trl_ext
@@ -280,12 +278,9 @@ def test_a_resumed_run_goes_on_in_the_order(step, schedule, tmp_path):
 
 @pytest.mark.distributed
 def test_two_processes_share_one_order_and_take_the_steps_of_one(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    for command in ([sys.executable], torchrun):
-        command = [*command, dpo_worker.__file__, str(tmp_path)]
-        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for command in ([dpo_worker.__file__, tmp_path], [*launch, dpo_worker.__file__, tmp_path]):
+        run(command)
     alone, first, second = (
         torch.load(tmp_path / f"dpo_{name}.pt", weights_only=False) for name in ("1_0", "2_0", "2_1")
     )
