@@ -10,6 +10,7 @@ when Python starts (`PYTHONHASHSEED`) or when a library is imported (`HF_ENDPOIN
 """
 
 import atexit
+import fcntl
 import functools
 import gc
 import importlib
@@ -30,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 
-TESTS = Path(__file__).parent
+# Whether the test that runs is marked `distributed` (`conftest.py`)
+launchers_allowed = True
 
 
 # What tests call
@@ -82,6 +84,8 @@ def start(command: Sequence[Any], env: Mapping[str, str] | None = None, cwd: Pat
         cwd (`Path`, *optional*):
             Where it runs; here by default.
     """
+    if command[0] == "-m" and not launchers_allowed:
+        raise AssertionError("this starts several processes: mark the test with @pytest.mark.distributed")
     handle, output = tempfile.mkstemp(prefix="output_", suffix=".txt", dir=_parent().directory.name)
     os.close(handle)
     request = {
@@ -201,6 +205,12 @@ def become(command: list[str], env: dict[str, str], cwd: str, output: str) -> No
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    if command[0] == "-m":
+        # One launch at a time, whoever runs tests: its ranks take the cores. Held until the last of them ends
+        lock = os.open(
+            Path(tempfile.gettempdir()) / f"trl_ext_tests_{os.getuid()}.lock", os.O_RDWR | os.O_CREAT, 0o600
+        )
+        fcntl.flock(lock, fcntl.LOCK_EX)
     execute(command)
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -93,14 +93,15 @@ def chunk(whole: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
     return (*parts[:5], fields, *parts[6:])
 
 
-@pytest.mark.parametrize("cuts", [[0, 3], [0, 1, 3], [0, 2, 3], [0, 1, 2, 3]], ids=str)
-@pytest.mark.parametrize(
-    "changed", [{}, {"tool_mask": None}, {"logprobs": None}, {"images": None}, {"tool_images": []}], ids=str
-)
-def test_chunks_joined_are_the_whole(cuts, changed):
-    whole = generation(extra_fields=FIELDS, **changed)
-    chunks = [chunk(whole, start, stop) for start, stop in pairwise(cuts)]
-    assert joined_generation(copy.deepcopy(chunks)) == whole
+def test_chunks_joined_are_the_whole(subtests):
+    for cuts, changed in product(
+        [[0, 3], [0, 1, 3], [0, 2, 3], [0, 1, 2, 3]],
+        [{}, {"tool_mask": None}, {"logprobs": None}, {"images": None}, {"tool_images": []}],
+    ):
+        with subtests.test(cuts=cuts, changed=changed):
+            whole = generation(extra_fields=FIELDS, **changed)
+            chunks = [chunk(whole, start, stop) for start, stop in pairwise(cuts)]
+            assert joined_generation(copy.deepcopy(chunks)) == whole
 
 
 def test_a_chunk_without_images_beside_one_with():
