@@ -11,6 +11,7 @@ import pytest
 import torch
 from distributed.worker import CASES, FIT_CASES, PPO_CASES
 from processes import run
+from runs import largest_relative_error
 
 
 pytestmark = pytest.mark.distributed
@@ -76,11 +77,6 @@ def test_the_cases_are_what_they_say(results: Any) -> None:
         assert sum(logged(case, "groups_duplicated")) > 0, case
 
 
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Of a step without any advantage, both are exactly zero."""
-    return ((ours - theirs).norm() / theirs.norm()).item() if ours.any() or theirs.any() else 0.0
-
-
 @pytest.mark.parametrize("case", FIT_CASES)
 def test_micro_batches_that_fit_give_trls_gradient_on_one_process_and_two(results: Any, case: str) -> None:
     theirs = results[1, 0][f"fit_{case}_False"]["gradients"]
@@ -89,7 +85,7 @@ def test_micro_batches_that_fit_give_trls_gradient_on_one_process_and_two(result
         ours = results[key][f"fit_{case}_True"]["gradients"]
         # bnpo divides by the tokens of each process's micro-batch: only TRL on two processes gives the same
         theirs_here = results[key][f"fit_{case}_False"]["gradients"] if case == "bnpo" else theirs
-        assert max(map(relative_error, ours, theirs_here)) <= 1e-5
+        assert largest_relative_error(ours, theirs_here) <= 1e-5
 
 
 @pytest.mark.parametrize("case", FIT_CASES)

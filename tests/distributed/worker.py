@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
+from runs import Gradients
 
 import trl_ext
 from trl_ext.curriculum.schedule import DifficultyCurriculum
@@ -164,16 +164,6 @@ def ragged_rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
     return output
 
 
-class Gradients(TrainerCallback):
-    """The gradient of each optimizer step, as one vector."""
-
-    def __init__(self) -> None:
-        self.steps: list[torch.Tensor] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-
-
 def fit(case: dict[str, Any], output_dir: Path, processes: int, fitted: bool) -> dict[str, Any]:
     """Two steps on 32 rows each, in 4 micro-batches of one process or of each of two."""
     settings, gradients = dict(case), Gradients()
@@ -207,7 +197,7 @@ def fit(case: dict[str, Any], output_dir: Path, processes: int, fitted: bool) ->
     )
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    return {"gradients": gradients.steps, "saved": trainer.saved, "logs": logs}
+    return {"gradients": gradients.vectors, "saved": trainer.saved, "logs": logs}
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:

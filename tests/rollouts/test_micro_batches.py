@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 import trl
-from datasets import Dataset
+from runs import relative_error
 
 import trl_ext
 from trl_ext.rollouts.exactness import Savings, has_relative_positions
@@ -539,21 +539,11 @@ def ragged_ids() -> list[tuple[torch.Tensor, torch.Tensor]]:
 # Gradients of what can't be run here: vLLM's ratios, advantages by token
 
 
-def ragged(count: int = 32) -> Dataset:
-    """Prompts of one to seven words."""
-    texts = [" ".join(tiny.WORDS[(i * 7 + j * 3) % 20] for j in range(1 + i % 7)) for i in range(count)]
-    return Dataset.from_dict({"prompt": texts, "target": [4 + i % 20 for i in range(count)]})
-
-
 def gradient(trainer: Any, micro_batches: list[dict[str, Any]]) -> torch.Tensor:
     trainer.model.zero_grad()
     for batch in micro_batches:
         trainer.compute_loss(trainer.model, batch).backward()
     return torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
-
-
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def by_token(batch: dict[str, Any], generator: torch.Generator, low: float, high: float) -> torch.Tensor:
@@ -607,7 +597,7 @@ def rollouts(tmp_path_factory):
                 trl_ext.GRPOTrainer,
                 tmp_path_factory.mktemp(loss_type),
                 tiny.LiveFor({target for target in range(4, 24) if target % 3}),
-                {"train_dataset": ragged()},
+                {"train_dataset": tiny.ragged()},
                 loss_type=loss_type,
                 per_device_train_batch_size=4,
                 gradient_accumulation_steps=4,
