@@ -242,18 +242,18 @@ def test_no_forward_more_than_trls(tmp_path):
 
 
 def test_prompts_keep_their_padding_where_positions_are_absolute(tmp_path, caplog):
-    trainer, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["absolute_positions"], tmp_path)
+    trainer, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["absolute_positions"], tmp_path, max_steps=1)
     assert not trainer.savings.trim_prompts
     assert "positions may be absolute" in caplog.text
 
 
 def test_a_trainer_says_what_it_cannot_save(tmp_path, caplog):
-    run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["kl"], tmp_path)
+    run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["kl"], tmp_path, max_steps=1)
     assert "beta" in caplog.text and "gradient" in caplog.text
 
 
 def test_switched_off_nothing_is_saved(tmp_path):
-    trainer, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["dapo"], tmp_path, fit_micro_batches=False)
+    trainer, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["dapo"], tmp_path, fit_micro_batches=False, max_steps=1)
     assert trainer.saved == Saved()
     assert all("compute/saved" not in log for log in trainer.state.log_history)
 
@@ -292,8 +292,8 @@ def test_metrics_over_all_rows_keep_their_meaning(name, tmp_path):
 
 def test_metrics_over_computed_rows_say_so(tmp_path):
     """The entropy of rows that are not computed is not known: `computed/entropy` is that of the others."""
-    skipping, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["vespo"], tmp_path / "skipping")
-    whole, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["kl"], tmp_path / "whole")
+    skipping, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["vespo"], tmp_path / "skipping", max_steps=1)
+    whole, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["kl"], tmp_path / "whole", max_steps=1)
     for log in tiny.history(skipping):
         assert {"computed/entropy", "computed/vespo/phi_seq_mean"} <= log.keys()
         assert not {"entropy", "vespo/phi_seq_mean"} & log.keys()
