@@ -6,9 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
-import tiny
 from datasets import Dataset
-from peft import LoraConfig
 
 from trl_ext.preferences.cleaning import (
     clean_by_agreement,
@@ -18,7 +16,6 @@ from trl_ext.preferences.cleaning import (
     pair_margins,
     turn_around,
 )
-from trl_ext.preferences.scorers import ImplicitRewardFit, RewardModelFit
 
 
 def by_number(prompts, completions):
@@ -291,11 +288,6 @@ def test_bad_arguments_are_named():
             clean_by_cross_fitting(pairs, FitsANumber(), **arguments)
     with pytest.raises(TypeError, match="The pairs are a IterableDataset"):
         clean_by_margin(pairs.to_iterable_dataset(), by_number)
-    quick, adapter = {"max_steps": 1, "use_cpu": True}, LoraConfig(r=2, target_modules="all-linear")
-    scorer = ImplicitRewardFit(tiny.qwen2(), quick, adapter, tiny.tokenizer())
-    words = {"prompt": [f"w{i} " for i in range(50)], "chosen": ["w4"] * 50, "rejected": ["w5"] * 50}
-    with pytest.raises(ValueError, match="The model is loaded, and a scorer was trained on it"):
-        clean_by_cross_fitting(Dataset.from_dict(words), scorer, folds=2)
     fit = FitsANumber()
     with pytest.raises(ValueError, match="There are 49 pairs, but the share of wrong labels can be told from 50 on"):
         clean_by_cross_fitting(pairs.select(range(49)), fit)
@@ -303,39 +295,3 @@ def test_bad_arguments_are_named():
         clean_by_margin(pairs.remove_columns("prompt"), by_number)
     with pytest.raises(ValueError, match="There are no pairs to clean"):
         clean_by_margin(pairs.select([]), by_number)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy")
-    tiny.qwen2().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("conversational", [False, True])
-@pytest.mark.parametrize("fit_class", [RewardModelFit, ImplicitRewardFit])
-def test_scorers_learn_what_pairs_say(fit_class, conversational, policy):
-    """The completion that ends in w19 is better, wherever."""
-    rng = random.Random(0)
-
-    def row(good: bool) -> str:
-        return " ".join([*(f"w{rng.randrange(10)}" for _ in range(rng.randrange(3))), "w19" if good else "w18"])
-
-    rows = [{"prompt": f"w{i % 10} ", "chosen": row(True), "rejected": row(False)} for i in range(64)]
-    if conversational:
-        rows = [
-            {
-                name: [{"role": "user" if name == "prompt" else "assistant", "content": text}]
-                for name, text in r.items()
-            }
-            for r in rows
-        ]
-    pairs = Dataset.from_list(rows).add_column("margin", [100.0] * 64)  # not for the trainer's loss
-    arguments = tiny.cpu_settings(".", per_device_train_batch_size=16, gradient_accumulation_steps=1, max_steps=16)
-    for name in ("num_generations", "max_completion_length", "output_dir"):
-        arguments.pop(name)
-    scorer = fit_class(policy, arguments, processing_class=tiny.tokenizer())(pairs.select(range(48)))
-    margins = pair_margins(pairs.select(range(48, 64)), scorer)
-    assert sum(margin > 0 for margin in margins) >= 15
-    again = fit_class(policy, arguments, processing_class=tiny.tokenizer())(pairs.select(range(48)))
-    assert pair_margins(pairs, again) == pair_margins(pairs, scorer)

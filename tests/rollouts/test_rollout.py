@@ -1,4 +1,4 @@
-"""TRL's generation, taken apart and put together again; and rollouts that travel between ranks."""
+"""TRL's generation, taken apart and put together again."""
 
 import copy
 import math
@@ -6,10 +6,8 @@ from itertools import pairwise, product
 from typing import Any
 
 import pytest
-import torch
 
-from trl_ext.rollouts.exchange import RolloutExchange
-from trl_ext.rollouts.rollout import Rollout, ScoredRound, generation_of, joined_generation, rollouts_of
+from trl_ext.rollouts.rollout import generation_of, joined_generation, rollouts_of
 
 
 ROWS = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}, {"prompt": "a", "answer": 1}]
@@ -133,20 +131,3 @@ def test_joining_leaves_the_chunks_alone():
     joined[0].clear()
     joined[5]["score"].clear()
     assert chunks == before
-
-
-# Rollouts that travel
-
-
-def scored(count: int, start: int) -> ScoredRound:
-    rollouts = [
-        Rollout({}, "", [], [start + i], None, "", None, None, None)  # told apart by their completion
-        for i in range(count)
-    ]
-    return ScoredRound(rollouts, torch.zeros(count, 1))
-
-
-def test_one_process_fetches_its_own_rows():
-    exchange = RolloutExchange([scored(4, 0), scored(2, 10)], process_index=0, num_processes=1)
-    fetched = exchange.fetch([(0, 3), (1, 0), (1, 1), (0, 0)])
-    assert [rollout.completion_ids for rollout in fetched] == [[3], [10], [11], [0]]

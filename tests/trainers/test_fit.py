@@ -253,7 +253,9 @@ def test_a_trainer_says_what_it_cannot_save(tmp_path, caplog):
 
 
 def test_switched_off_nothing_is_saved(tmp_path):
-    trainer, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["dapo"], tmp_path, fit_micro_batches=False, max_steps=1)
+    trainer, _ = run(
+        trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["dapo"], tmp_path, fit_micro_batches=False, max_steps=1
+    )
     assert trainer.saved == Saved()
     assert all("compute/saved" not in log for log in trainer.state.log_history)
 
