@@ -19,10 +19,13 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 SFT := runs/sort_digits/sft/model.safetensors
 REWARD_MODEL := runs/sort_digits/reward_model/model.safetensors
 
-.PHONY: help setup test lint quickstart ppo hybrid clean
+# A module's tests stay in one process, and those that start processes follow each other (tests/conftest.py)
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help setup test test-fast lint quickstart ppo hybrid clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## build .venv with the versions in requirements.lock (PYTHON=python3.12 picks another Python)
 
@@ -36,8 +39,11 @@ $(READY): pyproject.toml setup.py requirements.lock
 	$(PY) -m pip install -c requirements.lock -e '.[test,deepspeed,quantization]'
 	@touch $@
 
-test: lint ## lint, then every test (ARGS="-k gspo" for some)
-	$(PY) -m pytest $(ARGS)
+test: lint ## lint, then every test, on all cores (ARGS="-k gspo" for some)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
+
+test-fast: setup ## the tests that take one optimizer step at most, start no processes and are not slow
+	$(PY) -m pytest $(PARALLEL) -m "not train and not distributed and not slow" $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(PY) -m ruff check

@@ -11,8 +11,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
 
 from trl_ext import GRPOTrainer
 from trl_ext.rollouts.rollout import ScoredRound
@@ -89,11 +97,30 @@ def gpt2(seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
+def classifier(seed: int = 1, **overrides: Any) -> Qwen2ForSequenceClassification:
+    """A reward or value model of [`qwen2`]'s shape: one number a sequence."""
+    config = qwen2().config.to_dict() | {"num_labels": 1} | overrides
+    torch.manual_seed(seed)
+    return Qwen2ForSequenceClassification(Qwen2Config(**config))
+
+
+def lora(**overrides: Any) -> LoraConfig:
+    """B is not zero, so that A has a gradient too."""
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0, "init_lora_weights": False}
+    return LoraConfig(**{**settings, **overrides})
+
+
 def prompts(count: int = 32, conversational: bool = False) -> Dataset:
     """Distinct prompts of two words, each with a `target` word id from 4 to 23."""
     texts = [f"{WORDS[i % 20]} {WORDS[(i // 20) % 20]}" for i in range(count)]
     rows: list[Any] = [[{"role": "user", "content": text}] for text in texts] if conversational else list(texts)
     return Dataset.from_dict({"prompt": rows, "target": [4 + i % 20 for i in range(count)]})
+
+
+def ragged(count: int = 32) -> Dataset:
+    """Prompts of one to seven words."""
+    texts = [" ".join(WORDS[(i * 7 + j * 3) % 20] for j in range(1 + i % 7)) for i in range(count)]
+    return Dataset.from_dict({"prompt": texts, "target": [4 + i % 20 for i in range(count)]})
 
 
 def cpu_settings(output_dir: Any, **overrides: Any) -> dict[str, Any]:
@@ -274,6 +301,19 @@ def trainer(
     }
     config = trainer_class.config_class(**cpu_settings(output_dir, **settled))
     return trainer_class(reward_funcs=reward_funcs, args=config, **given)
+
+
+def trained(
+    trainer_class: type[GRPOTrainer],
+    output_dir: str | Path,
+    reward_funcs: Any = first_token_even,
+    arguments: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """A [`trainer`] that keeps what it trained on ([`recorded`]), after its training."""
+    made = trainer(recorded(trainer_class), output_dir, reward_funcs, arguments, **settings)
+    made.train()
+    return made
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

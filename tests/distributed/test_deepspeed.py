@@ -1,12 +1,8 @@
 """
-Selection with DeepSpeed ZeRO, under which the rounds of a refill generate with gathered weights. The first run on a
-machine compiles DeepSpeed's operators, which takes a minute.
+Selection with DeepSpeed ZeRO, under which the rounds of a refill generate with gathered weights.
 """
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ import torch
 import trl
 import yaml
 from peft import load_peft_weights
+from processes import run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -33,18 +30,7 @@ def start(tmp_path: Path, stage: int, *command: str | Path) -> None:
     config |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
     file = tmp_path / f"zero{stage}.yaml"
     file.write_text(yaml.safe_dump(config))
-    launch = ["-m", "accelerate.commands.launch", "--config_file", file, *command]
-    # DeepSpeed looks for ninja and its own programs beside the interpreter
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }
-    run = subprocess.run(
-        [sys.executable, *map(str, launch)], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+    run(["-m", "accelerate.commands.launch", "--config_file", file, *command], {"DS_ACCELERATOR": "cpu"})
 
 
 def launch(tmp_path: Path, stage: int, selection: str, checkpoint: Path | None = None) -> dict[str, Any]:

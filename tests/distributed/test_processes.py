@@ -3,9 +3,6 @@ Selection under several processes: given the same rollouts, one process and two 
 step. The cases are in `worker.py`; both launches run all of them.
 """
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from distributed.worker import CASES, FIT_CASES, PPO_CASES
+from processes import run
+from runs import largest_relative_error
 
 
 pytestmark = pytest.mark.distributed
@@ -24,13 +23,9 @@ WORKER = Path(__file__).with_name("worker.py")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[str, Any]]:
     """What every process of every launch wrote, by (processes, rank)."""
     directory = tmp_path_factory.mktemp("processes")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
-    for command in ([sys.executable], torchrun):
-        run = subprocess.run(
-            [*command, str(WORKER), str(directory)], env=env, capture_output=True, text=True, timeout=300
-        )
-        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for command in ([WORKER, directory], [*launch, WORKER, directory]):
+        run(command)
     return {
         (world, rank): torch.load(directory / f"results_{world}_{rank}.pt", weights_only=False)
         for world, rank in ((1, 0), (2, 0), (2, 1))
@@ -82,11 +77,6 @@ def test_the_cases_are_what_they_say(results: Any) -> None:
         assert sum(logged(case, "groups_duplicated")) > 0, case
 
 
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Of a step without any advantage, both are exactly zero."""
-    return ((ours - theirs).norm() / theirs.norm()).item() if ours.any() or theirs.any() else 0.0
-
-
 @pytest.mark.parametrize("case", FIT_CASES)
 def test_micro_batches_that_fit_give_trls_gradient_on_one_process_and_two(results: Any, case: str) -> None:
     theirs = results[1, 0][f"fit_{case}_False"]["gradients"]
@@ -95,7 +85,7 @@ def test_micro_batches_that_fit_give_trls_gradient_on_one_process_and_two(result
         ours = results[key][f"fit_{case}_True"]["gradients"]
         # bnpo divides by the tokens of each process's micro-batch: only TRL on two processes gives the same
         theirs_here = results[key][f"fit_{case}_False"]["gradients"] if case == "bnpo" else theirs
-        assert max(map(relative_error, ours, theirs_here)) <= 1e-5
+        assert largest_relative_error(ours, theirs_here) <= 1e-5
 
 
 @pytest.mark.parametrize("case", FIT_CASES)

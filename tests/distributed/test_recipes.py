@@ -4,17 +4,15 @@ without a GPU, one step of a tiny model.
 """
 
 import math
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import yaml
+from processes import run
 from safetensors.torch import load_file
 
 import trl_ext
@@ -69,22 +67,9 @@ def test_a_tiny_model_takes_a_step(tmp_path: Path, file: str, method: str, proce
     config |= {"num_processes": processes, "use_cpu": True}
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
     tiny.stopping().save_pretrained(tmp_path / "base")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        # DeepSpeed looks for ninja and its own programs beside the interpreter
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }
-    run = subprocess.run(
-        [*launch, str(WORKER), method, str(tmp_path)],
-        env=environment,
-        cwd=ROOT,  # from where the files name each other
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", tmp_path / "accelerate.yaml"]
+    # From where the files name each other
+    run([*launch, WORKER, method, tmp_path], {"DS_ACCELERATOR": "cpu"}, cwd=ROOT)
     found = torch.load(tmp_path / "found.pt")
     assert (found["processes"], found["stage"], found["step"]) == (processes, 3, 1)
     assert found["live"] == 1.1e9  # of the file

@@ -14,17 +14,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
+from runs import Gradients
 
 import trl_ext
 from trl_ext.curriculum.schedule import DifficultyCurriculum
-from trl_ext.evaluation.credit import credit_by_token
-from trl_ext.trainers.trl_1_12 import completions_table
 
 
 INFORMED: dict[str, Any] = {
@@ -147,8 +145,8 @@ def rare_success(prompts: list[str], completion_ids: list[list[int]], **kwargs: 
 class Recorder(trl_ext.GRPOTrainer):
     """Keeps the completions of the rows that enter the loss, and the advantage of each."""
 
-    def on_rollouts(self, output: Any, batch: Any) -> None:
-        super().on_rollouts(output, batch)
+    def on_rollouts(self, output: Any, selection: Any, rounds: Any) -> None:
+        super().on_rollouts(output, selection, rounds)
         self.trained = getattr(self, "trained", [])
         for ids, mask, advantage in zip(
             output["completion_ids"], output["completion_mask"], output["advantages"], strict=True
@@ -164,16 +162,6 @@ def ragged_rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
         ids * (1 + digest(prompt) % 3) for ids, prompt in zip(output["prompt_ids"], prompts, strict=False)
     ]
     return output
-
-
-class Gradients(TrainerCallback):
-    """The gradient of each optimizer step, as one vector."""
-
-    def __init__(self) -> None:
-        self.steps: list[torch.Tensor] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
 
 
 def fit(case: dict[str, Any], output_dir: Path, processes: int, fitted: bool) -> dict[str, Any]:
@@ -209,7 +197,7 @@ def fit(case: dict[str, Any], output_dir: Path, processes: int, fitted: bool) ->
     )
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    return {"gradients": gradients.steps, "saved": trainer.saved_compute, "logs": logs}
+    return {"gradients": gradients.vectors, "saved": trainer.saved_compute, "logs": logs}
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
@@ -322,9 +310,6 @@ def ppo(case: dict[str, Any], output_dir: Path, processes: int) -> dict[str, Any
         "logs": logs,
         "state": state,
         "skipped": trainer.skipped_steps,
-        # Five rows are no multiple of two processes
-        "completions": completions_table(trainer, tiny.prompts(5), sampling=False),
-        "credits": credit_by_token(trainer, list(tiny.prompts(5))),
     }
 
 

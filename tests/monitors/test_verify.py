@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 import trl
-from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -20,18 +19,12 @@ from trl_ext.trainers.seams.checkpoints import random_states
 from trl_ext.trainers.seams.probes import preview_micro_batches
 
 
-def ragged(count: int = 32) -> Dataset:
-    """Prompts of one to seven words."""
-    texts = [" ".join(tiny.WORDS[(i * 7 + j * 3) % 20] for j in range(1 + i % 7)) for i in range(count)]
-    return Dataset.from_dict({"prompt": texts, "target": [4 + i % 20 for i in range(count)]})
-
-
 SOME_LIVE = tiny.LiveFor({target for target in range(4, 24) if target % 3})
 
 
 def trainer_of(tmp_path: Any, reward: Any = SOME_LIVE, trainer_class: Any = GRPOTrainer, **settings: Any) -> Any:
     """Micro-batches of 4, four of them to a step."""
-    arguments = {"train_dataset": ragged(), **settings.pop("arguments", {})}
+    arguments = {"train_dataset": tiny.ragged(), **settings.pop("arguments", {})}
     shape = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_completion_length": 12}
     return tiny.trainer(trainer_class, tmp_path, reward, arguments, **{**shape, **settings})
 

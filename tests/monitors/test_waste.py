@@ -6,7 +6,6 @@ import pytest
 import tiny
 import torch
 import trl
-from datasets import Dataset
 from transformers import TrainerCallback
 
 import trl_ext
@@ -15,12 +14,6 @@ from trl_ext.rollouts.micro_batches import SavedCompute
 
 
 KEYS = {"waste/share", "waste/padding", "waste/dead_rows", "waste/slots_of_trl_ext"}
-
-
-def ragged(count: int = 32) -> Dataset:
-    """Prompts of one to seven words."""
-    texts = [" ".join(tiny.WORDS[(i * 7 + j * 3) % 20] for j in range(1 + i % 7)) for i in range(count)]
-    return Dataset.from_dict({"prompt": texts, "target": [4 + i % 20 for i in range(count)]})
 
 
 class Watched(trl.GRPOTrainer):
@@ -43,7 +36,7 @@ def trainer_of(tmp_path: Any, trainer_class: Any = Watched, reward: Any = SOME_L
     """Micro-batches of 4, four of them to a step."""
     shape = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_completion_length": 12}
     config_class = trl_ext.GRPOConfig if issubclass(trainer_class, trl_ext.GRPOTrainer) else trl.GRPOConfig
-    arguments = {"model": tiny.stopping(), "train_dataset": ragged(), **settings.pop("arguments", {})}
+    arguments = {"model": tiny.stopping(), "train_dataset": tiny.ragged(), **settings.pop("arguments", {})}
     return trainer_class(
         reward_funcs=reward,
         args=config_class(**tiny.cpu_settings(tmp_path, **{**shape, **settings})),
@@ -86,7 +79,12 @@ def recount(batches: list[dict[str, Any]], skips: bool = True) -> tuple[int, int
         {"steps_per_generation": 6, "max_steps": 4},
         {"steps_per_generation": 6, "num_iterations": 2, "max_steps": 4},
         {"gradient_accumulation_steps": 1, "steps_per_generation": 2, "max_steps": 3},
-        {"steps_per_generation": 3, "max_steps": -1, "num_train_epochs": 2, "arguments": {"train_dataset": ragged(8)}},
+        {
+            "steps_per_generation": 3,
+            "max_steps": -1,
+            "num_train_epochs": 2,
+            "arguments": {"train_dataset": tiny.ragged(8)},
+        },
     ],
 )
 def test_a_recount(settings, tmp_path):

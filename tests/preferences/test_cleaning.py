@@ -1,15 +1,12 @@
 """Cleaning on pairs whose wrong labels are known."""
 
-import copy
 import json
 import math
 import random
 from dataclasses import replace
 
 import pytest
-import tiny
 from datasets import Dataset
-from peft import LoraConfig
 
 from trl_ext.preferences.cleaning import (
     clean_by_agreement,
@@ -19,8 +16,6 @@ from trl_ext.preferences.cleaning import (
     flip_pairs,
     pair_margins,
 )
-from trl_ext.preferences.flags import flag_pairs
-from trl_ext.preferences.scorers import ImplicitRewardTraining, RewardModelTraining
 
 
 def by_number(prompts, completions):
@@ -257,10 +252,10 @@ def test_scorers_that_learned_nothing_judge_nothing():
                 ]
 
             left, report = clean_by_cross_fitting(pairs, fit, folds=3, rounds=2)
-            assert not report.noise.is_reliable and report.noise_left is None
+            assert not report.noise.is_told and report.noise_left is None
             assert left[:] == pairs[:]
             assert "300 kept: the scorers learned too little" in str(report)
-            assert "is uncertain" in str(report)
+            assert "can't be told" in str(report)
 
 
 @pytest.mark.parametrize("score", [0.0, math.nan])
@@ -279,28 +274,6 @@ def test_the_report_can_be_kept(tmp_path):
     assert "of the labels are wrong (95 % interval" in str(report)
 
 
-def test_what_is_passed_in_stays_as_it_was():
-    pairs, _ = with_wrong_labels(60, 0.2)
-    rows, columns, features = pairs[:], list(pairs.column_names), dict(pairs.features)
-    assert clean_by_margin(pairs, by_number, flip_margin=0.0001)[1].rows("flipped")
-    clean_by_agreement(pairs, [by_number, by_number])
-    clean_by_cross_fitting(pairs, FitsANumber())
-    flag_pairs(flag_pairs(pairs)[0])
-    assert (pairs[:], pairs.column_names, dict(pairs.features)) == (rows, columns, features)
-
-
-def test_an_adapters_configuration_stays_as_it_was(policy):
-    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    before = copy.deepcopy(lora.to_dict())
-    arguments = {**tiny.pair_settings(".", max_steps=1), "bf16": False}
-    arguments.pop("output_dir")
-    words = {"prompt": [f"w{i} " for i in range(8)], "chosen": ["w4"] * 8, "rejected": ["w5"] * 8}
-    training = ImplicitRewardTraining(policy, arguments, lora, tiny.tokenizer())
-    scorer = training(Dataset.from_dict(words))
-    assert scorer.reward.policy.peft_config["default"].target_modules != "all-linear"
-    assert lora.to_dict() == before and training.peft_config is lora
-
-
 def test_bad_arguments_are_named():
     pairs, _ = with_wrong_labels(100, 0.2)
     for arguments, message in (
@@ -315,51 +288,10 @@ def test_bad_arguments_are_named():
             clean_by_cross_fitting(pairs, FitsANumber(), **arguments)
     with pytest.raises(TypeError, match="The pairs are a IterableDataset"):
         clean_by_margin(pairs.to_iterable_dataset(), by_number)
-    quick, adapter = {"max_steps": 1, "use_cpu": True}, LoraConfig(r=2, target_modules="all-linear")
-    scorer = ImplicitRewardTraining(tiny.qwen2(), quick, adapter, tiny.tokenizer())
-    words = {"prompt": [f"w{i} " for i in range(50)], "chosen": ["w4"] * 50, "rejected": ["w5"] * 50}
-    with pytest.raises(ValueError, match="The model is loaded, and a scorer was trained on it"):
-        clean_by_cross_fitting(Dataset.from_dict(words), scorer, folds=2)
     fit = FitsANumber()
-    with pytest.raises(ValueError, match="There are 49 pairs, but the share of wrong labels can be estimated from 50"):
+    with pytest.raises(ValueError, match="There are 49 pairs, but the share of wrong labels can be told from 50 on"):
         clean_by_cross_fitting(pairs.select(range(49)), fit)
     with pytest.raises(ValueError, match="no column prompt"):
         clean_by_margin(pairs.remove_columns("prompt"), by_number)
     with pytest.raises(ValueError, match="There are no pairs to clean"):
         clean_by_margin(pairs.select([]), by_number)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy")
-    tiny.qwen2().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("conversational", [False, True])
-@pytest.mark.parametrize("fit_class", [RewardModelTraining, ImplicitRewardTraining])
-def test_scorers_learn_what_pairs_say(fit_class, conversational, policy):
-    """The completion that ends in w19 is better, wherever."""
-    rng = random.Random(0)
-
-    def row(good: bool) -> str:
-        return " ".join([*(f"w{rng.randrange(10)}" for _ in range(rng.randrange(3))), "w19" if good else "w18"])
-
-    rows = [{"prompt": f"w{i % 10} ", "chosen": row(True), "rejected": row(False)} for i in range(64)]
-    if conversational:
-        rows = [
-            {
-                name: [{"role": "user" if name == "prompt" else "assistant", "content": text}]
-                for name, text in r.items()
-            }
-            for r in rows
-        ]
-    pairs = Dataset.from_list(rows).add_column("margin", [100.0] * 64)  # not for the trainer's loss
-    arguments = tiny.cpu_settings(".", per_device_train_batch_size=16, gradient_accumulation_steps=1, max_steps=16)
-    for name in ("num_generations", "max_completion_length", "output_dir"):
-        arguments.pop(name)
-    scorer = fit_class(policy, arguments, processing_class=tiny.tokenizer())(pairs.select(range(48)))
-    margins = pair_margins(pairs.select(range(48, 64)), scorer)
-    assert sum(margin > 0 for margin in margins) >= 15
-    again = fit_class(policy, arguments, processing_class=tiny.tokenizer())(pairs.select(range(48)))
-    assert pair_margins(pairs, again) == pair_margins(pairs, scorer)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -18,14 +19,14 @@ def margins(noise: float, slope: float, spread: float, count: int = 4000, seed: 
     return np.where(right ^ turned, size, -size)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1, 0.2, 0.35])
-@pytest.mark.parametrize("slope", [2.0, 5.0])
-def test_the_rate_is_found_in_its_interval(noise, slope):
-    estimate = estimate_noise(margins(noise, slope, spread=1.0))
-    assert estimate.low <= noise <= estimate.high
-    assert estimate.high - estimate.low < 0.1
-    assert abs(estimate.rate - noise) < 0.04
-    assert estimate.pairs == 4000
+def test_the_rate_is_found_in_its_interval(subtests):
+    for noise, slope in product([0.0, 0.1, 0.2, 0.35], [2.0, 5.0]):
+        with subtests.test(noise=noise, slope=slope):
+            estimate = estimate_noise(margins(noise, slope, spread=1.0))
+            assert estimate.low <= noise <= estimate.high
+            assert estimate.high - estimate.low < 0.1
+            assert abs(estimate.rate - noise) < 0.04
+            assert estimate.pairs == 4000
 
 
 def test_the_scorers_own_errors_are_not_counted():

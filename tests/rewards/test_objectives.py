@@ -1,9 +1,6 @@
 """Weights that follow a schedule or a constraint: by hand, and what real runs trained with against their logs."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import pytest
 import tiny
 import torch
 import trl
+from processes import run
 
 from trl_ext import DAPOTrainer, DUPOTrainer, GRPOTrainer, GSPOTrainer, PPOTrainer, verify
 from trl_ext.rewards.objectives import ObjectiveSchedule, RewardConstraint, RewardObjectives
@@ -271,10 +269,6 @@ def test_a_floor_is_kept(tmp_path):
 @pytest.mark.distributed
 def test_two_processes_share_one_lambda(tmp_path):
     worker = Path(__file__).with_name("objectives_worker.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [*torchrun, str(worker), str(tmp_path)], env={**os.environ}, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker, tmp_path])
     # The reward is the rank: 0.5 on the mean of both. λ after two batches: 2 × 0.25 × (1 − 0.5)
     assert [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)] == [{"rank": 0.25}] * 2

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import random
+from itertools import product
 
 import pytest
 import torch
@@ -52,11 +53,11 @@ class TestMixedProbability:
     def test_a_single_completion_is_never_mixed(self):
         assert mixed_probability(0.3, 0.7, 1) == pytest.approx(0, abs=1e-15)
 
-    @pytest.mark.parametrize("a, b", [(0.02, 0.03), (0.5, 0.5), (3.0, 0.4), (25.0, 25.0), (8.75, 0.5)])
-    @pytest.mark.parametrize("size", [2, 8, 64])
-    def test_is_the_beta_binomial(self, a, b, size):
-        none, all_ = betabinom.pmf([0, size], size, a, b)
-        assert mixed_probability(a, b, size) == pytest.approx(1 - none - all_, abs=1e-12)
+    def test_is_the_beta_binomial(self, subtests):
+        for (a, b), size in product([(0.02, 0.03), (0.5, 0.5), (3.0, 0.4), (25.0, 25.0), (8.75, 0.5)], [2, 8, 64]):
+            with subtests.test(a=a, b=b, size=size):
+                none, all_ = betabinom.pmf([0, size], size, a, b)
+                assert mixed_probability(a, b, size) == pytest.approx(1 - none - all_, abs=1e-12)
 
     def test_is_an_average_over_pass_rates(self):
         generator = random.Random(0)
@@ -456,14 +457,18 @@ class TestState:
         predictor.set_bins({"level": list(range(30))})
         return predictor
 
-    @pytest.mark.parametrize("copied", [lambda state: pickle.loads(pickle.dumps(state)), copy.deepcopy])
-    @pytest.mark.parametrize("batches", [0, 1, 99, 100, 130])  # before and after a sweep
-    def test_resumes_exactly(self, batches, copied):
-        predictor = self.fresh()
-        run(predictor, 0, batches)
-        resumed = outlook(4, columns=["level"], memory=0.9, seed=77)
-        resumed.load_state_dict(copied(predictor.state_dict()))
-        assert run(resumed, 1, 12) == run(predictor, 1, 12)
+    def test_resumes_exactly(self, subtests):
+        def pickled(state):
+            return pickle.loads(pickle.dumps(state))
+
+        before_and_after_a_sweep = [0, 1, 99, 100, 130]
+        for copied, batches in product([pickled, copy.deepcopy], before_and_after_a_sweep):
+            with subtests.test(copied=copied, batches=batches):
+                predictor = self.fresh()
+                run(predictor, 0, batches)
+                resumed = outlook(4, columns=["level"], memory=0.9, seed=77)
+                resumed.load_state_dict(copied(predictor.state_dict()))
+                assert run(resumed, 1, 12) == run(predictor, 1, 12)
 
     def test_a_state_is_not_changed_afterwards(self):
         predictor = self.fresh()

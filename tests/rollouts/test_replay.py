@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 
 from trl_ext.rollouts.replay import ReplayBuffer, append_rows
@@ -96,32 +95,33 @@ def test_what_is_kept_does_not_change_with_the_batch_it_came_from():
 # Joined to new rows
 
 
-@pytest.mark.parametrize(("prompt", "completion"), [(1, 2), (5, 2), (1, 9), (5, 9), (3, 4)])
-def test_rows_are_padded_to_the_widest(prompt, completion):
-    batch, old = micro_batch(10, 3, 3, 4), micro_batch(20, 2, prompt, completion)
-    buffer = ReplayBuffer(capacity=1, seed=0)
-    buffer.add([old])
-    joined = append_rows(batch, buffer.draw(2))
-    wide = max(prompt, 3), max(completion, 4)
-    assert joined["prompt_ids"].shape == joined["prompt_mask"].shape == (5, wide[0])
-    assert joined["completion_ids"].shape == joined["advantages"].shape == (5, wide[1])
-    assert joined["is_right"].shape == (5,)
-    assert joined["num_items_in_batch"] == 100
-    # Every row is what it was, behind its masks, and says where it came from
-    found = {}
-    for row in range(5):
-        name = int(joined["prompt_ids"][row, -1])
-        shown, written = joined["prompt_mask"][row].bool(), joined["completion_mask"][row].bool()
-        assert shown[-1] and not (shown[1:] < shown[:-1]).any()  # padding stands on the left
-        assert (joined["prompt_ids"][row, shown] == name).all()
-        assert (joined["completion_ids"][row, written] == name).all()
-        assert not joined["advantages"][row, ~written].any()
-        found[name] = int(shown.sum()), int(written.sum())
-    assert found == {10: (3, 1), 11: (3, 2), 12: (3, 3), 20: (prompt, 1), 21: (prompt, min(2, completion))}
-    # TRL has a ratio of 1 in padding
-    assert (joined["importance_sampling_ratio"][joined["completion_mask"] == 0] == 1).all()
-    # and the micro-batch itself is left alone
-    assert batch["completion_ids"].shape == (3, 4)
+def test_rows_are_padded_to_the_widest(subtests):
+    for prompt, completion in [(1, 2), (5, 2), (1, 9), (5, 9), (3, 4)]:
+        with subtests.test(prompt=prompt, completion=completion):
+            batch, old = micro_batch(10, 3, 3, 4), micro_batch(20, 2, prompt, completion)
+            buffer = ReplayBuffer(capacity=1, seed=0)
+            buffer.add([old])
+            joined = append_rows(batch, buffer.draw(2))
+            wide = max(prompt, 3), max(completion, 4)
+            assert joined["prompt_ids"].shape == joined["prompt_mask"].shape == (5, wide[0])
+            assert joined["completion_ids"].shape == joined["advantages"].shape == (5, wide[1])
+            assert joined["is_right"].shape == (5,)
+            assert joined["num_items_in_batch"] == 100
+            # Every row is what it was, behind its masks, and says where it came from
+            found = {}
+            for row in range(5):
+                name = int(joined["prompt_ids"][row, -1])
+                shown, written = joined["prompt_mask"][row].bool(), joined["completion_mask"][row].bool()
+                assert shown[-1] and not (shown[1:] < shown[:-1]).any()  # padding stands on the left
+                assert (joined["prompt_ids"][row, shown] == name).all()
+                assert (joined["completion_ids"][row, written] == name).all()
+                assert not joined["advantages"][row, ~written].any()
+                found[name] = int(shown.sum()), int(written.sum())
+            assert found == {10: (3, 1), 11: (3, 2), 12: (3, 3), 20: (prompt, 1), 21: (prompt, min(2, completion))}
+            # TRL has a ratio of 1 in padding
+            assert (joined["importance_sampling_ratio"][joined["completion_mask"] == 0] == 1).all()
+            # and the micro-batch itself is left alone
+            assert batch["completion_ids"].shape == (3, 4)
 
 
 def test_a_mask_that_only_some_rows_have_means_everything_for_the_others():

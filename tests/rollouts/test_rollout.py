@@ -1,15 +1,13 @@
-"""TRL's generation, taken apart and put together again; and rollouts that travel between ranks."""
+"""TRL's generation, taken apart and put together again."""
 
 import copy
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
-import torch
 
-from trl_ext.rollouts.exchange import RolloutExchange
-from trl_ext.rollouts.rollout import Rollout, ScoredRound, generation_of, joined_generation, rollouts_of
+from trl_ext.rollouts.rollout import generation_of, joined_generation, rollouts_of
 
 
 ROWS = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}, {"prompt": "a", "answer": 1}]
@@ -93,14 +91,15 @@ def chunk(whole: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
     return (*parts[:5], fields, *parts[6:])
 
 
-@pytest.mark.parametrize("cuts", [[0, 3], [0, 1, 3], [0, 2, 3], [0, 1, 2, 3]], ids=str)
-@pytest.mark.parametrize(
-    "changed", [{}, {"tool_mask": None}, {"logprobs": None}, {"images": None}, {"tool_images": []}], ids=str
-)
-def test_chunks_joined_are_the_whole(cuts, changed):
-    whole = generation(extra_fields=FIELDS, **changed)
-    chunks = [chunk(whole, start, stop) for start, stop in pairwise(cuts)]
-    assert joined_generation(copy.deepcopy(chunks)) == whole
+def test_chunks_joined_are_the_whole(subtests):
+    for cuts, changed in product(
+        [[0, 3], [0, 1, 3], [0, 2, 3], [0, 1, 2, 3]],
+        [{}, {"tool_mask": None}, {"logprobs": None}, {"images": None}, {"tool_images": []}],
+    ):
+        with subtests.test(cuts=cuts, changed=changed):
+            whole = generation(extra_fields=FIELDS, **changed)
+            chunks = [chunk(whole, start, stop) for start, stop in pairwise(cuts)]
+            assert joined_generation(copy.deepcopy(chunks)) == whole
 
 
 def test_a_chunk_without_images_beside_one_with():
@@ -132,20 +131,3 @@ def test_joining_leaves_the_chunks_alone():
     joined[0].clear()
     joined[5]["score"].clear()
     assert chunks == before
-
-
-# Rollouts that travel
-
-
-def scored(count: int, start: int) -> ScoredRound:
-    rollouts = [
-        Rollout({}, "", [], [start + i], None, "", None, None, None)  # told apart by their completion
-        for i in range(count)
-    ]
-    return ScoredRound(rollouts, torch.zeros(count, 1))
-
-
-def test_one_process_fetches_its_own_rows():
-    exchange = RolloutExchange([scored(4, 0), scored(2, 10)], process_index=0, num_processes=1)
-    fetched = exchange.fetch([(0, 3), (1, 0), (1, 1), (0, 0)])
-    assert [rollout.completion_ids for rollout in fetched] == [[3], [10], [11], [0]]

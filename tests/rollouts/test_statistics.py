@@ -37,25 +37,26 @@ def random_round(generator: random.Random) -> tuple[list[int], list[bool], int, 
     return lengths, [generator.random() < ends for _ in range(size)], calls, generator.randint(0, calls)
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_equals_a_recount(seed):
-    generator = random.Random(seed)
-    rounds = [random_round(generator) for _ in range(generator.randint(2, 4))]
-    metrics: dict[str, list[float]] = {"reward": [0.5], "num_tokens": [7.0]}
-    earlier = trl_metrics([5, 6], [True, False], 1, 1)  # an earlier generation batch, not yet logged
-    for values in [earlier, *(trl_metrics(*made) for made in rounds)]:
-        for key, value in values.items():
-            metrics.setdefault(key, []).append(value)
+def test_equals_a_recount(subtests):
+    for seed in range(30):
+        with subtests.test(seed=seed):
+            generator = random.Random(seed)
+            rounds = [random_round(generator) for _ in range(generator.randint(2, 4))]
+            metrics: dict[str, list[float]] = {"reward": [0.5], "num_tokens": [7.0]}
+            earlier = trl_metrics([5, 6], [True, False], 1, 1)  # an earlier generation batch, not yet logged
+            for values in [earlier, *(trl_metrics(*made) for made in rounds)]:
+                for key, value in values.items():
+                    metrics.setdefault(key, []).append(value)
 
-    pool_rounds(metrics, [len(lengths) for lengths, _, _, _ in rounds])
+            pool_rounds(metrics, [len(lengths) for lengths, _, _, _ in rounds])
 
-    lengths, terminated, calls, failures = zip(*rounds, strict=True)
-    recount = trl_metrics([*chain(*lengths)], [*chain(*terminated)], sum(calls), sum(failures))
-    assert metrics.pop("reward") == [0.5]
-    assert metrics.pop("num_tokens") == [7.0]
-    assert metrics.keys() == recount.keys()
-    for key, values in metrics.items():
-        assert values == pytest.approx([earlier[key], recount[key]]), key
+            lengths, terminated, calls, failures = zip(*rounds, strict=True)
+            recount = trl_metrics([*chain(*lengths)], [*chain(*terminated)], sum(calls), sum(failures))
+            assert metrics.pop("reward") == [0.5]
+            assert metrics.pop("num_tokens") == [7.0]
+            assert metrics.keys() == recount.keys()
+            for key, values in metrics.items():
+                assert values == pytest.approx([earlier[key], recount[key]]), key
 
 
 def test_works_without_tools():
@@ -203,13 +204,17 @@ class TestRestateLossMetrics:
         new = pytest.approx(5 * 0.2 * 2 / 6)
         assert metrics == {"kl": [7.0, new], "clip_ratio/low_mean": [0.5, new], "entropy": [3.0, new]}
 
-    @pytest.mark.parametrize("seed", range(10))
-    def test_equals_a_recount(self, seed):
+    def test_equals_a_recount(self, subtests):
         """Random tokens dealt at random: whatever the deal, the mean is that over all."""
-        generator = random.Random(seed)
-        tokens = [generator.randint(1, 9) for _ in range(4)]
-        values = [[generator.random() for _ in range(n)] for n in tokens]
-        found = self.restated(
-            "kl", [*map(statistics.fmean, values)], self.keeping, fits=fits(tokens, [1] * 4, [0] * 4, sum(tokens), 4)
-        )
-        assert found["kl"] == pytest.approx(statistics.fmean(chain(*values)))
+        for seed in range(10):
+            with subtests.test(seed=seed):
+                generator = random.Random(seed)
+                tokens = [generator.randint(1, 9) for _ in range(4)]
+                values = [[generator.random() for _ in range(n)] for n in tokens]
+                found = self.restated(
+                    "kl",
+                    [*map(statistics.fmean, values)],
+                    self.keeping,
+                    fits=fits(tokens, [1] * 4, [0] * 4, sum(tokens), 4),
+                )
+                assert found["kl"] == pytest.approx(statistics.fmean(chain(*values)))

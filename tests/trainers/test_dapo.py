@@ -46,17 +46,11 @@ def texts(batch: tiny.TrainedBatch) -> list[str]:
     return [tokenizer.decode(ids) for ids in batch.prompts]
 
 
-def trained(trainer_class: type, tmp_path: Any, reward: Any, arguments: dict | None = None, **settings: Any) -> Any:
-    trainer = tiny.trainer(tiny.recorded(trainer_class), tmp_path, reward, arguments, **settings)
-    trainer.train()
-    return trainer
-
-
 @pytest.fixture(scope="module")
 def refilled(tmp_path_factory):
     """A run of 4 steps in which half of the prompts have no variance, and its reward function."""
     reward = tiny.Remembering(tiny.LiveFor(HALF))
-    trainer = trained(
+    trainer = tiny.trained(
         DAPOTrainer, tmp_path_factory.mktemp("refilled"), reward, max_steps=4, log_completions=True, seed=3
     )
     return trainer, reward
@@ -193,7 +187,9 @@ class TestRefill:
 
 def test_a_step_is_the_one_that_trl_takes_on_the_selected_rows(tmp_path):
     # The gradient must not remember that other groups were generated
-    trainer = trained(DAPOTrainer, tmp_path, tiny.LiveFor(HALF), max_steps=1, optim="sgd", learning_rate=0.5, seed=3)
+    trainer = tiny.trained(
+        DAPOTrainer, tmp_path, tiny.LiveFor(HALF), max_steps=1, optim="sgd", learning_rate=0.5, seed=3
+    )
     (batch,) = trainer.batches
     assert len(batch.rounds) > 1
     model = tiny.stopping()
@@ -224,7 +220,7 @@ class TestEnds:
     def test_at_the_cap_duplicates_fill(self, tmp_path):
         # Targets 4 and 5 belong to prompts 0, 1, 20 and 21: 4 live prompts in 32
         reward = tiny.Remembering(tiny.LiveFor({4, 5}, otherwise=1.0))
-        trainer = trained(DAPOTrainer, tmp_path, reward, max_steps=4, max_refill_rounds=2)
+        trainer = tiny.trained(DAPOTrainer, tmp_path, reward, max_steps=4, max_refill_rounds=2)
         mixed = 0
         for step, (batch, logged) in enumerate(zip(trainer.batches, tiny.history(trainer), strict=True)):
             assert len(reward.at_step(step)) <= 3  # the batch, and two rounds
@@ -247,7 +243,7 @@ class TestEnds:
     def test_prompts_run_out(self, tmp_path):
         # 6 prompts, 4 of which are in the batch: two are left to draw, once
         reward = tiny.Remembering(tiny.LiveFor({4}))
-        trainer = trained(DAPOTrainer, tmp_path, reward, {"train_dataset": tiny.prompts(6)}, max_steps=2)
+        trainer = tiny.trained(DAPOTrainer, tmp_path, reward, {"train_dataset": tiny.prompts(6)}, max_steps=2)
         for step in range(2):
             drawn = [call.prompts[i] for call in reward.at_step(step) for i in range(0, len(call.prompts), 4)]
             assert len(drawn) == len(set(drawn)) <= 6
@@ -255,7 +251,7 @@ class TestEnds:
 
     def test_all_dead_ends_with_a_warning(self, tmp_path, caplog):
         reward = tiny.Remembering(tiny.constant)
-        trainer = trained(DAPOTrainer, tmp_path, reward, max_steps=3, max_refill_rounds=2)
+        trainer = tiny.trained(DAPOTrainer, tmp_path, reward, max_steps=3, max_refill_rounds=2)
         assert trainer.state.global_step == 3
         # said at the 1st and 2nd, not at every step
         warnings = [record for record in caplog.records if "reward variance" in record.getMessage()]
@@ -272,7 +268,7 @@ class TestEnds:
 
     def test_all_live_needs_no_second_round(self, tmp_path):
         reward = tiny.Remembering(tiny.hashed)
-        trainer = trained(DAPOTrainer, tmp_path, reward, max_steps=2)
+        trainer = tiny.trained(DAPOTrainer, tmp_path, reward, max_steps=2)
         assert len(reward.calls) == 2
         assert [len(batch.rounds) for batch in trainer.batches] == [1, 1]
 
@@ -280,7 +276,9 @@ class TestEnds:
 class TestOutcome:
     def test_overlong_punishment_is_added_once_and_judges_nothing(self, tmp_path):
         # Completions of different lengths in a group get different punishments: judged by them, every group would live
-        trainer = trained(DAPOTrainer, tmp_path, tiny.constant, max_steps=1, soft_punish_cache=5, max_refill_rounds=1)
+        trainer = tiny.trained(
+            DAPOTrainer, tmp_path, tiny.constant, max_steps=1, soft_punish_cache=5, max_refill_rounds=1
+        )
         assert trainer.reward_func_names == ["constant", "soft_overlong_punishment_reward"]
         assert trainer.reward_weights.tolist() == [1.0, 1.0]
         (batch,) = trainer.batches
@@ -289,7 +287,9 @@ class TestOutcome:
         assert batch.selection.live == [False] * 4
 
     def test_overlong_punishment_is_trls(self, tmp_path):
-        trainer = trained(DAPOTrainer, tmp_path, tiny.hashed, max_steps=1, soft_punish_cache=5, reward_weights=[0.5])
+        trainer = tiny.trained(
+            DAPOTrainer, tmp_path, tiny.hashed, max_steps=1, soft_punish_cache=5, reward_weights=[0.5]
+        )
         (batch,) = trainer.batches
         # L_max 6, cache 5: up to 1 token no punishment, then (1 − n)/5 down to −1 at 6
         lengths = [len(ids) for ids in batch.completions]
@@ -314,7 +314,7 @@ class TestOutcome:
     def test_named_outcome(self, tmp_path):
         # `hashed` would make every group live; by `live_for` half of them are
         reward = tiny.Remembering(tiny.LiveFor(HALF), "judge")
-        trainer = trained(
+        trainer = tiny.trained(
             DAPOTrainer, tmp_path, [tiny.hashed, reward], max_steps=2, seed=3, outcome_reward_funcs=["judge"]
         )
         assert trainer.is_outcome.tolist() == [False, True]
@@ -328,7 +328,7 @@ class TestOutcome:
         assert any(len(batch.rounds) > 1 for batch in trainer.batches)
 
     def test_overlong_filtering_masks(self, tmp_path):
-        trainer = trained(DAPOTrainer, tmp_path, tiny.hashed, max_steps=1, mask_truncated_completions=True)
+        trainer = tiny.trained(DAPOTrainer, tmp_path, tiny.hashed, max_steps=1, mask_truncated_completions=True)
         (batch,) = trainer.batches
         mask = batch.output["completion_mask"]
         completions = [rollout.completion_ids for rollout in batch.rounds[0].rollouts]
@@ -346,7 +346,7 @@ class TestTokenNormalization:
     settings = {"max_steps": 2, "updates_per_generation": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.0}
 
     def windows(self, tmp_path, **settings: Any) -> tuple[Any, list[list[dict]]]:
-        trainer = trained(DAPOTrainer, tmp_path, tiny.hashed, **self.settings, **settings)
+        trainer = tiny.trained(DAPOTrainer, tmp_path, tiny.hashed, **self.settings, **settings)
         assert len(trainer.batches) == 1  # one generation, two optimizer steps of two micro-batches
         return trainer, [trainer.losses[:2], trainer.losses[2:]]
 
@@ -380,7 +380,7 @@ class TestTokenNormalization:
     def test_they_agree_with_one_step_a_generation(self, tmp_path):
         weights = []
         for name in ("mini_batch", "generation_batch"):
-            trainer = trained(DAPOTrainer, tmp_path, tiny.hashed, max_steps=2, token_normalization=name)
+            trainer = tiny.trained(DAPOTrainer, tmp_path, tiny.hashed, max_steps=2, token_normalization=name)
             weights.append(tiny.weights(trainer.model))
         for name in weights[0]:
             torch.testing.assert_close(weights[0][name], weights[1][name])
@@ -429,7 +429,7 @@ class LogsExtra:
 
 
 def test_extra_columns_stay_aligned(tmp_path):
-    trainer = trained(DAPOTrainer, tmp_path, LogsExtra(), max_steps=3, seed=3, log_completions=True)
+    trainer = tiny.trained(DAPOTrainer, tmp_path, LogsExtra(), max_steps=3, seed=3, log_completions=True)
     assert any(len(batch.rounds) > 1 for batch in trainer.batches)
     for step, batch in enumerate(trainer.batches):
         table = pandas.read_parquet(f"{tmp_path}/completions/completions_{step + 1:05d}.parquet")
@@ -445,8 +445,8 @@ class TestTrlsFeatures:
         async def judge(completion_ids: Any, target: Any, **kwargs: Any) -> list[float]:
             return tiny.LiveFor(HALF)(completion_ids=completion_ids, target=target)
 
-        one = trained(DAPOTrainer, tmp_path, judge, max_steps=2, seed=3)
-        two = trained(DAPOTrainer, tmp_path, tiny.LiveFor(HALF), max_steps=2, seed=3)
+        one = tiny.trained(DAPOTrainer, tmp_path, judge, max_steps=2, seed=3)
+        two = tiny.trained(DAPOTrainer, tmp_path, tiny.LiveFor(HALF), max_steps=2, seed=3)
         for name, value in tiny.weights(one.model).items():
             assert torch.equal(value, two.model.state_dict()[name])
 
@@ -460,7 +460,7 @@ class TestTrlsFeatures:
             ]
 
         reward = tiny.Remembering(sometimes)
-        trainer = trained(DAPOTrainer, tmp_path, reward, max_steps=3, seed=3)
+        trainer = tiny.trained(DAPOTrainer, tmp_path, reward, max_steps=3, seed=3)
         nones = 0
         for step, batch in enumerate(trainer.batches):
             known = by_completion(reward.at_step(step))
@@ -486,7 +486,7 @@ class TestTrlsFeatures:
     @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
     def test_several_rewards(self, tmp_path, aggregation):
         first, second = tiny.Remembering(tiny.LiveFor(HALF), "first"), tiny.Remembering(tiny.low_ids, "second")
-        trainer = trained(
+        trainer = tiny.trained(
             DAPOTrainer,
             tmp_path,
             [first, second],
@@ -510,7 +510,7 @@ class TestTrlsFeatures:
 
     def test_batch_scaling_is_over_the_selected_rows(self, tmp_path):
         reward = tiny.Remembering(tiny.LiveFor(HALF))
-        trainer = trained(DAPOTrainer, tmp_path, reward, max_steps=2, seed=3, scale_rewards="batch")
+        trainer = tiny.trained(DAPOTrainer, tmp_path, reward, max_steps=2, seed=3, scale_rewards="batch")
         for step, batch in enumerate(trainer.batches):
             known = by_completion(reward.at_step(step))
             values = [known[key] for key in zip(texts(batch), map(tuple, batch.completions), strict=True)]
@@ -522,7 +522,7 @@ class TestTrlsFeatures:
     def test_conversational_prompts(self, tmp_path):
         reward = tiny.Remembering(tiny.LiveFor(HALF))
         data = tiny.prompts(conversational=True)
-        trainer = trained(DAPOTrainer, tmp_path, reward, {"train_dataset": data}, max_steps=2, seed=3)
+        trainer = tiny.trained(DAPOTrainer, tmp_path, reward, {"train_dataset": data}, max_steps=2, seed=3)
         assert any(len(batch.rounds) > 1 for batch in trainer.batches)
         for call in reward.calls:
             assert all(completion[0]["role"] == "assistant" for completion in call.completions)
@@ -538,7 +538,7 @@ class TestTrlsFeatures:
 
         reward = tiny.Remembering(tiny.LiveFor(HALF))
         data = IterableDataset.from_generator(words)
-        trainer = trained(DAPOTrainer, tmp_path, reward, {"train_dataset": data}, max_steps=3)
+        trainer = tiny.trained(DAPOTrainer, tmp_path, reward, {"train_dataset": data}, max_steps=3)
         assert any(len(batch.rounds) > 1 for batch in trainer.batches)
         for step in range(3):
             asked = [call.prompts[i] for call in reward.at_step(step) for i in range(0, len(call.prompts), 4)]
@@ -546,7 +546,7 @@ class TestTrlsFeatures:
 
     def test_peft(self, tmp_path):
         lora = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
-        trainer = trained(
+        trainer = tiny.trained(
             DAPOTrainer, tmp_path, tiny.LiveFor(HALF), {"peft_config": lora}, max_steps=2, seed=3, beta=0.1
         )
         assert any(len(batch.rounds) > 1 for batch in trainer.batches)
@@ -579,13 +579,13 @@ class TestTrlsFeatures:
         )
         judge.config._name_or_path = "nobody/judge"
         arguments = {"reward_processing_classes": tiny.tokenizer()}
-        trainer = trained(DAPOTrainer, tmp_path, judge, arguments, max_steps=1, soft_punish_cache=5)
+        trainer = tiny.trained(DAPOTrainer, tmp_path, judge, arguments, max_steps=1, soft_punish_cache=5)
         assert trainer.reward_func_names == ["judge", "soft_overlong_punishment_reward"]
         rewards = trainer.batches[0].rounds[0].rewards
         assert rewards[:, 0].unique().numel() > 1
 
     def test_off_policy_steps(self, tmp_path):
-        trainer = trained(
+        trainer = tiny.trained(
             DAPOTrainer,
             tmp_path,
             tiny.LiveFor(HALF),
@@ -598,7 +598,9 @@ class TestTrlsFeatures:
         assert any(len(batch.rounds) > 1 for batch in trainer.batches)
         # 8 steps of 2 micro-batches, and for each generation batch of 32 rows 4 passes for old log-probabilities:
         # as many as without selection
-        plain = trained(GRPOTrainer, tmp_path, tiny.hashed, max_steps=8, updates_per_generation=2, num_iterations=2)
+        plain = tiny.trained(
+            GRPOTrainer, tmp_path, tiny.hashed, max_steps=8, updates_per_generation=2, num_iterations=2
+        )
         assert trainer.forwards == plain.forwards == 16 + 2 * 4
         # The old log-probabilities are of the rows that are trained on
         model = tiny.stopping()
@@ -615,7 +617,7 @@ class TestTrlsFeatures:
         reward = tiny.Remembering(tiny.LiveFor(HALF))
         data = {"eval_dataset": tiny.prompts(6)}
         settings = {"max_steps": 2, "seed": 3}
-        trainer = trained(
+        trainer = tiny.trained(
             DAPOTrainer,
             tmp_path,
             reward,
@@ -655,7 +657,7 @@ class TestTrlsFeatures:
             seen.append(len(score))
             return tiny.LiveFor(HALF)(completion_ids=completion_ids, target=target)
 
-        trainer = trained(DAPOTrainer, tmp_path, judge, {"rollout_func": rollout}, max_steps=2, seed=3)
+        trainer = tiny.trained(DAPOTrainer, tmp_path, judge, {"rollout_func": rollout}, max_steps=2, seed=3)
         assert len(seen) > 2
         for batch in trainer.batches:
             lengths = [len(ids) for ids in batch.completions]
@@ -669,7 +671,7 @@ class TestTrlsFeatures:
 
 
 def test_seed_decides_the_run(tmp_path):
-    runs = [trained(DAPOTrainer, tmp_path, tiny.LiveFor(HALF), max_steps=3, seed=seed) for seed in (3, 3, 4)]
+    runs = [tiny.trained(DAPOTrainer, tmp_path, tiny.LiveFor(HALF), max_steps=3, seed=seed) for seed in (3, 3, 4)]
     weights = [tiny.weights(run.model) for run in runs]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert not all(torch.equal(value, weights[2][name]) for name, value in weights[0].items())
@@ -678,7 +680,7 @@ def test_seed_decides_the_run(tmp_path):
 def test_the_epoch_is_the_main_samplers(tmp_path):
     # 8 prompts, batches of 4: two steps an epoch, however many prompts refilling drew
     reward = tiny.Remembering(tiny.LiveFor({4, 5, 6}))
-    trainer = trained(
+    trainer = tiny.trained(
         DAPOTrainer, tmp_path, reward, {"train_dataset": tiny.prompts(8)}, max_steps=-1, num_train_epochs=2
     )
     assert trainer.state.global_step == 4

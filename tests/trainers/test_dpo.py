@@ -1,13 +1,10 @@
 """
 DPO: TRL's, number for number, as long as no curriculum is given; its order; the errors; what is logged.
 
-Every case of parity trains twice from the same seed, on TRL's trainer and on ours, five optimizer steps of a real
+Every case of parity trains twice from the same seed, on TRL's trainer and on ours, three optimizer steps of a real
 `train()`.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +17,8 @@ import trl
 from distributed import dpo_worker
 from distributed.dpo_worker import pairs, recorded, settings
 from peft import LoraConfig, get_peft_model
-from upstream.test_parity import CLOCKS, Gradients, equal, module_calls
+from processes import run
+from runs import Gradients, equal, module_calls, without_clocks
 
 import trl_ext
 from trl_ext.curriculum.schedule import DifficultyCurriculum
@@ -124,13 +122,12 @@ def train(trainer_class: type, config_class: Any, case: Case, saved: str, direct
     gradients = Gradients()
     with module_calls() as calls:
         trainer = trainer_class(
-            args=config_class(**settings(directory, **case.settings)), callbacks=[gradients], **given
+            args=config_class(**settings(directory, max_steps=3, **case.settings)), callbacks=[gradients], **given
         )
         trainer.train()
-    logs = [{k: v for k, v in log.items() if not k.endswith(CLOCKS)} for log in trainer.state.log_history]
     return {
         "gradients": gradients.steps,
-        "logs": logs,
+        "logs": without_clocks(trainer.state.log_history),
         "weights": tiny.weights(trainer.model),
         "calls": calls,
         "files": {str(file.relative_to(directory)) for file in directory.rglob("*")},
@@ -138,24 +135,29 @@ def train(trainer_class: type, config_class: Any, case: Case, saved: str, direct
     }
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request):
-    return CASES[request.param]
-
-
-@pytest.fixture(scope="module")
-def theirs(case, saved, tmp_path_factory):
-    return train(trl.DPOTrainer, trl.DPOConfig, case, saved, tmp_path_factory.mktemp("run"))
-
-
-# Ours, and one of TRL's that ours takes over
-@pytest.mark.parametrize("config_class", [trl_ext.DPOConfig, trl.DPOConfig], ids=["ours", "trls"])
-def test_five_steps_are_trls(case, config_class, theirs, saved, tmp_path):
-    ours = train(trl_ext.DPOTrainer, config_class, case, saved, tmp_path)
+@pytest.mark.parametrize("name", CASES)
+def test_every_step_is_trls(name, saved, tmp_path):
+    theirs = train(trl.DPOTrainer, trl.DPOConfig, CASES[name], saved, tmp_path / "theirs")
+    ours = train(trl_ext.DPOTrainer, trl_ext.DPOConfig, CASES[name], saved, tmp_path / "ours")
     assert [name for name in theirs if not equal(ours[name], theirs[name])] == []
-    assert len(theirs["gradients"]) == 5
+    assert len(theirs["gradients"]) == 3
     assert all(any(gradient.any() for gradient in step.values()) for step in theirs["gradients"])
     assert all(name in log for log in ours["logs"] if "loss" in log for name in ("rewards/accuracies", "loss"))
+
+
+def test_a_configuration_of_trls_gives_the_same_steps(saved, tmp_path):
+    theirs = train(trl.DPOTrainer, trl.DPOConfig, CASES["full"], saved, tmp_path / "theirs")
+    ours = train(trl_ext.DPOTrainer, trl.DPOConfig, CASES["full"], saved, tmp_path / "ours")
+    assert [name for name in theirs if not equal(ours[name], theirs[name])] == []
+
+
+def test_a_configuration_of_trls_is_ours_from_the_same_arguments(tmp_path, subtests):
+    """Field for field, so that the steps that ours takes are those of a configuration that is taken over."""
+    for name, case in CASES.items():
+        with subtests.test(name):
+            arguments = settings(tmp_path, max_steps=3, **case.settings)
+            adopted = trl_ext.DPOConfig.adopt(trl.DPOConfig(**arguments))
+            assert adopted.to_dict() == trl_ext.DPOConfig(**arguments).to_dict()
 
 
 def test_the_comparison_sees_an_order(saved, tmp_path_factory):
@@ -280,12 +282,9 @@ def test_a_resumed_run_goes_on_in_the_order(step, schedule, tmp_path):
 
 @pytest.mark.distributed
 def test_two_processes_share_one_order_and_take_the_steps_of_one(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    for command in ([sys.executable], torchrun):
-        command = [*command, dpo_worker.__file__, str(tmp_path)]
-        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for command in ([dpo_worker.__file__, tmp_path], [*launch, dpo_worker.__file__, tmp_path]):
+        run(command)
     alone, first, second = (
         torch.load(tmp_path / f"dpo_{name}.pt", weights_only=False) for name in ("1_0", "2_0", "2_1")
     )

@@ -18,9 +18,7 @@ SETTINGS = {"num_generations": 4, "max_steps": 4, "seed": 5}
 
 
 def run(tmp_path: Any, reward: Any, arguments: dict | None = None, **settings: Any) -> Any:
-    trainer = tiny.trainer(tiny.recorded(DUPOTrainer), tmp_path, reward, arguments, **{**SETTINGS, **settings})
-    trainer.train()
-    return trainer
+    return tiny.trained(DUPOTrainer, tmp_path, reward, arguments, **{**SETTINGS, **settings})
 
 
 def mixed(trainer: Any) -> list[tuple[int, tiny.TrainedBatch]]:

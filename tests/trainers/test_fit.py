@@ -13,31 +13,15 @@ import pytest
 import tiny
 import torch
 import trl
-from datasets import Dataset
 from peft import LoraConfig
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, TrainerCallback
+from runs import Gradients, largest_relative_error
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import trl_ext
 from trl_ext.rollouts.micro_batches import SOURCE_ROW, SavedCompute
 
 
 TOLERANCE = 1e-5
-
-
-class Gradients(TrainerCallback):
-    """The gradient of each optimizer step, as one vector."""
-
-    def __init__(self) -> None:
-        self.steps: list[torch.Tensor] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-
-
-def ragged(count: int = 32) -> Dataset:
-    """Prompts of one to seven words."""
-    texts = [" ".join(tiny.WORDS[(i * 7 + j * 3) % 20] for j in range(1 + i % 7)) for i in range(count)]
-    return Dataset.from_dict({"prompt": texts, "target": [4 + i % 20 for i in range(count)]})
 
 
 def often_dead(completion_ids: list[list[int]], target: list[int], **kwargs: Any) -> list[float]:
@@ -139,7 +123,7 @@ CASES = {
     "misaligned_iterations": Case({"steps_per_generation": 6, "num_iterations": 2}),
     "short_windows": Case(
         {"steps_per_generation": 3, "max_steps": -1, "num_train_epochs": 2},
-        lambda tmp_path: {"train_dataset": ragged(8)},
+        lambda tmp_path: {"train_dataset": tiny.ragged(8)},
     ),
     "one_micro_batch": Case({"gradient_accumulation_steps": 1, "steps_per_generation": 2}, saves={"skip", "trim"}),
     "one_row": Case({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "steps_per_generation": 16}),
@@ -182,18 +166,14 @@ def run(
     gradients = Gradients()
     given = {
         "model": tiny.stopping(),
-        "train_dataset": ragged(),
+        "train_dataset": tiny.ragged(),
         "processing_class": tiny.tokenizer(),
         **case.arguments(tmp_path),
     }
     config = config_class(**tiny.cpu_settings(tmp_path, **settings))
     trainer = trainer_class(reward_funcs=often_dead, args=config, callbacks=[gradients], **given)
     trainer.train()
-    return trainer, gradients.steps
-
-
-def relative_errors(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> list[float]:
-    return [((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True)]
+    return trainer, gradients.vectors
 
 
 def used(saved: SavedCompute) -> set[str]:
@@ -214,7 +194,7 @@ def test_the_gradient_is_trls(pair):
     case, (trainer, theirs), (_, ours) = pair
     assert len(theirs) >= 3 and all(step.any() for step in theirs)
     assert case.shows is None or any(log.get(case.shows) for log in trainer.state.log_history)
-    assert max(relative_errors(ours, theirs)) <= TOLERANCE
+    assert largest_relative_error(ours, theirs) <= TOLERANCE
 
 
 def test_what_is_exact_is_saved_and_nothing_else(pair):
@@ -262,18 +242,20 @@ def test_no_forward_more_than_trls(tmp_path):
 
 
 def test_prompts_keep_their_padding_where_positions_are_absolute(tmp_path, caplog):
-    trainer, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["absolute_positions"], tmp_path)
+    trainer, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["absolute_positions"], tmp_path, max_steps=1)
     assert not trainer.exact_savings.trim_prompts
     assert "positions may be absolute" in caplog.text
 
 
 def test_a_trainer_says_what_it_cannot_save(tmp_path, caplog):
-    run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["kl"], tmp_path)
+    run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["kl"], tmp_path, max_steps=1)
     assert "beta" in caplog.text and "gradient" in caplog.text
 
 
 def test_switched_off_nothing_is_saved(tmp_path):
-    trainer, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["dapo"], tmp_path, fit_micro_batches=False)
+    trainer, _ = run(
+        trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["dapo"], tmp_path, fit_micro_batches=False, max_steps=1
+    )
     assert trainer.saved_compute == SavedCompute()
     assert all("compute/saved" not in log for log in trainer.state.log_history)
 
@@ -312,8 +294,8 @@ def test_metrics_over_all_rows_keep_their_meaning(name, tmp_path):
 
 def test_metrics_over_computed_rows_say_so(tmp_path):
     """The entropy of rows that are not computed is not known: `computed/entropy` is that of the others."""
-    skipping, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["vespo"], tmp_path / "skipping")
-    whole, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["kl"], tmp_path / "whole")
+    skipping, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["vespo"], tmp_path / "skipping", max_steps=1)
+    whole, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["kl"], tmp_path / "whole", max_steps=1)
     for log in tiny.history(skipping):
         assert {"computed/entropy", "computed/vespo/phi_seq_mean"} <= log.keys()
         assert not {"entropy", "vespo/phi_seq_mean"} & log.keys()
@@ -357,7 +339,7 @@ def test_copies_in_one_step_are_weights(tmp_path):
         )
         gradients.append(steps)
         trainers.append(trainer)
-    assert max(relative_errors(gradients[1], gradients[0])) <= TOLERANCE
+    assert largest_relative_error(gradients[1], gradients[0]) <= TOLERANCE
     assert trainers[1].saved_compute.merged_rows > 0
     assert any("computed/clip_ratio/region_mean" in log for log in tiny.history(trainers[1]))
 
@@ -370,7 +352,7 @@ def test_copies_are_weights_in_every_loss(loss_type, tmp_path):
         run(trl_ext.DUPOTrainer, trl_ext.DUPOConfig, case, tmp_path / str(fit), fit_micro_batches=fit)
         for fit in (False, True)
     ]
-    assert max(relative_errors(runs[1][1], runs[0][1])) <= TOLERANCE
+    assert largest_relative_error(runs[1][1], runs[0][1]) <= TOLERANCE
     assert runs[1][0].saved_compute.merged_rows > 0
 
 
@@ -380,7 +362,7 @@ def test_copies_are_computed_where_a_term_forbids_weights(tmp_path):
         run(trl_ext.DUPOTrainer, trl_ext.DUPOConfig, case, tmp_path / str(fit), fit_micro_batches=fit)
         for fit in (False, True)
     ]
-    assert max(relative_errors(runs[1][1], runs[0][1])) <= TOLERANCE
+    assert largest_relative_error(runs[1][1], runs[0][1]) <= TOLERANCE
     assert runs[1][0].saved_compute.merged_rows == 0
     assert any(SOURCE_ROW in batch for batch in runs[1][0]._buffered_inputs)
 
@@ -397,7 +379,7 @@ def test_a_step_without_advantages_leaves_the_weights(tmp_path):
             model=tiny.stopping(),
             reward_funcs=tiny.constant,
             args=config,
-            train_dataset=ragged(),
+            train_dataset=tiny.ragged(),
             processing_class=tiny.tokenizer(),
         )
         before = tiny.weights(trainer.model)

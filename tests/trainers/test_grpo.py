@@ -15,9 +15,7 @@ from trl_ext import DUPOTrainer, GRPOTrainer
 
 
 def trained(tmp_path: Any, reward: Any, arguments: dict | None = None, **settings: Any) -> Any:
-    trainer = tiny.trainer(tiny.recorded(GRPOTrainer), tmp_path, reward, arguments, **settings)
-    trainer.train()
-    return trainer
+    return tiny.trained(GRPOTrainer, tmp_path, reward, arguments, **settings)
 
 
 def rewards_at(reward: tiny.Remembering, step: int) -> list[float]:

@@ -71,9 +71,7 @@ def made_async(judge: Judge) -> Callable[..., Any]:
 
 def trained(trainer_class: type, directory: Path, reward: Any, arguments: Any = None, **settings: Any) -> Any:
     settings = {"max_steps": 2, "seed": 3, "log_completions": True, "num_completions_to_print": 1, **settings}
-    trainer = tiny.trainer(tiny.recorded(trainer_class), directory, reward, arguments, **settings)
-    trainer.train()
-    return trainer
+    return tiny.trained(trainer_class, directory, reward, arguments, **settings)
 
 
 def tables(trainer: Any) -> list[pandas.DataFrame]:

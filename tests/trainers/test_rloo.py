@@ -6,22 +6,12 @@ import pytest
 import tiny
 import torch
 import trl
-from transformers import TrainerCallback
+from runs import Gradients, relative_error
 
 import trl_ext
 
 
 ROWS, GROUP, LONGEST = 16, 4, 6
-
-
-class Gradients(TrainerCallback):
-    """The gradient of each optimizer step, as one vector."""
-
-    def __init__(self) -> None:
-        self.steps: list[torch.Tensor] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
 
 
 def run(trainer_class: Any, config_class: Any, tmp_path: Any, **settings: Any) -> tuple[Any, torch.Tensor]:
@@ -46,7 +36,7 @@ def run(trainer_class: Any, config_class: Any, tmp_path: Any, **settings: Any) -
         callbacks=[gradients],
     )
     trainer.train()
-    (call,), (gradient,) = reward.calls, gradients.steps
+    (call,), (gradient,) = reward.calls, gradients.vectors
     return call, gradient
 
 
@@ -60,10 +50,6 @@ def score_gradients(call: Any) -> torch.Tensor:
         logp = logits.log_softmax(dim=-1).gather(1, torch.tensor(ids).unsqueeze(1)).sum()
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(logp, list(model.parameters()))]))
     return torch.stack(rows)
-
-
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
@@ -130,4 +116,4 @@ def test_reinforce_with_a_baseline(tmp_path):
     advantages = torch.tensor(second.rewards) - baseline
     tokens = sum(map(len, second.completion_ids))
     formula = -(advantages.unsqueeze(1) * score_gradients(second)).sum(dim=0) / tokens
-    assert relative_error(gradients.steps[1], formula) <= 1e-5
+    assert relative_error(gradients.vectors[1], formula) <= 1e-5

@@ -151,9 +151,7 @@ def prompts() -> Dataset:
 def run(trainer_class: type, tmp_path: Any, reward: Any, arguments: dict[str, Any], **settings: Any) -> Any:
     given = {"model": model(), "processing_class": tokenizer(), "train_dataset": prompts(), **arguments}
     settings = {"num_generations": 4, "max_completion_length": 16, "max_steps": 3, "seed": 3, **settings}
-    trainer = tiny.trainer(tiny.recorded(trainer_class), tmp_path, reward, given, **settings)
-    trainer.train()
-    return trainer
+    return tiny.trained(trainer_class, tmp_path, reward, given, **settings)
 
 
 def last_word(completions: list[Any], target: list[int], **kwargs: Any) -> list[float]:

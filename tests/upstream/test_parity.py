@@ -1,14 +1,13 @@
 """
 With its features off (`fit_micro_batches` among them), a trainer of ours is TRL's, number for number.
 
-Every case trains twice from the same seed, on TRL's trainer and on ours, five optimizer steps of a real `train()`.
-Then nothing may differ: weights bit for bit, the gradients of each step (Adam hides a wrong constant, they don't),
-everything that was logged, every call of every module, what was generated, rewarded and kept for the table of
-completions, and the state of the random generator.
+Every case trains twice from the same seed, on TRL's trainer and on ours, by a real `train()`: two optimizer steps on
+one generation and one on the next, or more where a case needs them. Then nothing may differ: weights bit for bit, the
+gradients of each step (Adam hides a wrong constant, they don't), everything that was logged, every call of every
+module, what was generated, rewarded and kept for the table of completions, and the state of the random generator.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,10 @@ import tiny
 import torch
 import trl
 from peft import LoraConfig
-from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForSequenceClassification, TrainerCallback
+from runs import Gradients, equal, module_calls, without_clocks
+from transformers import PreTrainedTokenizerFast
 
 import trl_ext
-
-
-# What a clock decides
-CLOCKS = ("step_time", "_runtime", "_per_second")
 
 
 class Saved:
@@ -33,9 +28,7 @@ class Saved:
 
     def __init__(self, directory: Path) -> None:
         self.policy, self.judge = str(directory / "policy"), str(directory / "judge")
-        torch.manual_seed(1)
-        judge = Qwen2ForSequenceClassification(Qwen2Config(**tiny.qwen2().config.to_dict() | {"num_labels": 1}))
-        for model, path in ((tiny.stopping(), self.policy), (judge, self.judge)):
+        for model, path in ((tiny.stopping(), self.policy), (tiny.classifier(), self.judge)):
             model.save_pretrained(path)
 
 
@@ -181,33 +174,6 @@ class Run:
     random_state: torch.Tensor
 
 
-class Gradients(TrainerCallback):
-    """Keeps the gradients with which each optimizer step is taken."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, torch.Tensor]] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        named = model.named_parameters()
-        self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
-
-
-@contextmanager
-def module_calls() -> Iterator[list[tuple[Any, ...]]]:
-    """Every call of every module: policy, reference and reward models, adapters."""
-    calls: list[tuple[Any, ...]] = []
-
-    def note(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        shapes = [tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor)]
-        calls.append((type(module).__name__, shapes, module.training, torch.is_grad_enabled()))
-
-    handle = register_module_forward_pre_hook(note)
-    try:
-        yield calls
-    finally:
-        handle.remove()
-
-
 def remembering(reward: Any) -> Any:
     """Synchronous functions are asked through something that remembers; others are left alone."""
     if isinstance(reward, str) or reward is slowly:
@@ -233,7 +199,7 @@ def run(trainer_class: type, config: trl.GRPOConfig, rewards: list[Any], argumen
     return Run(
         weights=tiny.weights(trainer.model),
         gradients=gradients.steps,
-        logs=[{k: v for k, v in log.items() if not k.endswith(CLOCKS)} for log in trainer.state.log_history],
+        logs=without_clocks(trainer.state.log_history),
         calls=calls,
         rewarded=[
             (call.step, call.prompts, call.completions, call.completion_ids, call.rewards, sorted(call.columns))
@@ -247,17 +213,6 @@ def run(trainer_class: type, config: trl.GRPOConfig, rewards: list[Any], argumen
         files={str(file.relative_to(config.output_dir)) for file in Path(config.output_dir).rglob("*")},
         random_state=torch.get_rng_state(),
     )
-
-
-def equal(ours: Any, theirs: Any) -> bool:
-    """Bit for bit, with NaN equal to NaN."""
-    if isinstance(ours, torch.Tensor):
-        return isinstance(theirs, torch.Tensor) and torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(equal(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, list | tuple):
-        return len(ours) == len(theirs) and all(map(equal, ours, theirs))
-    return bool(ours == theirs) or (ours != ours and theirs != theirs)
 
 
 def differences(ours: Run, theirs: Run) -> list[str]:
@@ -354,10 +309,10 @@ CASES = {
     "adaptive_entropy": Case({"use_adaptive_entropy": True, "entropy_target": 3.0}, shows=logged("entropy_coef")),
     # What is generated when
     "one_step_a_generation": Case({"steps_per_generation": None}),
-    "several_iterations": Case({"num_iterations": 2}),
+    "several_iterations": Case({"num_iterations": 2, "max_steps": 5}),
     "generations_across_steps": Case({"steps_per_generation": 3}),
-    "generation_batch_size": Case({"steps_per_generation": None, "generation_batch_size": 48}),
-    "one_micro_batch_a_step": Case({"gradient_accumulation_steps": 1}),
+    "generation_batch_size": Case({"steps_per_generation": None, "generation_batch_size": 48, "max_steps": 4}),
+    "one_micro_batch_a_step": Case({"gradient_accumulation_steps": 1, "max_steps": 5}),
     "epochs": Case(
         {"max_steps": -1, "num_train_epochs": 3},
         lambda saved: {"train_dataset": tiny.prompts(8)},
@@ -377,7 +332,7 @@ CASES = {
     "gradient_checkpointing": Case({"gradient_checkpointing": True}),
     "sgd": Case({"optim": "sgd"}),
     "checkpoints": Case(
-        {"save_strategy": "steps", "save_steps": 2}, shows=lambda run: "checkpoint-4/model.safetensors" in run.files
+        {"save_strategy": "steps", "save_steps": 2}, shows=lambda run: "checkpoint-2/model.safetensors" in run.files
     ),
     # Models
     "absolute_positions": Case(arguments=lambda saved: {"model": tiny.gpt2()}),
@@ -443,7 +398,7 @@ CASES = {
     "evaluation": Case(
         {
             "eval_strategy": "steps",
-            "eval_steps": 2,
+            "eval_steps": 1,
             "num_generations_eval": 2,
             "per_device_eval_batch_size": 8,
         },
@@ -453,35 +408,31 @@ CASES = {
 }
 
 
-def train(trainer_class: type, config_class: type, case: Case, saved: Saved, directory: Path, **settings: Any) -> Run:
-    """Micro-batches of 8 completions in groups of 4, 2 to an optimizer step and 4 to a generation; 5 steps."""
-    settled = tiny.cpu_settings(directory, max_steps=5, steps_per_generation=4) | case.settings | settings
-    return run(trainer_class, config_class(**settled), case.rewards(saved), case.arguments(saved))
+def settings_of(case: Case, directory: Path) -> dict[str, Any]:
+    """Micro-batches of 8 completions in groups of 4, 2 to an optimizer step and 4 to a generation; 3 steps."""
+    return tiny.cpu_settings(directory, max_steps=3, steps_per_generation=4) | case.settings
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request):
-    return CASES[request.param]
+def train(trainer_class: type, config_class: Any, case: Case, saved: Saved, directory: Path, **settings: Any) -> Run:
+    config = config_class(**settings_of(case, directory) | settings)
+    return run(trainer_class, config, case.rewards(saved), case.arguments(saved))
 
 
-@pytest.fixture(scope="module")
-def theirs(case, saved, tmp_path_factory):
-    return train(trl.GRPOTrainer, trl.GRPOConfig, case, saved, tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def ours(case, saved, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("run")
-    return train(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, case, saved, directory, fit_micro_batches=False)
-
-
-def test_there_is_something_to_compare(case, theirs):
-    assert len(theirs.gradients) >= 5
+def trls(case: Case, saved: Saved, directory: Path, **settings: Any) -> Run:
+    """TRL's run, which has in it what the case is there for."""
+    theirs = train(trl.GRPOTrainer, trl.GRPOConfig, case, saved, directory, **settings)
+    assert len(theirs.gradients) >= 3
     assert all(any(gradient.any() for gradient in step.values()) for step in theirs.gradients)
     assert case.shows(theirs)
+    return theirs
 
 
-def test_five_steps_are_trls(case, theirs, ours):
+@pytest.mark.parametrize("name", CASES)
+def test_every_step_is_trls(name, saved, tmp_path):
+    theirs = trls(CASES[name], saved, tmp_path / "theirs")
+    ours = train(
+        trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES[name], saved, tmp_path / "ours", fit_micro_batches=False
+    )
     assert_same(ours, theirs)
 
 
@@ -491,9 +442,19 @@ def adopted(**settings: Any) -> trl_ext.GRPOConfig:
     return config
 
 
-def test_a_configuration_of_trls_gives_the_same_five_steps(case, theirs, saved, tmp_path):
-    taken_over = train(trl_ext.GRPOTrainer, adopted, case, saved, tmp_path)
-    assert_same(taken_over, theirs)
+def test_a_configuration_of_trls_gives_the_same_steps(saved, tmp_path):
+    case = CASES["grpo"]
+    taken_over = train(trl_ext.GRPOTrainer, adopted, case, saved, tmp_path / "ours")
+    assert_same(taken_over, trls(case, saved, tmp_path / "theirs"))
+
+
+def test_a_configuration_of_trls_is_ours_from_the_same_arguments(tmp_path, subtests):
+    """Field for field, so that the steps that ours takes are those of a configuration that is taken over."""
+    for name, case in CASES.items():
+        with subtests.test(name):
+            settings = settings_of(case, tmp_path)
+            ours = trl_ext.GRPOConfig(**settings, fit_micro_batches=False)
+            assert adopted(**settings).to_dict() == ours.to_dict()
 
 
 PRESETS = {
@@ -504,28 +465,26 @@ PRESETS = {
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_method_without_its_features_is_trls(preset, saved, tmp_path_factory):
+def test_a_method_without_its_features_is_trls(preset, saved, tmp_path):
     trainer_class, said_to_trl = PRESETS[preset]
     case = Case({"learning_rate": 1e-2, "warmup_steps": 0, "lr_scheduler_type": "linear"})
     off = {"rollout_selection": "all", "token_normalization": "generation_batch", "soft_punish_cache": 0}
     off["fit_micro_batches"] = False
-    directories = tmp_path_factory.mktemp("theirs"), tmp_path_factory.mktemp("ours")
-    theirs = train(trl.GRPOTrainer, trl.GRPOConfig, case, saved, directories[0], **said_to_trl)
-    ours = train(trainer_class, trainer_class.config_class, case, saved, directories[1], **off)
+    theirs = trls(case, saved, tmp_path / "theirs", **said_to_trl)
+    ours = train(trainer_class, trainer_class.config_class, case, saved, tmp_path / "ours", **off)
     assert_same(ours, theirs)
 
 
-def test_the_comparison_sees_a_feature_that_is_on(saved, tmp_path_factory):
+def test_the_comparison_sees_a_feature_that_is_on(saved, tmp_path):
     """Leave-one-out advantages are the group's times G/(G−1), unscaled: Adam alone would hardly show it."""
     case = Case({"optim": "adamw_torch", "scale_rewards": "none"})
-    directories = tmp_path_factory.mktemp("theirs"), tmp_path_factory.mktemp("ours")
-    theirs = train(trl.GRPOTrainer, trl.GRPOConfig, case, saved, directories[0])
+    theirs = trls(case, saved, tmp_path / "theirs")
     ours = train(
         trl_ext.GRPOTrainer,
         trl_ext.GRPOConfig,
         case,
         saved,
-        directories[1],
+        tmp_path / "ours",
         advantage_estimator="leave_one_out",
         fit_micro_batches=False,
     )

@@ -1,0 +1,91 @@
+"""
+Everything of the public API that is constructed, constructed in a process of its own in which Accelerate has no state
+yet, as in a user's script. Under pytest an earlier test has made that state, without which Accelerate's logger raises.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+from processes import run
+
+import trl_ext
+
+
+PRELUDE = """
+import accelerate, tiny, trl_ext
+from trl_ext import *
+
+def config(kind, **settings):
+    return kind(output_dir="out", use_cpu=True, bf16=False, **settings)
+
+assert accelerate.PartialState._shared_state == {}, "there is a state already"
+"""
+CASES = {
+    "GRPOConfig": "config(GRPOConfig)",
+    "DAPOConfig": "config(DAPOConfig)",
+    "DUPOConfig": "config(DUPOConfig)",
+    "GSPOConfig": "config(GSPOConfig)",
+    "PPOConfig": "config(PPOConfig)",
+    "DPOConfig": "config(DPOConfig)",
+    # What these have to say is logged where a configuration is made
+    "GRPOConfig with TRL's clip": 'config(GRPOConfig, importance_sampling_level="sequence")',
+    "PPOConfig with a name of TRL 1.12": "config(PPOConfig, num_ppo_epochs=2)",
+    "PPOConfig with what TRL 1.12 took for a script": 'config(PPOConfig, sft_model_path="m", reward_model_path="r")',
+    "GRPOTrainer": "tiny.trainer(GRPOTrainer, 'out')",
+    "DAPOTrainer": "tiny.trainer(DAPOTrainer, 'out', soft_punish_cache=2)",
+    "DUPOTrainer": "tiny.trainer(DUPOTrainer, 'out')",
+    "GSPOTrainer": "tiny.trainer(GSPOTrainer, 'out')",
+    "GSPOTrainer by token": "tiny.trainer(GSPOTrainer, 'out', importance_sampling_level='sequence_token')",
+    "PPOTrainer": "tiny.trainer(PPOTrainer, 'out')",
+    "PPOTrainer with a value model": "tiny.trainer(PPOTrainer, 'out', arguments={'value_model': tiny.classifier()})",
+    "DPOTrainer": """
+from distributed.dpo_worker import recorded, pairs
+recorded("out", pairs(hard=list(range(16))), DifficultyCurriculum("easy_to_hard", "hard"))
+""",
+    "DPOThenPPO": """
+from pipelines.dpo_then_ppo_worker import schedule
+schedule("out")
+""",
+    "DifficultyCurriculum": """
+curriculum = DifficultyCurriculum("mixed", start_completion_length=2)
+tiny.trainer(GRPOTrainer, "out", arguments={"curriculum": curriculum})
+""",
+    "HealthChecks": "HealthChecks(stop=True)",
+    "WasteCallback": """
+import trl
+arguments = {"train_dataset": tiny.prompts(), "processing_class": tiny.tokenizer()}
+args = trl.GRPOConfig(**tiny.cpu_settings("out"))
+WasteCallback(trl.GRPOTrainer(tiny.stopping(), tiny.low_ids, args=args, **arguments))
+""",
+    "ObjectiveSchedule": "ObjectiveSchedule([(0.0, 1.0), (1.0, 0.0)])",
+    "RewardConstraint": "RewardConstraint('low_ids', floor=0.5, learning_rate=0.1)",
+    "RewardObjectives": """
+objectives = RewardObjectives({"low_ids": ObjectiveSchedule([(0.0, 1.0), (1.0, 0.0)])})
+objectives.attach(tiny.trainer(GRPOTrainer, "out", [tiny.low_ids, tiny.hashed]))
+""",
+    "ImplicitReward": "ImplicitReward(tiny.qwen2(), tiny.qwen2(1), 0.1, tiny.tokenizer())",
+}
+# Functions, which get a trainer or a model that is there, and errors
+NOT_CONSTRUCTED = {"load_critic", "make_pairs", "verify", "NonFiniteLossError", "RewardFunctionError"}
+
+
+def test_nothing_of_the_public_api_is_left_out():
+    constructed = {re.split(r"\W", name)[0] for name in CASES}
+    assert constructed | NOT_CONSTRUCTED == set(trl_ext.__all__)
+    assert not constructed & NOT_CONSTRUCTED
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_constructed_where_accelerate_has_no_state(name: str, tmp_path: Path) -> None:
+    run(["-c", PRELUDE + CASES[name]], cwd=tmp_path)
+
+
+def test_the_process_has_no_state_but_its_own(tmp_path: Path) -> None:
+    """What the tests above rely on: a state that one process makes is in no other."""
+    assert tiny.trainer(trl_ext.GRPOTrainer, tmp_path).accelerator.num_processes == 1
+    for _ in range(2):
+        run(["-c", PRELUDE + "accelerate.PartialState(cpu=True); assert accelerate.PartialState._shared_state"])
+    with pytest.raises(AssertionError, match="there is a state already"):
+        run(["-c", "import accelerate; accelerate.PartialState(cpu=True)\n" + PRELUDE])
