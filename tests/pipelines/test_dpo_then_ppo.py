@@ -2,7 +2,6 @@
 DPO, then PPO: one model, one adapter that is handed on, and a run that nothing can keep from its end.
 """
 
-import gc
 import json
 import os
 import random
@@ -13,70 +12,24 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from peft import get_peft_model, load_peft_weights
-from pipelines.dpo_then_ppo_worker import dpo_args, lora, pairs, policy_settings, prompts, schedule
+from peft import get_peft_model
+from pipelines.dpo_then_ppo_worker import dpo_args, lora, policy_settings, prompts, schedule
+from pipelines.runs import Looks, adapter, adapter_of, same, short
 from safetensors.torch import load_file
-from torch import nn
-from transformers import BitsAndBytesConfig, TrainerCallback
 
-import trl_ext
 from trl_ext import DAPOConfig, DAPOTrainer, DUPOConfig, DUPOTrainer, GSPOConfig, GSPOTrainer, PPOConfig
 from trl_ext.curriculum.schedule import DifficultyCurriculum
-from trl_ext.pipelines.dpo_then_ppo import DPOThenPPO
-from trl_ext.pipelines.stages import whole_checkpoint
-from trl_ext.pipelines.training import StageStoppedError, StaysAbove
-from trl_ext.preferences.cleaning import CleaningReport, clean_by_margin
-from trl_ext.preferences.pairs import NoPairsError
+from trl_ext.preferences.cleaning import clean_by_margin
 from trl_ext.rewards.implicit import IMPLICIT_REWARD
-from trl_ext.roles.trunk import load_adapter, save_adapter, sharing_weights, storages
+from trl_ext.roles.trunk import load_adapter
 
 
 WORKER = Path(__file__).with_name("dpo_then_ppo_worker.py")
-
-
-def adapter(folder: Any) -> dict[str, torch.Tensor]:
-    # Copies, because what is read is the file itself, which may be written anew
-    return {name: weight.clone() for name, weight in load_peft_weights(str(folder), device="cpu").items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(weight, other[name]) for name, weight in one.items())
-
-
-class Looks:
-    """What `prepare` is called with: the stage, and what `look` says of its trainer."""
-
-    def __init__(self, look: Any) -> None:
-        self.look, self.seen = look, {}
-
-    def __call__(self, stage: str, trainer: Any) -> None:
-        self.seen[stage] = self.look(trainer)
-
-
-def adapter_of(trainer: Any, name: str = "default") -> dict[str, torch.Tensor] | None:
-    if name not in trainer.model.peft_config:
-        return None
-    weights = trainer.model.state_dict().items()
-    return {key.replace(f".{name}.", "."): weight.clone() for key, weight in weights if f".{name}." in key}
-
-
-def short(output_dir: Any, **overrides: Any) -> DPOThenPPO:
-    """Given pairs, two steps a stage, nothing measured."""
-    settings: dict[str, Any] = {
-        "pairs": pairs(),
-        "reward_funcs": tiny.low_ids,
-        "dpo_args": dpo_args(max_steps=2),
-        "policy_args": PPOConfig(**policy_settings(max_steps=2)),
-        "held_out": None,
-        **overrides,
-    }
-    return schedule(output_dir, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -186,18 +139,6 @@ class TestRun:
         for _ in range(2):
             short(tmp_path, peft_config=config, dpo_args=dpo_args(max_steps=1)).train()
 
-    def test_settings_are_the_same_in_every_process(self, tmp_path: Path) -> None:
-        """Among them sets of names, in an order that Python draws anew for every process."""
-        code = (
-            "import sys; sys.path[:0] = sys.argv[1:3]\n"
-            "from pipelines.dpo_then_ppo_worker import lora, schedule\n"
-            "names = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj', 'gate_proj']\n"
-            "schedule(sys.argv[3], peft_config=lora(target_modules=names)).file.save()\n"
-        )
-        for seed in ("1", "2"):
-            command = [sys.executable, "-c", code, str(WORKER.parents[1]), str(WORKER.parent), str(tmp_path)]
-            subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed})
-
 
 class TestHandingOn:
     def test_the_second_stage_starts_from_dpos_adapter(self, tmp_path: Path) -> None:
@@ -274,26 +215,6 @@ class TestHandingOn:
         assert [stage.name for stage in run.stages] == ["pairs", "dpo", trainer._name.lower()]
         assert not same(adapter(tmp_path), adapter(tmp_path / "round_1/dpo"))
 
-    def test_a_stage_doesnt_depend_on_what_ran_before(self, tmp_path: Path) -> None:
-        """Not even where a trainer draws before it sets its seed, as a value model without a head does."""
-
-        class Drawing:
-            accelerator = SimpleNamespace(device="cpu")
-
-            def __init__(self, model: Any) -> None:
-                self.model, self.drawn = nn.Identity(), torch.rand(3).tolist()
-
-        run, drawn = short(tmp_path), []
-        for before in (1, 2):
-            torch.manual_seed(before)
-            drawn.append(run._policy.trainer(Drawing, seed=7).drawn)
-        assert drawn[0] == drawn[1]
-        # Nor on the type that generation, or an engine, left the weights in
-        found = {name: weight.clone() for name, weight in run.policy.named_parameters() if "lora" in name}
-        run.policy.to(torch.bfloat16)
-        run._policy.trainer(Drawing, seed=7)
-        assert same(found, {name: weight for name, weight in run.policy.named_parameters() if "lora" in name})
-
     def test_a_critic_goes_on_in_the_next_round(self, tmp_path: Path) -> None:
         found: list[Any] = []
 
@@ -311,318 +232,8 @@ class TestHandingOn:
         short(tmp_path, policy_kwargs={"curriculum": curriculum}, prepare=looks).train()
         assert looks.seen["ppo"].state_dict()["seen"] and not curriculum.state_dict()["seen"]
 
-    def test_a_quantized_base(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        # Where a CPU has the instructions, bitsandbytes 0.50 packs weights in evaluation and can't train on them then
-        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-        tiny.stopping().save_pretrained(tmp_path / "base")
-        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-        run = short(
-            tmp_path,
-            model=str(tmp_path / "base"),
-            model_init_kwargs={"quantization_config": quantized},
-        )
-        base = {name: weight.clone() for name, weight in run.policy.named_parameters() if not weight.requires_grad}
-        assert "Params4bit" in {type(weight).__name__ for weight in run.policy.parameters()}
-        run.train()
-        assert all(torch.equal(base[name], weight) for name, weight in run.policy.named_parameters() if name in base)
-        adapters = [adapter(tmp_path / folder) for folder in ("start", "round_1/dpo", "round_1/ppo")]
-        assert not same(adapters[0], adapters[1]) and not same(adapters[1], adapters[2])
-
-
-class TestOneTrunk:
-    def test_the_switch_holds_one_base(self, tmp_path: Path) -> None:
-        """Every parameter that is alive while a stage begins: base and adapter once, and what the stage adds."""
-        model = tiny.stopping()
-        base = sum(storages(model.parameters()).values())
-        sizes: dict[str, dict[str, int]] = {}
-
-        def look(stage: str, trainer: Any) -> None:
-            gc.collect()
-            own = storages(p for name, p in trainer.model.named_parameters() if "lora" not in name)
-            lora_ = storages(p for name, p in trainer.model.named_parameters() if "lora" in name)
-            alive = [o for o in gc.get_objects() if isinstance(o, nn.Parameter)]
-            like_base = [p for p in alive if p.shape == model.get_input_embeddings().weight.shape]
-            sizes[stage] = {"own": sum(own.values()), "embeddings": len(storages(like_base)), "lora": len(lora_)}
-
-        gc.collect()
-        before = len(storages(o for o in gc.get_objects() if isinstance(o, nn.Parameter) and o.shape == (24, 16)))
-        short(tmp_path, model=model, prepare=look, policy_args=PPOConfig(**policy_settings(max_steps=1))).train()
-        critic = 16 * 4 + 4  # a linear head on 16 hidden units, in float32
-        assert sizes["dpo"]["own"] == base
-        assert sizes["ppo"]["own"] == base + critic
-        assert sizes["dpo"]["embeddings"] == sizes["ppo"]["embeddings"] == before
-        assert sizes["dpo"]["lora"] == 2 * sizes["ppo"]["lora"]  # DPO's reference, gone with it
-
-    def test_modules_of_its_own_around_the_same_weights(self) -> None:
-        model = get_peft_model(tiny.qwen2(), lora())
-        copied = sharing_weights(model)
-        assert all(a is b for a, b in zip(model.parameters(), copied.parameters(), strict=True))
-        copied.add_adapter("ref", copied.peft_config["default"])
-        copied.get_base_model().forward = None
-        assert list(model.peft_config) == ["default"] and "forward" not in model.get_base_model().__dict__
-
-    def test_an_adapter_of_another_shape_is_refused(self, tmp_path: Path) -> None:
-        save_adapter(get_peft_model(tiny.qwen2(), lora(target_modules=["q_proj"])), tmp_path)
-        with pytest.raises(ValueError, match=r"not of this shape: .* missing"):
-            load_adapter(get_peft_model(tiny.qwen2(), lora()), tmp_path)
-
-
-class TestWhenDPOEnds:
-    def test_above_the_threshold_for_so_many_logs(self, tmp_path: Path) -> None:
-        run = short(tmp_path, dpo_args=dpo_args(max_steps=30, learning_rate=5e-2), accuracy_logs=4)
-        run.train()
-        accuracies = [e["rewards/accuracies"] for e in run.stages[1].log_history if "rewards/accuracies" in e]
-        assert run.stages[1].steps == len(accuracies) < 30
-        assert min(accuracies[-4:]) > 0.75
-        # Not a log later than it could
-        assert not any(min(accuracies[i : i + 4]) > 0.75 for i in range(len(accuracies) - 4))
-
-    def test_held_out_pairs_decide_where_there_are_some(self, tmp_path: Path) -> None:
-        args = dpo_args(max_steps=30, learning_rate=5e-2, eval_strategy="steps", eval_steps=3)
-        run = short(tmp_path, dpo_args=args, eval_pairs=pairs(8), accuracy_logs=2)
-        run.train()
-        accuracies = [
-            e["eval_rewards/accuracies"] for e in run.stages[1].log_history if "eval_rewards/accuracies" in e
-        ]
-        assert run.stages[1].steps == 3 * len(accuracies) < 30 and min(accuracies[-2:]) > 0.75
-
-    def test_until_they_are_evaluated_nothing_decides(self, tmp_path: Path) -> None:
-        """Training accuracy is above the threshold at once, and says nothing of held-out pairs."""
-        args = dpo_args(max_steps=30, learning_rate=5e-2, eval_strategy="steps", eval_steps=12)
-        run = short(tmp_path, dpo_args=args, eval_pairs=pairs(8), accuracy_logs=1)
-        run.train()
-        assert run.stages[1].steps == 12
-        trained = [e["rewards/accuracies"] for e in run.stages[1].log_history if "rewards/accuracies" in e]
-        assert max(trained[:10]) > 0.75
-
-    def test_a_rule_without_enough_logs_says_so(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-        short(tmp_path, accuracy_logs=5).train()
-        assert "asks for 5 logs of rewards/accuracies, and there were 2" in capsys.readouterr().out
-
-    def test_none_runs_to_the_last_step(self, tmp_path: Path) -> None:
-        run = short(
-            tmp_path, accuracy_threshold=None, accuracy_logs=1, dpo_args=dpo_args(max_steps=5, learning_rate=5e-2)
-        )
-        run.train()
-        assert run.stages[1].steps == 5
-
-    def test_killed_after_the_log_that_ended_it(self, tmp_path: Path) -> None:
-        """The last checkpoint is the stage's end already: not a step more, and the same weights."""
-        args = {"dpo_args": dpo_args(max_steps=30, learning_rate=5e-2, save_steps=1), "accuracy_logs": 4}
-        run = short(tmp_path, **args)
-        run.train()
-        steps, result = run.stages[1].steps, adapter(tmp_path)
-        # As it was before the stage was called finished
-        file = json.loads((tmp_path / "stages.json").read_text())
-        file["stages"] = file["stages"][:1]
-        (tmp_path / "stages.json").write_text(json.dumps(file))
-        again = short(tmp_path, **args)
-        again.train()
-        assert again.stages[1].steps == steps
-        assert same(adapter(tmp_path), result)
-        assert again.stages[-1].generated_tokens == run.stages[-1].generated_tokens > 0
-        assert not list((tmp_path / "round_1/ppo").glob("optimizer*"))
-
-    @pytest.mark.parametrize("stops", ["dpo", "ppo"])
-    def test_stopped_by_someone_else(self, tmp_path: Path, stops: str) -> None:
-        """A stage that a callback ends, with a checkpoint, isn't finished; the same call goes on from there."""
-
-        class Stop(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                control.should_save = control.should_training_stop = state.global_step == 3
-
-        def stop(stage: str, trainer: Any) -> None:
-            if stage == stops:
-                trainer.add_callback(Stop())
-
-        args = {"dpo_args": dpo_args(), "policy_args": PPOConfig(**policy_settings()), "accuracy_threshold": None}
-        run = short(tmp_path, prepare=stop, **args)
-        with pytest.raises(StageStoppedError, match=f"{stops} was stopped at step 3 of 6"):
-            run.train()
-        assert stops not in [stage.name for stage in run.stages]
-        again = short(tmp_path, **args)
-        again.train()
-        assert [stage.steps for stage in again.stages] == [0, 6, 6]
-        never = short(tmp_path / "never", **args)
-        never.train()
-        assert same(adapter(tmp_path), adapter(tmp_path / "never"))
-
-    def test_the_rule_reads_the_log_of_a_resumed_run(self) -> None:
-        rule = StaysAbove(0.75, 2)
-
-        class State:
-            max_steps = 10
-            log_history = [{"rewards/accuracies": a, "step": i} for i, a in enumerate((0.9, 0.7, 0.8, 0.8))]
-
-        assert rule.reached(State()) and rule.reached(State())
-        State.log_history = State.log_history[:3]
-        assert not rule.reached(State())
-
-
-class TestPairs:
-    def test_cleaned_before_dpo(self, tmp_path: Path) -> None:
-        seen = []
-
-        def clean(given: Any) -> Any:
-            seen.append(len(given))
-            return given.select(range(10)), CleaningReport("by hand", ("kept",) * 10, ("",) * 10)
-
-        looks = Looks(lambda trainer: len(trainer.train_dataset))
-        short(tmp_path, clean=clean, prepare=looks).train()
-        assert seen == [24] and looks.seen["dpo"] == 10
-        assert "by hand" in (tmp_path / "round_1/pairs/cleaning.txt").read_text()
-
-    @pytest.mark.parametrize(
-        ("clean", "error", "message"),
-        [
-            (lambda given: (given.select([]), "nothing was good"), ValueError, "left none of 24 pairs:\nnothing was"),
-            (lambda given: given, TypeError, "clean returned a Dataset. Let it return the pairs and a report"),
-        ],
-    )
-    def test_what_clean_may_not_return(self, tmp_path: Path, clean: Any, error: type[Exception], message: str) -> None:
-        with pytest.raises(error, match=message):
-            short(tmp_path, clean=clean).train()
-        short(tmp_path).train()  # nothing was finished
-
-    def test_the_order_of_pairs(self, tmp_path: Path) -> None:
-        curriculum = DifficultyCurriculum("easy_to_hard", column="-score_margin")
-        looks = Looks(lambda trainer: trainer.chooser)
-        short(tmp_path, pairs=None, dpo_kwargs={"curriculum": curriculum}, prepare=looks).train()
-        assert repr(looks.seen["dpo"]) == repr(curriculum) and looks.seen["dpo"] is not curriculum
-        assert looks.seen["ppo"] is None
-        with pytest.raises(ValueError, match=r"dpo_kwargs was .*easy_to_hard"):
-            short(tmp_path, pairs=None)
-
-    def test_a_round_without_pairs_leaves_the_one_before(self, tmp_path: Path) -> None:
-        with pytest.raises(NoPairsError) as caught:
-            short(tmp_path, reward_funcs=tiny.constant, rounds=2).train()
-        assert f"Round 1 is complete, in {tmp_path}; rounds=1 ends there." in caught.value.__notes__
-        assert same(adapter(tmp_path), adapter(tmp_path / "round_1/ppo"))
-        assert len(short(tmp_path, reward_funcs=tiny.constant, rounds=1).train()) == 3
-
-    def test_cross_fitted_on_the_same_trunk(self, tmp_path: Path) -> None:
-        """By scorers with DPO's own settings, which are neither evaluated nor saved; the policy stays as it was."""
-        args = dpo_args(max_steps=2, eval_strategy="steps", eval_steps=1, eval_on_start=True)
-        looks = Looks(adapter_of)
-        run = short(
-            tmp_path, pairs=pairs(60), eval_pairs=pairs(8), dpo_args=args, clean="cross_fitting", prepare=looks
-        )
-        run.train()
-        assert "60 pairs, by cross-fitting in 5 folds" in (tmp_path / "round_1/pairs/cleaning.txt").read_text()
-        assert same(looks.seen["dpo"], adapter(tmp_path / "start"))
-
-    def test_reward_weights_of_those_that_judge(self, tmp_path: Path) -> None:
-        """The implicit reward is left out of the rewards that judge pairs, and so is its weight."""
-        run = schedule(
-            tmp_path,
-            reward_funcs=[IMPLICIT_REWARD, tiny.low_ids, tiny.first_token_even],
-            policy_args=PPOConfig(
-                **policy_settings(
-                    reward_weights=[0.5, 1.0, 3.0], outcome_reward_funcs=[IMPLICIT_REWARD, "first_token_even"]
-                )
-            ),
-        )
-        sampler = run._sampler(tmp_path)
-        assert sampler.args.outcome_reward_funcs == ["first_token_even"]
-        assert sampler.reward_func_names == ["low_ids", "first_token_even"]
-        assert sampler.reward_weights.tolist() == [1.0, 3.0]
-        assert run.policy_args.reward_weights == [0.5, 1.0, 3.0]
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("overrides", "message"),
-        [
-            ({"peft_config": None}, "peft_config` is missing"),
-            ({"reference": "start"}, "reference='start' is unknown"),
-            ({"rounds": 0}, "rounds=0"),
-            ({"accuracy_threshold": 1.5}, "accuracy_threshold=1.5"),
-            ({"accuracy_logs": 0}, "accuracy_logs=0"),
-            ({"reward_funcs": IMPLICIT_REWARD, "pairs": None}, "can't judge those it learns from"),
-            ({"reward_funcs": IMPLICIT_REWARD, "rounds": 2}, "can't judge those it learns from"),
-            ({"pairs": prompts()}, r"pairs lacks the columns \['chosen', 'rejected'\]"),
-            ({"train_dataset": pairs().remove_columns("prompt")}, "train_dataset lacks"),
-            ({"train_dataset": iter([])}, "train_dataset is a"),
-            (
-                {"dpo_args": dpo_args(eval_strategy="steps", eval_steps=1)},
-                "eval_strategy of dpo_args needs eval_pairs",
-            ),
-            ({"policy_args": PPOConfig(**policy_settings(reward_weights=[1.0, 2.0]))}, "2 numbers for 1 rewards"),
-            ({"dpo_args": dpo_args(save_only_model=True)}, "save_only_model of dpo_args"),
-            ({"clean": "cross_fitting", "pairs": pairs().remove_columns("prompt")}, r"pairs lacks .* \['prompt'\]"),
-            ({"clean": "well"}, "clean='well' is unknown"),
-            ({"clean": "cross_fitting"}, "from 50 pairs on"),
-            ({"pairs": pairs().select([])}, "pairs has no rows"),
-            ({"eval_pairs": pairs()}, "dpo_args never evaluates"),
-            ({"dpo_args": dpo_args(logging_strategy="no")}, "logging_strategy of dpo_args is 'no'"),
-            ({"pair_settings": {"num_generation": 4}}, r"pair_settings has \['num_generation'\]"),
-            ({"reward_funcs": IMPLICIT_REWARD, "held_out": prompts()}, "nor the policy at the start"),
-            (
-                {"policy_args": PPOConfig(**policy_settings(eval_strategy="steps", eval_steps=1))},
-                "eval_strategy of policy_args needs an eval_dataset",
-            ),
-            (
-                {"policy_args": PPOConfig(**policy_settings(sync_ref_model=True))},
-                "sync_ref_model refreshes a copy of the adapter",
-            ),
-        ],
-    )
-    def test_before_a_model_is_loaded(self, tmp_path: Path, overrides: Any, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            short(tmp_path, **{"model": "no/such/model", **overrides})
-        assert not (tmp_path / "start").exists()
-
-    def test_a_model_with_an_adapter_and_a_peft_config(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"already has an adapter\. Pass one of them"):
-            short(tmp_path, model=get_peft_model(tiny.qwen2(), lora()))
-
-    def test_an_adapter_that_cant_be_trained(self, tmp_path: Path) -> None:
-        model = get_peft_model(tiny.qwen2(), lora())
-        for weight in model.parameters():
-            weight.requires_grad_(False)
-        with pytest.raises(ValueError, match="is_trainable=True"):
-            short(tmp_path, model=model, peft_config=None)
-
-    @pytest.mark.parametrize(
-        ("overrides", "error", "message"),
-        [
-            ({"policy_kwargs": {"curriculums": 1}}, TypeError, "curriculums"),
-            ({"policy_kwargs": {"curriculum": "frontier"}}, TypeError, "curriculum='frontier' is no object"),
-            ({"train_dataset": prompts(1)}, ValueError, "train_dataset has 1 prompts, fewer than the 4"),
-        ],
-    )
-    def test_what_stage_two_cant_work_with_is_told_before_dpo(
-        self, tmp_path: Path, overrides: Any, error: type[Exception], message: str
-    ) -> None:
-        with pytest.raises(error, match=message):
-            short(tmp_path, **overrides).train()
-        assert not (tmp_path / "round_1/dpo").exists()
-        short(tmp_path).train()  # the corrected call
-
-    @pytest.mark.parametrize(
-        "overrides",
-        [
-            {"policy_trainer": trl_ext.DPOTrainer},
-            {"policy_trainer": "ppo"},
-            {"policy_args": dpo_args()},
-            {"dpo_args": PPOConfig(**policy_settings())},
-        ],
-    )
-    def test_of_another_kind(self, tmp_path: Path, overrides: Any) -> None:
-        with pytest.raises(TypeError):
-            short(tmp_path, **overrides)
-
 
 class TestKilled:
-    def test_a_checkpoint_that_was_being_written_is_removed(self, tmp_path: Path) -> None:
-        for step, state in ((2, '{"global_step": 2}'), (4, '{"global_st'), (6, None)):
-            (tmp_path / f"checkpoint-{step}").mkdir()
-            if state is not None:
-                (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(state)
-        assert whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-        assert whole_checkpoint(tmp_path / "nothing") is None
-
     @pytest.mark.distributed
     def test_in_every_stage(self, whole: Path, tmp_path: Path) -> None:
         """

@@ -29,7 +29,7 @@ REFERENCES = (BASE, DPO_POLICY)
 OWN_PAIR_SETTINGS = {"trainer", "dataset", "partial_results", "on_progress"}
 
 
-def check(run: "DPOThenPPO") -> None:
+def check_arguments(run: "DPOThenPPO") -> None:
     """Raises an error for arguments that can't work, alone or together."""
     _check_policy(run)
     _check_schedule(run)

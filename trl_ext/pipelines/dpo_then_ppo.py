@@ -35,7 +35,7 @@ from ..trainers.dpo import DPOConfig, DPOTrainer
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.ppo import PPOTrainer
 from ..trainers.seams.names import method_name
-from .checks import BASE, check
+from .checks import BASE, check_arguments
 from .pairing import Clean, clean_pairs, cross_fitting, read_pairs, sample_pairs, without_implicit_reward, write_pairs
 from .settings import described, fingerprint, settings_of
 from .shared_policy import SharedPolicy, release
@@ -193,7 +193,7 @@ class DPOThenPPO:
         self.prepare = prepare
         self.output_dir = Path(output_dir)
         self.method = method_name(policy_trainer).lower()
-        check(self)
+        check_arguments(self)
         start = self.output_dir / START
         self._policy = SharedPolicy(
             model, self.peft_config, self.model_init_kwargs, self.dpo_args.seed, start, self._latest_adapter
@@ -362,16 +362,16 @@ class DPOThenPPO:
             trainer.add_callback(rule)
         self._train(trainer, DPO, folder, rule)
         state = trainer.state
-        self._report_dpo(state, metric, ended_by_accuracy=rule is not None)
+        self._report_dpo(state, metric, has_threshold=rule is not None)
         release(trainer)
         seconds = time.monotonic() - started
         self.file.finish(StageResult(DPO, round_, str(folder), state.global_step, seconds=seconds))
 
-    def _report_dpo(self, state: TrainerState, metric: str, ended_by_accuracy: bool) -> None:
+    def _report_dpo(self, state: TrainerState, metric: str, has_threshold: bool) -> None:
         logged = [entry[metric] for entry in state.log_history if metric in entry]
         accuracy = f", preference accuracy {logged[-1]:.3f}" if logged else ""
         print_once(f"DPO ended at step {state.global_step} of {state.max_steps}{accuracy}")
-        if ended_by_accuracy and len(logged) < self.accuracy_logs:
+        if has_threshold and len(logged) < self.accuracy_logs:
             print_once(
                 f"accuracy_threshold asks for {self.accuracy_logs} logs of {metric}, and there were {len(logged)}: "
                 "lower accuracy_logs, logging_steps or eval_steps if it is to end DPO."

@@ -112,7 +112,7 @@ def estimate_noise(margins: Sequence[float]) -> NoiseEstimate:
     # The median, so that a few huge margins don't decide in which range b is searched
     unit = float(np.median(np.abs(given))) or float(np.abs(given).mean())
     require(
-        unit > 0, "All margins are zero: the scorer tells no pair apart. Use a different scorer, or train it longer."
+        unit > 0, "All margins are zero: the scorer prefers no completion. Use a different scorer, or train it longer."
     )
     best_slope = _slope_search(given / unit)
 

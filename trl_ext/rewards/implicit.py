@@ -100,7 +100,7 @@ class ImplicitReward:
         beta (`float`):
             β, in reward per nat.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizes prompts, conversations by its chat template, as DPO's data were.
+            Tokenises prompts, conversations by its chat template, as DPO's data were.
         batch_size (`int`, *optional*, defaults to `8`):
             Completions per forward pass. Those of similar length are batched together.
         by_token (`bool`, *optional*, defaults to `False`):

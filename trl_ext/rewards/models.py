@@ -1,6 +1,6 @@
 """
-A reward model that scores token ids, for data that is tokenized already and a policy with the reward model's
-tokenizer: nothing is decoded and tokenized again.
+A reward model that scores token ids, for data that is tokenised already and a policy with the reward model's
+tokenizer: nothing is decoded and tokenised again.
 """
 
 from typing import Any
