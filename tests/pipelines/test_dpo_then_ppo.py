@@ -228,7 +228,7 @@ class TestHandingOn:
 
     def test_a_curriculum_learns_in_one_stage_alone(self, tmp_path: Path) -> None:
         curriculum = DifficultyCurriculum("frontier")
-        looks = Looks(lambda trainer: getattr(trainer, "curriculum", None))
+        looks = Looks(lambda trainer: getattr(trainer, "chooser", None))
         short(tmp_path, policy_kwargs={"curriculum": curriculum}, prepare=looks).train()
         assert looks.seen["ppo"].state_dict()["seen"] and not curriculum.state_dict()["seen"]
 

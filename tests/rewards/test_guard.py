@@ -137,7 +137,11 @@ class AsyncJudge:
         return [0.0] * len(completions)
 
 
-@pytest.mark.parametrize("func", [AsyncJudge(), functools.partial(AsyncJudge(), more=1), made_async(len)], ids=repr)
+@pytest.mark.parametrize(
+    "func",
+    [AsyncJudge(), functools.partial(AsyncJudge(), more=1), made_async(len)],
+    ids=["object", "partial", "function"],
+)
 def test_async_stays_async(func):
     # TRL tells by this how to call it
     assert is_async_callable(guard(func, "judge"))

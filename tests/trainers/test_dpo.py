@@ -331,7 +331,7 @@ def test_what_cannot_be_ordered_is_refused_before_a_model_is_loaded(curriculum, 
 @pytest.mark.parametrize("curriculum", ["easy_to_hard", DifficultyCurriculum])
 def test_a_curriculum_is_an_object(curriculum, tmp_path):
     config = trl_ext.DPOConfig(**settings(tmp_path))
-    with pytest.raises(TypeError, match=r"is no object. Pass a DifficultyCurriculum\(\.\.\.\)"):
+    with pytest.raises(TypeError, match=r"is not a curriculum. Pass a DifficultyCurriculum\(\.\.\.\)"):
         trl_ext.DPOTrainer("no/such/model", args=config, train_dataset=pairs(2), curriculum=curriculum)
 
 

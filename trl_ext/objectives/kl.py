@@ -7,12 +7,19 @@ second variant.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
+from ..errors import require_one_of
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
-KL_RULES = ("fixed", "ppo", "proportional", "exponential")
+
+# From log p/q on samples of p to an estimate of KL(p‖q), see [`kl_estimate`]
+KL_ESTIMATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "k1": lambda log_ratio: log_ratio,
+    "k2": lambda log_ratio: 0.5 * log_ratio.square(),
+    "k3": lambda log_ratio: torch.expm1(-log_ratio) + log_ratio,
+}
 
 
 def kl_estimate(logps: torch.Tensor, other_logps: torch.Tensor, estimator: str) -> torch.Tensor:
@@ -33,14 +40,29 @@ def kl_estimate(logps: torch.Tensor, other_logps: torch.Tensor, estimator: str) 
     Returns:
         `torch.Tensor` of the same shape.
     """
-    log_ratio = logps - other_logps
-    if estimator == "k1":
-        return log_ratio
-    if estimator == "k2":
-        return 0.5 * log_ratio.square()
-    if estimator == "k3":
-        return torch.expm1(-log_ratio) + log_ratio
-    raise ValueError(f"estimator={estimator!r} is unknown. Choose one of {', '.join(map(repr, KL_ESTIMATORS))}.")
+    require_one_of("estimator", estimator, KL_ESTIMATORS)
+    return KL_ESTIMATORS[estimator](logps - other_logps)
+
+
+def _halved_or_doubled(coef: float, kl: float, target: float, *, horizon: float, samples: int, rate: float) -> float:
+    return coef / 2 if kl < target / 1.5 else coef * 2 if kl > target * 1.5 else coef
+
+
+def _proportional(coef: float, kl: float, target: float, *, horizon: float, samples: int, rate: float) -> float:
+    return coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * samples / horizon)
+
+
+def _exponential(coef: float, kl: float, target: float, *, horizon: float, samples: int, rate: float) -> float:
+    return coef * math.exp(min(rate * (kl - target), 50.0))
+
+
+# From a coefficient, the measured and the wanted KL to the next coefficient, see [`adapted_kl_coef`]
+KL_RULES: dict[str, Callable[..., float]] = {
+    "fixed": lambda coef, kl, target, **settings: coef,
+    "ppo": _halved_or_doubled,
+    "proportional": _proportional,
+    "exponential": _exponential,
+}
 
 
 def adapted_kl_coef(
@@ -74,12 +96,7 @@ def adapted_kl_coef(
     Returns:
         `float`: the next coefficient, which is `coef` if `kl` isn't finite.
     """
-    if rule == "fixed" or not math.isfinite(kl):
+    require_one_of("rule", rule, KL_RULES)
+    if not math.isfinite(kl):
         return coef
-    if rule == "ppo":
-        return coef / 2 if kl < target / 1.5 else coef * 2 if kl > target * 1.5 else coef
-    if rule == "proportional":
-        return coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * samples / horizon)
-    if rule == "exponential":
-        return coef * math.exp(min(rate * (kl - target), 50.0))
-    raise ValueError(f"rule={rule!r} is unknown. Choose one of {', '.join(map(repr, KL_RULES))}.")
+    return KL_RULES[rule](coef, kl, target, horizon=horizon, samples=samples, rate=rate)

@@ -100,7 +100,7 @@ class DPOTrainer(DPOSeams):
         if curriculum is None:
             return
         if isinstance(curriculum, str | type):
-            raise TypeError(f"curriculum={curriculum!r} is no object. Pass a DifficultyCurriculum(...).")
+            raise TypeError(f"curriculum={curriculum!r} is not a curriculum. Pass a DifficultyCurriculum(...).")
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 "curriculum orders the rows of train_dataset, which must be a datasets.Dataset, not "

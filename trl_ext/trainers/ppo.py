@@ -42,7 +42,7 @@ from ..objectives.advantages import aggregate_rewards
 from ..objectives.credit import CreditSettings, completions_that_end, estimate_credit, token_rewards
 from ..objectives.kl import adapted_kl_coef, kl_estimate
 from ..objectives.ppo import PPOLossSettings, ppo_loss
-from ..rewards.scaling import RunningScale
+from ..rewards.scaling import REWARD_SCALINGS, RunningScale
 from ..roles.critic import Critic, critic_class
 from ..rollouts.language_modelling import language_modelling_batch
 from ..rollouts.replay import ReplayBuffer, append_rows
@@ -306,16 +306,11 @@ class PPOTrainer(GRPOTrainer):
 
     def reward_deviation(self, scores: torch.Tensor, training: bool) -> float:
         """What rewards are divided by, given the `scores` `(N,)` of all ranks; training moves the running scale."""
-        if self.args.reward_scaling == "none":
-            return 1.0
-        found = scores[scores.isfinite()].tolist()
-        if self.args.reward_scaling == "batch":
-            batch = RunningScale()
-            batch.update(found)
-            return batch.deviation
-        if training:
-            self._reward_scale.update(found)
-        return self._reward_scale.deviation
+
+        def finite_scores() -> list[float]:
+            return list(scores[scores.isfinite()].tolist())
+
+        return REWARD_SCALINGS[self.args.reward_scaling](finite_scores, self._reward_scale, training)
 
     def _kl_to_reference(self, output: dict[str, Any], mask: torch.Tensor) -> torch.Tensor | None:
         """Estimates `(B, T)` of the KL to the reference; `None` if there is no reference."""

@@ -34,6 +34,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from ...roles.critic import CRITIC, Critic, LastColumns, without_critic
+from ...roles.trunk import ADAPTER, REFERENCE_ADAPTER
 from .grpo import GRPOSeams
 
 
@@ -122,13 +123,13 @@ def use_reference(trainer: Any, model: nn.Module) -> None:
 
 def keep_reference_fresh(trainer: Any) -> None:
     """Add [`RefreshReference`] and, under PEFT, the adapter `ref` with the weights of the one that is trained."""
-    if trainer.ref_model is None and "ref" not in trainer.model.peft_config:
+    if trainer.ref_model is None and REFERENCE_ADAPTER not in trainer.model.peft_config:
         with without_critic(trainer.model):  # whose layers may have the names of those that are adapted
-            trainer.model.add_adapter("ref", trainer.model.peft_config["default"])
+            trainer.model.add_adapter(REFERENCE_ADAPTER, trainer.model.peft_config[ADAPTER])
         weights = dict(trainer.model.named_parameters())
         for name, reference in weights.items():
-            if ".ref." in name:
-                reference.data.copy_(weights[name.replace(".ref.", ".default.")].data)
+            if f".{REFERENCE_ADAPTER}." in name:
+                reference.data.copy_(weights[name.replace(f".{REFERENCE_ADAPTER}.", f".{ADAPTER}.")].data)
     trainer.add_callback(RefreshReference(trainer))
 
 
@@ -157,8 +158,8 @@ class RefreshReference(TrainerCallback):
             return
         parameters = dict(policy.named_parameters())
         for name, reference in parameters.items():
-            if ".ref." in name:
-                newer = parameters[name.replace(".ref.", ".default.")]
+            if f".{REFERENCE_ADAPTER}." in name:
+                newer = parameters[name.replace(f".{REFERENCE_ADAPTER}.", f".{ADAPTER}.")]
                 reference.data.mul_(1 - alpha).add_(newer.data, alpha=alpha)
 
 
