@@ -146,9 +146,11 @@ def test_seams_without_a_critic_do_nothing(tmp_path):
         sizes.append(chunked_logprob.TOKEN_CHUNK_SIZE)
         return tiny.hashed(completion_ids)
 
-    trainer = tiny.trainer(GRPOTrainer, tmp_path, reward, save_strategy="steps", save_steps=1, max_steps=1)
+    # A reference that is refreshed stays TRL's business
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "beta": 0.1, "sync_ref_model": True}
+    trainer = tiny.trainer(GRPOTrainer, tmp_path, reward, **settings)
     trainer.train()
-    assert trainer.critic is None
+    assert trainer.critic is None and trainer.ref_model is not None
     assert not any(group.get("is_critic") for group in trainer.optimizer.param_groups)
     assert not list(tmp_path.glob("**/critic")) and not list(tmp_path.glob("**/trl_ext_reference.pt"))
     assert CPU_TILE not in sizes

@@ -680,6 +680,24 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path):
     assert abs(total) > 1e-2
 
 
+def test_values_are_not_computed_for_the_reference(tmp_path):
+    # Under PEFT the reference is the same model: without gradients, it makes every other pass of the actor
+    trainer = build(tmp_path, arguments={"peft_config": lora()}, critic="model", max_steps=2)
+    passes: dict[str, int] = {"actor": 0, "critic": 0}
+
+    def count(name: str) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            fused = name == "critic" or kwargs.get("fused_lm_head", False)
+            passes[name] += fused and not torch.is_grad_enabled()
+
+        return hook
+
+    trainer.model.get_base_model().register_forward_pre_hook(count("actor"), with_kwargs=True)
+    trainer.critic.register_forward_pre_hook(count("critic"), with_kwargs=True)
+    trainer.train()
+    assert passes["actor"] == 2 * passes["critic"] > 0
+
+
 # Adapters
 
 

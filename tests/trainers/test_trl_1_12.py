@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from trainers.test_ppo import Weights, as_ids, classifier
 from trainers.test_ppo_config import config
@@ -220,6 +221,12 @@ def test_completions_for_all_prompts_or_one_batch_of_them(sampling, count, of_se
     ids = [ids for call in reward.calls for ids in call.completion_ids]
     expected = [2 * a + b for a, b in zip(tiny.hashed(ids), tiny.low_ids(ids), strict=True)]
     assert table["score"] == pytest.approx(expected, rel=1e-5) and len(set(expected)) > 1
+
+
+def test_each_batch_of_completions_is_sampled_with_a_seed_of_its_own(tmp_path):
+    data = Dataset.from_dict({"prompt": ["w4 w1"] * 6, "target": [4] * 6})
+    texts = completions_table(shown(tmp_path, data), data, sampling=False)["completion"]
+    assert texts[:3] != texts[3:]
 
 
 def test_showing_completions_leaves_no_trace_in_a_run(tmp_path, capsys):
