@@ -76,7 +76,7 @@ class Size:
     noise: float
     folds: int
     rounds: int
-    test_prompts: int = 4096
+    test_prompts: int
 
 
 def warm_up(directory: Path) -> Path:
@@ -190,7 +190,8 @@ def markdown(rows: list[dict[str, Any]], arms: list[str]) -> str:
     ]
     for row in rows:
         rate = "{rate:.1%} ({low:.1%} to {high:.1%})".format(**row["noise"])
-        left = f"{row['wrong_left']:.1%} ({row['wrong_left_expected']:.1%})"
+        expected = row["wrong_left_expected"]  # of too few pairs it can't be told
+        left = f"{row['wrong_left']:.1%} ({'–' if expected is None else format(expected, '.1%')})"
         accuracies = " | ".join(f"{row[arm]:.3f}" for arm in arms)
         lines.append(f"| {row['seed']} | {rate} | {left} | {accuracies} | {row['recovered']:.0%} |")
 
@@ -215,6 +216,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.2, help="share of labels turned around (default: 0.2)")
     parser.add_argument("--folds", type=int, default=4, help="folds of cross-fitting (default: 4)")
     parser.add_argument("--rounds", type=int, default=2, help="rounds of cross-fitting (default: 2)")
+    parser.add_argument("--test_prompts", type=int, default=4096, help="held-out prompts, before the short are taken")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["clean", "noisy", "cleaned"])
     parser.add_argument("--model", help="folder of the start; default: made by the quickstart's recipes")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "benchmarks" / "cleaning")
@@ -226,7 +228,7 @@ def main() -> None:
     disable_progress_bars()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     start = args.model or str(warm_up(args.output_dir))
-    size = Size(args.pairs, args.noise, args.folds, args.rounds)
+    size = Size(args.pairs, args.noise, args.folds, args.rounds, args.test_prompts)
     rows = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         rows.append(run(seed, start, size, args.arms, args.output_dir))

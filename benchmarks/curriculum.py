@@ -7,8 +7,9 @@ Does it pay to choose what comes next? Two studies on set N of the sorting task,
   completions of the policy as it is, judged by the reward that PPO gets, and all 8 count as generated. DPO makes new
   pairs in every round; a round's reference is the policy that wrote them.
 
-Every run generates 15,360 completions. The reward is exact match. What is measured is exact match, too, sampled at
-temperature 1 on 512 held-out prompts (pass@1); tokens and CPU-seconds count everything but that measurement.
+Every run generates 60 batches of 256 completions. The reward is exact match. What is measured is exact match, too,
+sampled at temperature 1 on 512 held-out prompts (pass@1); tokens and CPU-seconds count everything but that
+measurement.
 
 ```shell
 python benchmarks/curriculum.py --seeds 5 --report
@@ -20,6 +21,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,8 +45,8 @@ from trl_ext.preferences.pairs import make_pairs
 
 mpl.use("Agg")
 
-COMPLETIONS, BATCHES = 256, 60
-POINTS, SAMPLES = 10, 2  # measurements of a run, and completions for each held-out prompt
+COMPLETIONS = 256  # of a generation batch
+SAMPLES = 2  # completions for each held-out prompt
 EPOCHS, MINI_BATCHES = 2, 2  # of a generation batch
 ONLINE = {
     "per_device_train_batch_size": COMPLETIONS // MINI_BATCHES,
@@ -91,12 +93,20 @@ CURRICULA: dict[str, dict[str, Any] | None] = {
     "easy to hard": {"schedule": "easy_to_hard", "column": "digits"},
     "mixed": {"schedule": "mixed"},
 }
-# Generation batches' worth of completions for pairs, by round, and generation batches of PPO
-SCHEDULES: dict[str, tuple[list[int], int]] = {
-    "PPO": ([], 60),
-    "DPO": ([6] * 10, 0),
-    "DPO then PPO": ([12], 48),
+# Of all generation batches, the share whose worth of completions is for pairs, by round, and the share of PPO
+SCHEDULES: dict[str, tuple[list[float], float]] = {
+    "PPO": ([], 1.0),
+    "DPO": ([0.1] * 10, 0.0),
+    "DPO then PPO": ([0.2], 0.8),
 }
+
+
+@dataclass
+class Size:
+    """Generation batches of a run, and measurements of pass@1 on the way."""
+
+    batches: int
+    points: int
 
 
 class StagesCurve(Curve):
@@ -136,11 +146,11 @@ class StagesCurve(Curve):
         trainer.remove_callback(PrinterCallback)
 
 
-def by_prompts(arm: str, start: Path, seed: int, directory: str) -> dict[str, Any]:
+def by_prompts(arm: str, start: Path, seed: int, directory: str, size: Size) -> dict[str, Any]:
     counter = TokenCounter()
     task = TrainingTask("N", seed, str(start), counter, PROMPTS)
-    curve = Curve(task, counter, Budget(BATCHES, float("inf"), POINTS), SAMPLES)
-    steps = EPOCHS * MINI_BATCHES * BATCHES
+    curve = Curve(task, counter, Budget(size.batches, float("inf"), size.points), SAMPLES)
+    steps = EPOCHS * MINI_BATCHES * size.batches
     config = trl_ext.GRPOConfig(**task.settings(directory, **ONLINE, learning_rate=3e-4, max_steps=steps))
     chosen = CURRICULA[arm]
     curriculum = None if chosen is None else DifficultyCurriculum(**chosen)
@@ -150,11 +160,17 @@ def by_prompts(arm: str, start: Path, seed: int, directory: str) -> dict[str, An
     return {"points": curve.points}
 
 
-def by_stages(arm: str, start: Path, seed: int, directory: str) -> dict[str, Any]:
-    rounds, batches = SCHEDULES[arm]
+def scheduled(arm: str, batches: int) -> tuple[list[int], int]:
+    """Generation batches' worth of pairs in each round, and generation batches of PPO; a round has one at least."""
+    rounds, of_ppo = SCHEDULES[arm]
+    return [max(1, round(share * batches)) for share in rounds[:batches]], round(of_ppo * batches)
+
+
+def by_stages(arm: str, start: Path, seed: int, directory: str, size: Size) -> dict[str, Any]:
+    rounds, batches = scheduled(arm, size.batches)
     counter = TokenCounter()
     task = TrainingTask("N", seed, str(start), counter, 8192)
-    budget = Budget(BATCHES, COMPLETIONS * BATCHES * 8.0, POINTS)  # about 8 tokens a completion
+    budget = Budget(size.batches, COMPLETIONS * size.batches * 8.0, size.points)  # about 8 tokens a completion
     curve = StagesCurve(task, counter, budget, SAMPLES)
     torch.manual_seed(seed)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(start), LORA)
@@ -224,7 +240,7 @@ def dpo_alone(task: TrainingTask, curve: StagesCurve, model: Any, directory: str
 class Study(NamedTuple):
     """What runs an arm, the arms, with which of them the others are compared, and over what means are taken."""
 
-    run: Callable[[str, Path, int, str], dict[str, Any]]
+    run: Callable[[str, Path, int, str, Size], dict[str, Any]]
     arms: list[str]
     baselines: list[str]
     axes: list[str]
@@ -334,6 +350,9 @@ def main() -> None:
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES), help="default: both")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, help="folder of the start; default: made by the recipes, one per seed")
+    parser.add_argument("--batches", type=int, default=60, help="generation batches of a run (default: 60)")
+    parser.add_argument("--points", type=int, default=10, help="measurements of a run (default: 10)")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "benchmarks" / "curriculum")
     parser.add_argument("--report", action="store_true", help="write tables and picture into benchmarks/")
     args = parser.parse_args()
@@ -342,19 +361,21 @@ def main() -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    size = Size(args.batches, args.points)
 
     found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
     for name in args.study:
         study = STUDIES[name]
         runs = found[name] = {arm: {} for arm in study.arms}
         for seed in range(args.first_seed, args.first_seed + args.seeds):
-            start = start_of_outcome(args.output_dir, seed)
+            start = args.model or start_of_outcome(args.output_dir, seed)
             for arm in study.arms:
                 # Each finished run is kept: an interrupted benchmark goes on where it was
-                done = args.output_dir / f"{name}_{arm}_{seed}_{code_version()}.json"
+                settings = f"{start.name}_{size.batches}_{size.points}"
+                done = args.output_dir / f"{name}_{arm}_{seed}_{settings}_{code_version()}.json"
                 if not done.exists():
                     with tempfile.TemporaryDirectory() as directory:
-                        done.write_text(json.dumps(study.run(arm, start, seed, directory)))
+                        done.write_text(json.dumps(study.run(arm, start, seed, directory, size)))
                 runs[arm][seed] = json.loads(done.read_text())
                 first, last = runs[arm][seed]["points"][0], runs[arm][seed]["points"][-1]
                 print(

@@ -203,14 +203,15 @@ def supervised(init: Path, data: Path, target: Path, seed: int, *more: Any) -> P
     return target
 
 
-def warm_up(directory: Path, seed: int) -> Path:
-    """The supervised start of a seed on set A; made once."""
+def warm_up(directory: Path, seed: int, steps: int | None = None) -> Path:
+    """The supervised start of a seed on set A, after so many steps or as many as the recipe says; made once."""
     base, target = directory / f"task_{seed}", directory / f"sft_{seed}"
     if not (target / "config.json").exists():
         task = ("--output_dir", base, "--task_set", "A", "--seed", seed, "--pairs_size", 0)
         run_recipe("recipes/tasks/sort_digits.py", *task)
     # From a start whose learning rate decayed to zero, no method improves within this budget
-    return supervised(base / "init", base / "data", target, seed, "--lr_scheduler_type", "constant")
+    more = () if steps is None else ("--max_steps", steps)
+    return supervised(base / "init", base / "data", target, seed, "--lr_scheduler_type", "constant", *more)
 
 
 def train(method: str, start: Path, seed: int, budget: Budget, samples: int, prompts: int) -> list[dict[str, float]]:
@@ -352,6 +353,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: those of the study")
     parser.add_argument("--generations", type=int, help="generation batches of a run, at most (methods: 40)")
     parser.add_argument("--tokens", type=float, help="generated tokens of a run (refill: 400,000)")
+    parser.add_argument("--sft_steps", type=int, help="steps of the supervised warm-up (default: the recipe's)")
     parser.add_argument("--points", type=int, default=20, help="measurements of a run (default: 20)")
     parser.add_argument("--samples", type=int, default=2, help="completions for each held-out prompt")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "benchmarks" / "learning")
@@ -371,7 +373,7 @@ def main() -> None:
 
     curves: dict[str, dict[int, list[dict[str, float]]]] = {method: {} for method in methods}
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        start = warm_up(args.output_dir, seed)
+        start = warm_up(args.output_dir, seed, args.sft_steps)
         for method in methods:
             # Each finished run is kept: an interrupted benchmark goes on where it was
             settings = f"{budget.generations}_{budget.tokens:.0f}_{budget.points}_{args.samples}_{prompts}"

@@ -56,6 +56,7 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 TINY = {**SHAPE, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+SHAPES = {"full": SHAPE, "tiny": TINY}
 
 
 def python_with_trl_1_12(directory: Path = ENVIRONMENT) -> str:
@@ -269,7 +270,7 @@ def train_ours(steps: int, shape: dict[str, Any], clock: Clock, critic: str) -> 
         trainer.train()
 
 
-def train(side: str, steps: int) -> None:
+def train(side: str, steps: int, shape: dict[str, Any]) -> None:
     """Train one side in this process. Says on stdout when it waits for a line, and in the end what it measured."""
     import torch
 
@@ -284,7 +285,7 @@ def train(side: str, steps: int) -> None:
     with redirect_stdout(sys.stderr):  # what trainers print
         run(1, TINY, Clock(lambda: None))
         memory = Memory()
-        run(1 + steps, SHAPE, clock)
+        run(1 + steps, shape, clock)
     print(json.dumps({"steps": clock.steps, "memory": memory.peak}))
 
 
@@ -302,13 +303,15 @@ class Run:
             Its interpreter.
         steps (`int`):
             Steps that are measured.
+        shape (`str`):
+            A name in `SHAPES`.
         errors (`IO[str]`):
             A file for what else it prints.
     """
 
-    def __init__(self, side: str, python: str, steps: int, errors: IO[str]) -> None:
+    def __init__(self, side: str, python: str, steps: int, shape: str, errors: IO[str]) -> None:
         self.side, self.errors = side, errors
-        command = [python, str(Path(__file__).resolve()), "--side", side, "--steps", str(steps)]
+        command = [python, str(Path(__file__).resolve()), "--side", side, "--steps", str(steps), "--shape", shape]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
         self.process = subprocess.Popen(command, env=environment_of(side), text=True, **pipes)
         self.read()
@@ -334,15 +337,15 @@ class Run:
         return found
 
 
-def measure(pythons: dict[str, str], steps: int) -> dict[str, dict[str, Any]]:
+def measure(pythons: dict[str, str], steps: int, shape: str) -> dict[str, dict[str, Any]]:
     """One run of each side, in turn after every step."""
     runs: dict[str, Run] = {}
     with ExitStack() as stack:
         for side, python in pythons.items():
-            runs[side] = Run(side, python, steps, stack.enter_context(tempfile.TemporaryFile("w+")))
+            runs[side] = Run(side, python, steps, shape, stack.enter_context(tempfile.TemporaryFile("w+")))
             stack.callback(runs[side].process.kill)
         for step in range(steps):
-            for side in SIDES if step % 2 == 0 else reversed(SIDES):
+            for side in runs if step % 2 == 0 else reversed(runs):
                 runs[side].step()
         return {side: run.found() for side, run in runs.items()}
 
@@ -351,16 +354,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default: 3)")
     parser.add_argument("--steps", type=int, default=4, help="steps of a run, after one of warm-up (default: 4)")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="default: all; ratios need theirs")
+    parser.add_argument("--shape", choices=SHAPES, default="full", help="of the models (default: full)")
     parser.add_argument("--environment", type=Path, default=ENVIRONMENT, help="where TRL 1.12 is, or is put")
     parser.add_argument("--side", choices=SIDES, help="train this side in this process, a step for each line of input")
     parser.add_argument("--json", action="store_true", help="print the last line as JSON")
     args = parser.parse_args()
     if args.side is not None:
-        train(args.side, args.steps)
+        train(args.side, args.steps, SHAPES[args.shape])
         return
 
-    pythons = dict.fromkeys(SIDES, sys.executable) | {"theirs": python_with_trl_1_12(args.environment)}
-    rounds = [measure(pythons, args.steps) for _ in range(args.rounds)]
+    pythons = dict.fromkeys(args.sides, sys.executable)
+    if "theirs" in pythons:
+        pythons["theirs"] = python_with_trl_1_12(args.environment)
+    rounds = [measure(pythons, args.steps, args.shape) for _ in range(args.rounds)]
 
     def values(side: str, name: str) -> list[float]:
         """Of every step, or of every run."""
@@ -380,10 +387,11 @@ def main() -> None:
         "memory": ("MB", "memory_ratio"),
     }
     print(f"{'':>8}" + "".join(f"{head:>12}" for head, _ in columns.values()))
-    for side in SIDES:
+    for side in pythons:
         medians = [statistics.median(values(side, name)) for name in columns]
         print(f"{side:>8}" + "".join(f"{median:>12.3f}" for median in medians))
-    result = {side: {key: ratio(side, name) for name, (_, key) in columns.items()} for side in SIDES[1:]}
+    compared = [side for side in pythons if side != "theirs" and "theirs" in pythons]
+    result = {side: {key: ratio(side, name) for name, (_, key) in columns.items()} for side in compared}
     for side, ratios in result.items():
         print(f"{side} over theirs: " + ", ".join(f"{name} {value:.3f}" for name, value in ratios.items()))
     if args.json:

@@ -112,17 +112,23 @@ class SuccessorTask(TrainingTask):
 
     def __post_init__(self) -> None:
         self.tokenizer = build_tokenizer()
-        rng = random.Random(self.seed)
-        test = self.rows(TEST_PROMPTS, rng)
-        known = set(test["prompt"])
-        train = self.rows(self.train_size, rng).filter(lambda row: row["prompt"] not in known)
-        shown = self.rows(40_000, rng).filter(lambda row: row["prompt"] not in known)
-        completions = [with_random_digits(answer, self.noise, rng) for answer in shown["answer"]]
-        sft = Dataset.from_dict({"prompt": shown["prompt"], "completion": completions})
-        self.data = DatasetDict(sft=sft, train=train, test=test)
+        self.rng = random.Random(self.seed)
+        test = self.rows(TEST_PROMPTS)
+        self.known = set(test["prompt"])
+        self.data = DatasetDict(train=self.other_rows(self.train_size), test=test)
 
-    def rows(self, count: int, rng: random.Random) -> Dataset:
-        drawn = ["".join(rng.choices(DIGITS, k=rng.choice(LENGTHS))) for _ in range(count)]
+    def demonstrations(self) -> Dataset:
+        """For the supervised start."""
+        shown = self.other_rows(40_000)
+        completions = [with_random_digits(answer, self.noise, self.rng) for answer in shown["answer"]]
+        return Dataset.from_dict({"prompt": shown["prompt"], "completion": completions})
+
+    def other_rows(self, count: int) -> Dataset:
+        """Rows that are not held out; fewer than were drawn."""
+        return self.rows(count).filter(lambda row: row["prompt"] not in self.known)
+
+    def rows(self, count: int) -> Dataset:
+        drawn = ["".join(self.rng.choices(DIGITS, k=self.rng.choice(LENGTHS))) for _ in range(count)]
         answers = list(map(successors, drawn))
         ids = self.tokenizer([answer + self.tokenizer.eos_token for answer in answers])["input_ids"]
         return Dataset.from_dict({"prompt": [f"m{d}=" for d in drawn], "answer": answers, "answer_ids": ids})
@@ -141,7 +147,7 @@ def start_of_steps(directory: Path, seed: int) -> Path:
     base = directory / f"task_successors_{seed}"
     if not (base / "init").exists():
         task = SuccessorTask(seed=seed, train_size=1)
-        task.data.save_to_disk(base / "data")
+        DatasetDict(sft=task.demonstrations(), **task.data).save_to_disk(base / "data")
         build_model(task.tokenizer, seed).save_pretrained(base / "init")
         task.tokenizer.save_pretrained(base / "init")
     more = ("--max_steps", 1500, "--learning_rate", 3e-3)
@@ -193,12 +199,12 @@ COLOURS = {
 }
 
 
-def train(study: Study, method: Method, start: Path, seed: int, points: int) -> dict[str, Any]:
+def train(study: Study, method: Method, start: Path, seed: int, points: int, generations: int) -> dict[str, Any]:
     """The curve of a run, and explained variance by optimizer step where there is a critic."""
     trainer_class, config_class = method.classes
     counter = DigitCounter(method.by_step) if study.curve is DigitCurve else TokenCounter()
     task = study.task(seed=seed, model_path=str(start), reward_func=counter, train_size=8192)
-    curve = study.curve(task, counter, Budget(study.generations, float("inf"), points), SAMPLES)
+    curve = study.curve(task, counter, Budget(generations, float("inf"), points), SAMPLES)
     updates = EPOCHS * MINI_BATCHES
     with tempfile.TemporaryDirectory() as directory:
         settings = task.settings(
@@ -206,7 +212,7 @@ def train(study: Study, method: Method, start: Path, seed: int, points: int) -> 
             per_device_train_batch_size=COMPLETIONS // MINI_BATCHES,
             gradient_accumulation_steps=1,
             steps_per_generation=MINI_BATCHES,
-            max_steps=updates * study.generations,
+            max_steps=updates * generations,
             logging_strategy="steps",
             logging_steps=updates,
             **{"num_iterations": EPOCHS, **method.settings},
@@ -216,7 +222,8 @@ def train(study: Study, method: Method, start: Path, seed: int, points: int) -> 
         trainer = trainer_class(args=config_class(**settings), callbacks=[curve], **task.arguments(), **more)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "val/explained_variance" in entry]
+    # There is none while all returns are equal
+    logged = [entry for entry in trainer.state.log_history if entry.get("val/explained_variance") is not None]
     return {
         "points": curve.points,
         "explained_variance": {entry["step"]: entry["val/explained_variance"] for entry in logged},
@@ -308,6 +315,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--start_seed", type=int, help="one start for all seeds (default: each has its own)")
+    parser.add_argument("--model", type=Path, help="folder of the start; default: made by the recipes, one per seed")
+    parser.add_argument("--generations", type=int, help="generation batches of a run (default: 60; steps: 20)")
     parser.add_argument("--points", type=int, default=6, help="measurements of a run (default: 6)")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "benchmarks" / "ppo_learning")
     parser.add_argument("--report", action="store_true", help="write the table into benchmarks/RESULTS.md")
@@ -317,15 +326,17 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     study = STUDIES[args.study]
     metric = study.curve.metric
+    generations = args.generations or study.generations
 
     runs: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in study.methods}
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        start = study.start(args.output_dir, seed if args.start_seed is None else args.start_seed)
+        start = args.model or study.start(args.output_dir, seed if args.start_seed is None else args.start_seed)
         for name, method in study.methods.items():
             # Each finished run is kept: an interrupted benchmark goes on where it was
-            done = args.output_dir / f"{args.study}_{name}_{seed}_{start.name}_{args.points}_{code_version()}.json"
+            settings = f"{start.name}_{generations}_{args.points}"
+            done = args.output_dir / f"{args.study}_{name}_{seed}_{settings}_{code_version()}.json"
             if not done.exists():
-                done.write_text(json.dumps(train(study, method, start, seed, args.points)))
+                done.write_text(json.dumps(train(study, method, start, seed, args.points, generations)))
             runs[name][seed] = run = json.loads(done.read_text())
             first, last, explained = run["points"][0], run["points"][-1], explained_at_the_end(run)
             print(

@@ -67,7 +67,7 @@ def lengths(workload: str, longest: int, generator: torch.Generator) -> list[int
     if workload == "lognormal":
         # mu 4.2 at a longest of 512; the same shape where completions are longer
         drawn = (torch.randn(ROWS, generator=generator) * 0.8 + 4.2).exp() * longest / 512
-        return drawn.clamp(longest // 64, longest).int().tolist()
+        return drawn.clamp(max(1, longest // 64), longest).int().tolist()
     groups = torch.rand(ROWS // GROUP, generator=generator) < 0.25
     spread = torch.rand(ROWS, generator=generator) * 0.2 + 0.8
     return [max(1, int(s * longest / (1 if groups[i // GROUP] else 16))) for i, s in enumerate(spread.tolist())]
@@ -168,7 +168,7 @@ def train(side: str, args: argparse.Namespace, detailed: bool) -> dict[str, Any]
         "trl": (trl.GRPOTrainer, trl.GRPOConfig),
         "trl_ext": (trl_ext.GRPOTrainer, trl_ext.GRPOConfig),
     }[side]
-    size, tokenizer = SIZES[args.device], build_tokenizer()
+    size, tokenizer = SIZES[args.device] | {"longest": args.longest}, build_tokenizer()
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
@@ -223,10 +223,12 @@ def main() -> None:
     parser.add_argument("--dead", type=float, default=0.3, help="share of groups without variance (default: 0.3)")
     parser.add_argument("--loss_type", default="dapo")
     parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
+    parser.add_argument("--longest", type=int, help="tokens of the longest completion (default: 512; on a GPU 4096)")
     parser.add_argument("--pairs", type=int, default=5, help="timed pairs of runs (default: 5)")
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps of a run (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the last line as JSON")
     args = parser.parse_args()
+    args.longest = args.longest or SIZES[args.device]["longest"]
     torch.set_num_threads(1)
 
     # Not timed, and a warm-up for what is

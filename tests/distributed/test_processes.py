@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import largest_relative_error
 from distributed.worker import CASES, FIT_CASES, PPO_CASES
 from processes import run
-from runs import largest_relative_error
 
 
 pytestmark = pytest.mark.distributed

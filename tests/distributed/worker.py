@@ -19,7 +19,7 @@ from peft import LoraConfig
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
-from runs import Gradients
+from comparing import Gradients
 
 import trl_ext
 from trl_ext.curriculum.schedule import DifficultyCurriculum

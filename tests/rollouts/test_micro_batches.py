@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 import trl
-from runs import relative_error
+from comparing import relative_error
 
 import trl_ext
 from trl_ext.rollouts.exactness import ExactSavings, has_relative_positions

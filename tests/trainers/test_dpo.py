@@ -14,11 +14,11 @@ import pytest
 import tiny
 import torch
 import trl
+from comparing import Gradients, equal, module_calls, without_clocks
 from distributed import dpo_worker
 from distributed.dpo_worker import pairs, recorded, settings
 from peft import LoraConfig, get_peft_model
 from processes import run
-from runs import Gradients, equal, module_calls, without_clocks
 
 import trl_ext
 from trl_ext.curriculum.schedule import DifficultyCurriculum

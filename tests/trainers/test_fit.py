@@ -13,8 +13,8 @@ import pytest
 import tiny
 import torch
 import trl
+from comparing import Gradients, largest_relative_error
 from peft import LoraConfig
-from runs import Gradients, largest_relative_error
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import trl_ext

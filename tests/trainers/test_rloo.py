@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 import trl
-from runs import Gradients, relative_error
+from comparing import Gradients, relative_error
 
 import trl_ext
 

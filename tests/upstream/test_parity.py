@@ -16,8 +16,8 @@ import pytest
 import tiny
 import torch
 import trl
+from comparing import Gradients, equal, module_calls, without_clocks
 from peft import LoraConfig
-from runs import Gradients, equal, module_calls, without_clocks
 from transformers import PreTrainedTokenizerFast
 
 import trl_ext

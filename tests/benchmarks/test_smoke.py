@@ -1,0 +1,122 @@
+"""
+Every benchmark runs to its end from its command line, once and at its smallest size. What it measures that way is no
+result: asserted is what must hold at any size.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run
+
+from recipes.tasks.sort_digits import DIGITS, build_model, build_tokenizer
+
+
+pytestmark = pytest.mark.slow
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+# What scripts share, or no script
+NOT_RUN = {"task"}
+
+
+def last_line(script: str, *arguments: Any) -> Any:
+    """What a benchmark prints as JSON in its last line."""
+    return json.loads(run([BENCHMARKS / f"{script}.py", *arguments, "--json"]).strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """
+    A model that can sort two or three digits, trained for half a second in place of the benchmarks' supervised starts:
+    there has to be something that it does right and something that it doesn't.
+    """
+    folder, tokenizer, draw = tmp_path_factory.mktemp("start"), build_tokenizer(), random.Random(0)
+    model = build_model(tokenizer, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        prompts = ["".join(draw.choices(DIGITS, k=draw.choice([2, 3]))) for _ in range(64)]
+        texts = [f"s{digits}={''.join(sorted(digits))}{tokenizer.eos_token}" for digits in prompts]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True)
+        labels = inputs["input_ids"].clone()
+        for i, digits in enumerate(prompts):
+            labels[i, : -len(digits) - 1] = -100
+        model(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for saved in (model, tokenizer):
+        saved.save_pretrained(folder)
+    return folder
+
+
+def test_every_script_is_here():
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert {path.stem for path in BENCHMARKS.glob("*.py")} - NOT_RUN <= tested
+
+
+def test_overhead():
+    found = last_line("overhead", "--pairs", 1, "--steps", 1)
+    assert found["weights_equal"] and found["forward_calls_equal"] and found["tokens_equal"]
+    assert found["ratio"] > 0
+
+
+def test_train_phase():
+    found = last_line("train_phase", "--longest", 24, "--pairs", 1)
+    assert found["grad_relative_error"] < 1e-4
+    assert found["real_tokens"] >= found["computed_tokens"] > 0
+    assert found["padded_tokens"] < found["padded_tokens_trl"]
+
+
+def test_reward_overlap():
+    found = last_line("reward_overlap", "--pairs", 1, "--steps", 1, "--seconds-per-sample", 0.001)
+    assert found["samples_scored_equal"]
+    assert found["weights_equal_one_chunk"] and found["weights_equal_trl_async"]
+
+
+def test_ppo():
+    """Without TRL 1.12, which the script would install into an environment of its own."""
+    size = ("--shape", "tiny", "--steps", 1)
+    printed = run([BENCHMARKS / "ppo.py", *size, "--sides", "head", "--rounds", 1, "--json"])
+    *_, head, nothing_to_compare_with = printed.strip().splitlines()
+    assert head.split()[0] == "head" and all(float(cell) > 0 for cell in head.split()[1:5])
+    assert json.loads(nothing_to_compare_with) == {}
+    found = json.loads(run([BENCHMARKS / "ppo.py", *size, "--side", "model"]).strip().splitlines()[-1])
+    assert len(found["steps"]) == 1 and 0 < found["steps"][0]["training"] < found["steps"][0]["seconds"]
+
+
+def test_learning(tmp_path):
+    """With its own start, by the recipes."""
+    sizes = ("--seeds", 1, "--sft_steps", 1, "--generations", 1, "--points", 1, "--samples", 1)
+    rows = last_line("learning", *sizes, "--output_dir", tmp_path)
+    assert [row["method"] for row in rows] == ["GRPO", "DAPO", "DUPO", "GSPO"]
+    assert all(row["tokens_used"] > 0 and 0 <= row["final"][0] <= 1 for row in rows)
+    assert (tmp_path / "learning.png").is_file()
+
+
+@pytest.mark.parametrize("study", ["outcome", "steps"])
+def test_ppo_learning(study, start, tmp_path):
+    sizes = ("--seeds", 1, "--generations", 1, "--points", 1, "--model", start)
+    rows = last_line("ppo_learning", "--study", study, *sizes, "--output_dir", tmp_path)
+    assert [row["method"].split(",")[0] for row in rows] == ["GRPO", "PPO", "GRPO", "PPO"][: len(rows)] or len(
+        rows
+    ) == 3
+    assert all(row["tokens"] > 0 and 0 <= row["final"] <= 1 for row in rows)
+    assert all(value <= 1 for row in rows for value in row["explained_variance"])
+    assert (tmp_path / f"ppo_{study}.png").is_file()
+
+
+def test_curriculum(start, tmp_path):
+    sizes = ("--seeds", 1, "--batches", 1, "--points", 1, "--model", start)
+    printed = run([BENCHMARKS / "curriculum.py", *sizes, "--output_dir", tmp_path])
+    for arm in ("uniform", "frontier", "easy to hard", "mixed", "PPO", "DPO", "DPO then PPO"):
+        assert f"seed 0 {arm}: " in printed
+    assert (tmp_path / "curriculum.png").is_file()
+
+
+def test_cleaning(start, tmp_path):
+    sizes = ("--seeds", 1, "--pairs", 64, "--folds", 2, "--rounds", 1, "--test_prompts", 64, "--model", start)
+    (row,) = last_line("cleaning", *sizes, "--output_dir", tmp_path)
+    assert all(0 <= row[arm] <= 1 for arm in ("clean", "noisy", "cleaned"))
+    assert row["held_out_pairs"] > 0
