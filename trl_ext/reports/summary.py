@@ -73,7 +73,7 @@ def summarize(
         token slots of TRL's micro-batches that were not computed, `None` where none could be. Tokens, rounds and steps
         count the whole run, over all processes.
     """
-    counters, saved = getattr(trainer, "counters", None), getattr(trainer, "saved", None)
+    counters, saved = getattr(trainer, "counters", None), getattr(trainer, "saved_compute", None)
     processes = trainer.accelerator.num_processes
     summary: dict[str, Any] = {
         "method": type(trainer).__name__.removesuffix("Trainer"),

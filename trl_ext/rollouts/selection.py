@@ -127,7 +127,7 @@ class AcceptanceRate:
 
 @dataclass(frozen=True)
 class GroupRef:
-    """Group number `group` of round number `round` of a generation batch. Round 0 is of the prompts dealt first."""
+    """Group number `group` of round number `round` of a generation batch, both counted from 0."""
 
     round: int
     group: int

@@ -60,7 +60,7 @@ class GRPOConfig(trl.GRPOConfig):
             have variance, according to earlier groups of the same prompt and of similar prompts. Dealt prompts whose
             groups probably have none are replaced before anything is generated for them, and return in a later pass.
         similar_prompts_columns (`list[str]`, *optional*):
-            Columns by which `"informed"` tells which prompts are similar: a difficulty, a topic, a length, a pass
+            Columns by which `"informed"` recognises similar prompts: a difficulty, a topic, a length, a pass
             rate. Numbers are divided at deciles. `None`: all prompts are similar.
         refill_exploration (`float`, *optional*, defaults to `0.1`):
             Share of the prompts, in [0, 1], that `"informed"` chooses at random, so that no prompt is given up for
@@ -134,9 +134,7 @@ class GRPOConfig(trl.GRPOConfig):
     )
     similar_prompts_columns: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Columns by which 'informed' tells which prompts are similar: a difficulty, a topic, a length."
-        },
+        metadata={"help": "Columns by which 'informed' recognises similar prompts: a difficulty, a topic, a length."},
     )
     refill_exploration: float = field(
         default=0.1,

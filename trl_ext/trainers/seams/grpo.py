@@ -11,6 +11,7 @@ underscore, the others are hooks. A line is called from within the line above it
         rows_to_generate                  gets the dealt data set rows; observers begin, and prompts are chosen
         completion_length                 limits the length of completions
         _generate                         generates completions, as lists of ids
+          _tokenize_prompts               skips prompts that are given as token ids
           _calculate_rewards              if groups are selected: scores them at once, as raw rollouts
           select_groups                   sees `batch.rounds`; score_round generates and scores further rounds
         _get_per_token_logps_and_entropies   of the old policy and of the reference, if they are needed
@@ -62,7 +63,7 @@ from .rewards_ahead import discard_rewards, generate_in_chunks, hand_rewards_to_
 
 
 class _RoundScored(Exception):
-    """Leaves TRL's method when completions are scored, so that rows without training cost no forward pass."""
+    """Leaves TRL's method when completions are scored: rows that are not trained on need no forward pass."""
 
     def __init__(self, scored: ScoredRound) -> None:
         self.scored = scored
@@ -116,7 +117,7 @@ class GRPOSeams(CheckpointSeams):
         if self.needs_reference:
             holder.beta = holder.beta or 1.0  # any number but zero; it is restored before a loss is computed
         if self.needs_old_pass and holder is self:
-            # TRL leaves the old policy's pass out if steps_per_generation * num_iterations divides the accumulation
+            # TRL leaves the pass out if gradient_accumulation_steps % (steps_per_generation * num_iterations) == 0
             holder.num_iterations = 1 if self.batch.credits_late else self.args.gradient_accumulation_steps + 1
         try:
             yield
@@ -303,7 +304,7 @@ class GRPOSeams(CheckpointSeams):
             if batch.logged_prompts is not None:
                 self._relog("prompt", gather_object(batch.logged_prompts))
             if len(batch.rounds) > 1:
-                # Then TRL's `frac_reward_zero_std` is about the batch that is trained on, not about groups
+                # With these settings, TRL's `frac_reward_zero_std` is about the batch that is trained on, not groups
                 by_batch = self.scale_rewards == "batch" or self.multi_objective_aggregation == "normalize_then_sum"
                 named = self.reward_weights, self.reward_func_names, self.num_generations
                 restate_rounds(self.train_metrics, batch.rounds, *named, zero_std=not by_batch)
