@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 import tiny
 import torch
@@ -81,7 +82,7 @@ def short(output_dir: Any, **overrides: Any) -> DPOThenPPO:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two rounds in one process, never stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    subprocess.run([sys.executable, str(WORKER), str(folder)], check=True, capture_output=True)
+    processes.run([WORKER, folder])
     return folder
 
 
@@ -192,9 +193,10 @@ class TestRun:
             "names = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj', 'gate_proj']\n"
             "schedule(sys.argv[3], peft_config=lora(target_modules=names)).file.save()\n"
         )
-        for seed in ("1", "2"):
-            command = [sys.executable, "-c", code, str(WORKER.parents[1]), str(WORKER.parent), str(tmp_path)]
-            subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        command = ["-c", code, str(WORKER.parents[1]), str(WORKER.parent), str(tmp_path)]
+        processes.run(command)  # whose order is that of PYTHONHASHSEED=0
+        environment = {**os.environ, "PYTHONHASHSEED": "1"}
+        subprocess.run([sys.executable, *command], check=True, capture_output=True, env=environment)
 
 
 class TestHandingOn:
@@ -630,13 +632,13 @@ class TestKilled:
         begun = ["1/pairs/completions.jsonl", "1/dpo/checkpoint-2", "1/ppo/checkpoint-2", "2/ppo/checkpoint-4"]
         delays = [random.uniform(0.0, 0.4) for _ in begun]
         for begins, delay in zip(begun, delays, strict=True):
-            process = subprocess.Popen([sys.executable, str(WORKER), str(tmp_path)], stdout=subprocess.DEVNULL)
+            process = processes.start([WORKER, tmp_path])
             while not (tmp_path / f"round_{begins}").exists() and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
+            process.kill(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL, f"ended before it was killed, {delays}"
-        subprocess.run([sys.executable, str(WORKER), str(tmp_path)], check=True, stdout=subprocess.DEVNULL)
+        processes.run([WORKER, tmp_path])
         weights = [path for path in whole.rglob("*.safetensors") if "checkpoint-" not in str(path)]
         assert len(weights) >= 9
         for path in weights:
@@ -647,12 +649,12 @@ class TestKilled:
     def test_two_processes(self, tmp_path: Path) -> None:
         """Killed in DPO's stage, both of them; then to the end."""
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER), str(tmp_path)]
-        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, start_new_session=True)
+        process = processes.start(command)
         while not (tmp_path / "round_1/dpo/checkpoint-2").exists() and process.poll() is None:
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGTERM)  # to torchrun, which kills its workers
+        process.kill(signal.SIGTERM)
         process.wait()
-        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+        processes.run(command)
         stages = json.loads((tmp_path / "stages.json").read_text())["stages"]
         assert [stage["name"] for stage in stages] == ["start", *["pairs", "dpo", "ppo"] * 2]
         assert not same(adapter(tmp_path), adapter(tmp_path / "round_2/dpo"))
