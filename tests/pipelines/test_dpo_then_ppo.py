@@ -195,8 +195,10 @@ class TestRun:
         )
         command = ["-c", code, str(WORKER.parents[1]), str(WORKER.parent), str(tmp_path)]
         processes.run(command)  # whose order is that of PYTHONHASHSEED=0
+        written = (tmp_path / "stages.json").read_text()
         environment = {**os.environ, "PYTHONHASHSEED": "1"}
         subprocess.run([sys.executable, *command], check=True, capture_output=True, env=environment)
+        assert (tmp_path / "stages.json").read_text() == written
 
 
 class TestHandingOn:
