@@ -104,7 +104,7 @@ def run(
     process = start(command, env, cwd)
     status = process.wait(timeout)
     assert status == 0, f"exit status {status}\n{process.printed()}"
-    return process.printed()
+    return process.output.read_text(errors="replace")
 
 
 class _Parent:
@@ -112,7 +112,13 @@ class _Parent:
 
     def __init__(self) -> None:
         self.directory = tempfile.TemporaryDirectory(prefix="processes_")
-        env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        env = {
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONHASHSEED": "0",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
         self.process = subprocess.Popen(
             [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -361,7 +361,7 @@ def fail(output_dir: Path, processes: int) -> dict[str, Any]:
         train_dataset=tiny.prompts(64),
         processing_class=tiny.tokenizer(),
     )
-    config.max_steps = 9
+    trainer.args.max_steps = 9
     try:
         trainer.train()
     except trl_ext.RewardFunctionError as error:

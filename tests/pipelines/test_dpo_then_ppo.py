@@ -3,17 +3,15 @@ DPO, then PPO: one model, one adapter that is handed on, and a run that nothing 
 """
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import tiny
 import torch
@@ -36,7 +34,7 @@ WORKER = Path(__file__).with_name("dpo_then_ppo_worker.py")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two rounds in one process, never stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    subprocess.run([sys.executable, str(WORKER), str(folder)], check=True, capture_output=True)
+    processes.run([WORKER, folder])
     return folder
 
 
@@ -243,13 +241,13 @@ class TestKilled:
         begun = ["1/pairs/completions.jsonl", "1/dpo/checkpoint-2", "1/ppo/checkpoint-2", "2/ppo/checkpoint-4"]
         delays = [random.uniform(0.0, 0.4) for _ in begun]
         for begins, delay in zip(begun, delays, strict=True):
-            process = subprocess.Popen([sys.executable, str(WORKER), str(tmp_path)], stdout=subprocess.DEVNULL)
+            process = processes.start([WORKER, tmp_path])
             while not (tmp_path / f"round_{begins}").exists() and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
+            process.kill(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL, f"ended before it was killed, {delays}"
-        subprocess.run([sys.executable, str(WORKER), str(tmp_path)], check=True, stdout=subprocess.DEVNULL)
+        processes.run([WORKER, tmp_path])
         weights = [path for path in whole.rglob("*.safetensors") if "checkpoint-" not in str(path)]
         assert len(weights) >= 9
         for path in weights:
@@ -260,12 +258,12 @@ class TestKilled:
     def test_two_processes(self, tmp_path: Path) -> None:
         """Killed in DPO's stage, both of them; then to the end."""
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER), str(tmp_path)]
-        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, start_new_session=True)
+        process = processes.start(command)
         while not (tmp_path / "round_1/dpo/checkpoint-2").exists() and process.poll() is None:
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGTERM)  # to torchrun, which kills its workers
+        process.kill(signal.SIGTERM)
         process.wait()
-        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+        processes.run(command)
         stages = json.loads((tmp_path / "stages.json").read_text())["stages"]
         assert [stage["name"] for stage in stages] == ["start", *["pairs", "dpo", "ppo"] * 2]
         assert not same(adapter(tmp_path), adapter(tmp_path / "round_2/dpo"))

@@ -2,12 +2,9 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import tiny
 import torch
@@ -15,7 +12,6 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2ForSequenceClassification
 
-import trl_ext
 from trl_ext import PPOTrainer
 from trl_ext.roles.critic import logps_and_values
 
@@ -106,11 +102,8 @@ def loaded(trained, tmp_path_factory):
     }
     checkpoints = {f"{name}, checkpoint": (f"{case[0]}/checkpoint-2", *case[1:]) for name, case in cases.items()}
     results = tmp_path_factory.mktemp("loaded") / "results.pt"
-    path = os.pathsep.join([str(Path(trl_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    call = [sys.executable, "-c", LOADS, json.dumps([IDS.tolist(), MASK.tolist(), cases | checkpoints]), str(results)]
-    run = subprocess.run(call, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return torch.load(results, weights_only=True), run.stdout + run.stderr
+    printed = processes.run(["-c", LOADS, json.dumps([IDS.tolist(), MASK.tolist(), cases | checkpoints]), results])
+    return torch.load(results, weights_only=True), printed
 
 
 @pytest.mark.parametrize("where", ["", ", checkpoint"])
