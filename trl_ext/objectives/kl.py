@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from ..errors import require_one_of
+
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 KL_RULES = ("fixed", "ppo", "proportional", "exponential")
@@ -33,14 +35,13 @@ def kl_estimate(logps: torch.Tensor, other_logps: torch.Tensor, estimator: str) 
     Returns:
         `torch.Tensor` of the same shape.
     """
+    require_one_of("estimator", estimator, KL_ESTIMATORS)
     log_ratio = logps - other_logps
     if estimator == "k1":
         return log_ratio
     if estimator == "k2":
         return 0.5 * log_ratio.square()
-    if estimator == "k3":
-        return torch.expm1(-log_ratio) + log_ratio
-    raise ValueError(f"estimator={estimator!r} is unknown. Choose one of {', '.join(map(repr, KL_ESTIMATORS))}.")
+    return torch.expm1(-log_ratio) + log_ratio
 
 
 def adapted_kl_coef(
@@ -74,12 +75,11 @@ def adapted_kl_coef(
     Returns:
         `float`: the next coefficient, which is `coef` if `kl` isn't finite.
     """
+    require_one_of("rule", rule, KL_RULES)
     if rule == "fixed" or not math.isfinite(kl):
         return coef
     if rule == "ppo":
         return coef / 2 if kl < target / 1.5 else coef * 2 if kl > target * 1.5 else coef
     if rule == "proportional":
         return coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * samples / horizon)
-    if rule == "exponential":
-        return coef * math.exp(min(rate * (kl - target), 50.0))
-    raise ValueError(f"rule={rule!r} is unknown. Choose one of {', '.join(map(repr, KL_RULES))}.")
+    return coef * math.exp(min(rate * (kl - target), 50.0))
