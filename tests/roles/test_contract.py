@@ -146,9 +146,10 @@ def test_seams_without_a_critic_do_nothing(tmp_path):
         sizes.append(chunked_logprob.TOKEN_CHUNK_SIZE)
         return tiny.hashed(completion_ids)
 
-    # A reference that is refreshed stays TRL's business
+    # TRL loads a reference by its name; refreshing it stays TRL's business
+    tiny.stopping().save_pretrained(tmp_path / "policy")
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "beta": 0.1, "sync_ref_model": True}
-    trainer = tiny.trainer(GRPOTrainer, tmp_path, reward, **settings)
+    trainer = tiny.trainer(GRPOTrainer, tmp_path, reward, {"model": str(tmp_path / "policy")}, **settings)
     trainer.train()
     assert trainer.critic is None and trainer.ref_model is not None
     assert not any(group.get("is_critic") for group in trainer.optimizer.param_groups)

@@ -168,8 +168,8 @@ def _passes(trainer: Any, rollouts: Sequence[Rollout]) -> _Passes:
     longest = max(len(rollout.completion_ids) for rollout in rollouts)
     starts = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts]).unsqueeze(1)
     # Column start − 1 + t is the state before token t of the completion, and the log-probability of that token
-    states = starts - 1 + torch.arange(longest + 1)  # (B, T + 1)
-    written = states[:, :-1] < lengths.unsqueeze(1) - 1  # (B, T)
+    columns = starts - 1 + torch.arange(longest + 1)  # (B, T + 1)
+    written = columns[:, :-1] < lengths.unsqueeze(1) - 1  # (B, T)
 
     def of_completions(tensor: torch.Tensor, columns: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         return tensor.cpu().float().gather(1, columns.clamp(max=tensor.size(1) - 1)) * known
@@ -180,11 +180,11 @@ def _passes(trainer: Any, rollouts: Sequence[Rollout]) -> _Passes:
             mask[i, : len(rollout.tool_mask)] *= torch.tensor(rollout.tool_mask)
     completions = [torch.tensor(rollout.completion_ids) for rollout in rollouts]
     if reference_logps is not None:
-        reference_logps = of_completions(reference_logps, states[:, :-1], written)
+        reference_logps = of_completions(reference_logps, columns[:, :-1], written)
     return _Passes(
-        of_completions(logps, states[:, :-1], written),
+        of_completions(logps, columns[:, :-1], written),
         reference_logps,
-        of_completions(state_values, states, states < lengths.unsqueeze(1)),
+        of_completions(state_values, columns, columns < lengths.unsqueeze(1)),
         torch.nn.utils.rnn.pad_sequence(completions, batch_first=True),
         written.long(),
         mask,

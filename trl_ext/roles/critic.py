@@ -96,8 +96,7 @@ class ValueHead(nn.Module):
 
     def __init__(self, hidden_size: int, kind: str = "linear") -> None:
         super().__init__()
-        if kind not in HEAD_KINDS:
-            raise ValueError(f"kind={kind!r} is unknown. Choose one of {', '.join(map(repr, HEAD_KINDS))}.")
+        require_one_of("kind", kind, HEAD_KINDS)
         self.hidden_size, self.kind = hidden_size, kind
         self.dense = Float32Linear(hidden_size, hidden_size, dtype=torch.float32) if kind == "mlp" else None
         self.out = Float32Linear(hidden_size, 1, dtype=torch.float32)
@@ -140,9 +139,9 @@ class Critic(nn.Module):
     kind: ClassVar[str]
     settings: ClassVar[tuple[str, ...]] = ()
     learning_rate_factor: ClassVar[float]
-    # Before TRL and PEFT wrap and change the policy: for a critic that copies weights
+    # Whether it is built before TRL and PEFT wrap and change the policy, as a critic that copies weights must be
     built_before_trl: ClassVar[bool] = False
-    # If so, left padding moves its values unless its positions are relative
+    # Whether it runs a model of its own on them: then left padding changes its values, unless positions are relative
     reads_token_ids: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -289,7 +288,7 @@ class HeadCritic(Critic):
 
     kind = "head"
     settings = ("critic_head", "critic_trunk_grad")
-    # It starts at zero, and reads features that are there
+    # It starts at zero, and the features that it reads are learned already
     learning_rate_factor = 100.0
     reads_token_ids = False
 
@@ -432,14 +431,14 @@ def critic_class(kind: str) -> type[Critic]:
     return found
 
 
-def _base_model(actor: Any) -> Any:
+def base_model_of(actor: Any) -> Any:
     """What a PEFT model is built on; any other model itself."""
     return actor.get_base_model() if hasattr(actor, "get_base_model") else actor
 
 
 def critic_of(actor: nn.Module) -> Critic | None:
     """The critic that is attached to a model or to the base model of a PEFT model."""
-    critic = getattr(_base_model(actor), CRITIC, None)
+    critic = getattr(base_model_of(actor), CRITIC, None)
     return critic if isinstance(critic, Critic) else None
 
 
@@ -453,7 +452,7 @@ def without_critic(actor: nn.Module) -> Iterator[None]:
     if critic is None:
         yield
         return
-    with critic.detached(_base_model(actor)):
+    with critic.detached(base_model_of(actor)):
         yield
 
 
@@ -483,7 +482,7 @@ def load_critic(directory: str | Path, actor: nn.Module, temperature: float = 1.
     if not (directory / CONFIG_FILE).exists():
         raise FileNotFoundError(f"No critic in {directory}: {CONFIG_FILE} is missing.")
     description = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    base = _base_model(actor)
+    base = base_model_of(actor)
     try:
         critic = critic_class(description["critic"]).from_description(description, base)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """
-One trunk for several trainers. A trainer changes the model that it is given: TRL patches forwards and adds an adapter
-for the reference, a critic adds hooks and a head, wrappers stay. So each gets modules of its own, around the same
-weights, and what it did to them goes when it goes.
+One trunk for several trainers. A trainer changes the model that it gets: TRL patches forward methods and adds an
+adapter for the reference, a critic adds hooks and a head, and wrappers remain. So each trainer gets modules of its own
+around the same weights, and its changes disappear with it.
 """
 
 import copy
@@ -21,8 +21,8 @@ REFERENCE_ADAPTER = "ref"  # TRL's name for its copy of an adapter that a policy
 
 def sharing_weights(model: nn.Module) -> Any:
     """
-    A copy of a model's modules around the same parameters and buffers: training the one trains the other, and takes no
-    memory for weights.
+    A copy of a model's modules around the same parameters and buffers. Training the copy trains the model, and takes
+    no memory for a second set of weights.
 
     Args:
         model (`torch.nn.Module`):
@@ -34,7 +34,7 @@ def sharing_weights(model: nn.Module) -> Any:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """All weights whole on every process inside, where ZeRO-3 has spread them and no engine gathers them."""
+    """Within this context, every process holds all weights that ZeRO-3 has spread and that no engine gathers."""
     spread = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     if not spread:
         yield
@@ -46,24 +46,24 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Writes the adapter `default`, as PEFT does, without the subfolder that adapters of other names get."""
+    """Write the adapter `default` as PEFT does, into the folder itself."""
     model.save_pretrained(str(folder), selected_adapters=[ADAPTER], save_embedding_layers=False)
 
 
 def load_adapter(model: PeftModel, folder: str | Path, adapter: str = ADAPTER) -> None:
     """
-    Puts saved weights into an adapter that is there.
+    Load saved weights into an adapter of a model.
 
     Args:
         model ([`~peft.PeftModel`]):
-            With an adapter of this name.
+            A model that has an adapter of this name.
         folder (`str` or `Path`):
-            Where PEFT saved one of the same shape.
+            Folder in which PEFT saved an adapter of the same shape.
         adapter (`str`, *optional*, defaults to `"default"`):
             Its name in the model.
 
     Raises:
-        ValueError: if the file lacks some of its weights, or has others.
+        ValueError: if the file lacks some of its weights, or has unknown ones.
     """
     result: Any = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=adapter)
     own = f".{adapter}."
@@ -77,6 +77,6 @@ def load_adapter(model: PeftModel, folder: str | Path, adapter: str = ADAPTER) -
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Bytes of the memory behind tensors, by its address: what two of them share is there once."""
+    """Bytes of the memory behind tensors, by address. Memory that two of them share is counted once."""
     held = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in held}

@@ -167,12 +167,12 @@ class PPOTrainer(GRPOTrainer):
         self.add_callback(self.step_control)
 
     def _set_up_run(self, config: PPOConfig, ptx_dataset: Dataset | None) -> None:
-        """What changes during training."""
+        """Creates the state that changes during training."""
         self.kl_coef = config.kl_coef
         self.old_kl_coef = config.old_kl_coef
         self.step_control = StepControl(self)
         self._reward_scale = RunningScale()
-        self._old_kl = (0.0, 0.0)  # sum and tokens, of the last optimizer step
+        self._old_kl = (0.0, 0.0)  # sum over the tokens of the last optimizer step, and their number
         self._replay = ReplayBuffer(config.replay_capacity, config.seed)
         self._sums: torch.Tensor | None = None  # of the optimizer step that is being accumulated
         self._ptx = None if ptx_dataset is None else PromptStream(ptx_dataset, config.seed)
@@ -184,7 +184,7 @@ class PPOTrainer(GRPOTrainer):
             if holder is self:
                 yield
                 return
-            # TRL refuses to refresh adapters, and would load a reference that is here already
+            # TRL refuses to refresh adapters, and it would load a reference that is in memory already
             holder.sync_ref_model = False
             holder.beta = 0.0 if self._own_reference is not None else holder.beta
             try:
@@ -211,13 +211,13 @@ class PPOTrainer(GRPOTrainer):
             self.eos_token_ids = [config.stop_token_id]  # TRL cuts completions at it
         require(
             config.replay_ratio == 0 or not reads_images(self),
-            "replay_ratio with images: rows of earlier batches have other numbers of them. Set replay_ratio=0.",
+            "replay_ratio with images: rows of earlier batches have different numbers of them. Set replay_ratio=0.",
         )
 
     # Credit
 
     def _sum(self, sums: torch.Tensor) -> torch.Tensor:
-        """Over all processes."""
+        """Sums over all processes."""
         reduced: torch.Tensor = self.accelerator.reduce(sums, reduction="sum")
         return reduced
 
@@ -241,7 +241,7 @@ class PPOTrainer(GRPOTrainer):
         )
 
     def credit_tokens(self, output: dict[str, Any], rewards: torch.Tensor, training: bool) -> None:
-        args, late = self.args, self.batch.credits_late
+        args = self.args
         step_rewards = [
             {column: reward.steps for column, reward in by_column.items()} for by_column in self.batch.step_rewards
         ]
@@ -260,7 +260,7 @@ class PPOTrainer(GRPOTrainer):
         if args.positive_nll_coef:
             outcomes = self.group_outcomes(rewards, 1).squeeze(1)
             output["is_right"] = (outcomes.nan_to_num(nan=-math.inf) >= args.success_threshold).float()
-        if not late:
+        if not self.batch.credits_late:
             row_means = self._estimate(output, self.batch.extras[0], training)
             self._relog("advantages", self.accelerator.gather(row_means).tolist())
 
@@ -401,8 +401,8 @@ class PPOTrainer(GRPOTrainer):
 
     def _ptx_term(self, model: Any) -> torch.Tensor:
         """γ times the next-token loss on `ptx_dataset` (2203.02155, eq. 2), as a part of the step's loss."""
-        # DDP wants one forward pass for each backward pass, and reduces the gradients of the module below it all the
-        # same
+        # DDP allows one forward pass for each backward pass. The module below it has the same parameters, whose
+        # gradients DDP reduces.
         below = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
         lm_loss: torch.Tensor = below(**self._ptx_batch()).loss
         mean = self._sum(lm_loss.detach()) / self.accelerator.num_processes

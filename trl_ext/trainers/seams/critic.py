@@ -33,7 +33,7 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from ...roles.critic import CRITIC, Critic, LastColumns, without_critic
+from ...roles.critic import CRITIC, Critic, LastColumns, base_model_of, without_critic
 from ...roles.trunk import ADAPTER, REFERENCE_ADAPTER
 from .grpo import GRPOSeams
 
@@ -87,8 +87,7 @@ def attach_critic(trainer: Any, critic: Critic) -> None:
         critic.to(next(iter(trained), torch.float32))
     if trainer.args.disable_dropout:
         disable_dropout_in_model(critic)
-    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-    critic.attach(base)
+    critic.attach(base_model_of(trainer.model))
     if trainer.ref_model is not None:  # which TRL loaded
         LastColumns(trainer.accelerator.unwrap_model(trainer.ref_model))
     if trainer.use_vllm:
@@ -232,8 +231,8 @@ class CriticSeams(GRPOSeams):
 
         @wraps(forward)
         def with_values(model: Any, *args: Any, **kwargs: Any) -> Any:
-            columns = inspect.signature(forward).bind(model, *args, **kwargs).arguments["logits_to_keep"]
-            recording = _Recording(model, columns)
+            kept = inspect.signature(forward).bind(model, *args, **kwargs).arguments["logits_to_keep"]
+            recording = _Recording(model, kept)
             # In the loss, and once for a generation batch: not in the pass of the reference
             critic.active = self._loss_inputs is not None or not (self.batch.extras or self.batch.credits_late)
             try:
@@ -242,8 +241,8 @@ class CriticSeams(GRPOSeams):
                 critic.active = True
             if not recording.state_values:
                 return result
-            states = result[0].size(1) + 1  # before each completion token, and after the last
-            return (*result, torch.cat(recording.state_values)[:, -states:])
+            columns = result[0].size(1) + 1  # states before each completion token, and after the last
+            return (*result, torch.cat(recording.state_values)[:, -columns:])
 
         return with_values
 
