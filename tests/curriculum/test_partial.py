@@ -120,7 +120,7 @@ def test_another_roll_out_does_not_go_on_with_it(roll_out, tmp_path, subtests):
     }
     for name, (other, arguments) in others.items():
         with subtests.test(name):
-            with pytest.raises(ValueError, match=r"partial\.jsonl, which holds another roll-out"):
+            with pytest.raises(ValueError, match=r"partial\.jsonl, which holds results of a different call"):
                 other(partial, **arguments)
             assert partial.read_text() == before
 

@@ -23,6 +23,8 @@ from comparing import Gradients
 
 import trl_ext
 from trl_ext.curriculum.schedule import DifficultyCurriculum
+from trl_ext.evaluation.credit import credit_by_token
+from trl_ext.trainers.trl_1_12 import completions_table
 
 
 INFORMED: dict[str, Any] = {
@@ -145,8 +147,8 @@ def rare_success(prompts: list[str], completion_ids: list[list[int]], **kwargs: 
 class Recorder(trl_ext.GRPOTrainer):
     """Keeps the completions of the rows that enter the loss, and the advantage of each."""
 
-    def on_rollouts(self, output: Any, selection: Any, rounds: Any) -> None:
-        super().on_rollouts(output, selection, rounds)
+    def on_rollouts(self, output: Any, batch: Any) -> None:
+        super().on_rollouts(output, batch)
         self.trained = getattr(self, "trained", [])
         for ids, mask, advantage in zip(
             output["completion_ids"], output["completion_mask"], output["advantages"], strict=True
@@ -310,6 +312,9 @@ def ppo(case: dict[str, Any], output_dir: Path, processes: int) -> dict[str, Any
         "logs": logs,
         "state": state,
         "skipped": trainer.skipped_steps,
+        # Five rows are no multiple of two processes
+        "completions": completions_table(trainer, tiny.prompts(5), sampling=False),
+        "credits": credit_by_token(trainer, list(tiny.prompts(5))),
     }
 
 

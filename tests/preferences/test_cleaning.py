@@ -16,6 +16,7 @@ from trl_ext.preferences.cleaning import (
     flip_pairs,
     pair_margins,
 )
+from trl_ext.preferences.flags import flag_pairs
 
 
 def by_number(prompts, completions):
@@ -252,10 +253,10 @@ def test_scorers_that_learned_nothing_judge_nothing():
                 ]
 
             left, report = clean_by_cross_fitting(pairs, fit, folds=3, rounds=2)
-            assert not report.noise.is_told and report.noise_left is None
+            assert not report.noise.is_reliable and report.noise_left is None
             assert left[:] == pairs[:]
             assert "300 kept: the scorers learned too little" in str(report)
-            assert "can't be told" in str(report)
+            assert "is uncertain" in str(report)
 
 
 @pytest.mark.parametrize("score", [0.0, math.nan])
@@ -289,9 +290,19 @@ def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="The pairs are a IterableDataset"):
         clean_by_margin(pairs.to_iterable_dataset(), by_number)
     fit = FitsANumber()
-    with pytest.raises(ValueError, match="There are 49 pairs, but the share of wrong labels can be told from 50 on"):
+    with pytest.raises(ValueError, match="There are 49 pairs, but the share of wrong labels can be estimated from 50"):
         clean_by_cross_fitting(pairs.select(range(49)), fit)
     with pytest.raises(ValueError, match="no column prompt"):
         clean_by_margin(pairs.remove_columns("prompt"), by_number)
     with pytest.raises(ValueError, match="There are no pairs to clean"):
         clean_by_margin(pairs.select([]), by_number)
+
+
+def test_what_is_passed_in_stays_as_it_was():
+    pairs, _ = with_wrong_labels(60, 0.2)
+    rows, columns, features = pairs[:], list(pairs.column_names), dict(pairs.features)
+    assert clean_by_margin(pairs, by_number, flip_margin=0.0001)[1].rows("flipped")
+    clean_by_agreement(pairs, [by_number, by_number])
+    clean_by_cross_fitting(pairs, FitsANumber())
+    flag_pairs(flag_pairs(pairs)[0])
+    assert (pairs[:], pairs.column_names, dict(pairs.features)) == (rows, columns, features)

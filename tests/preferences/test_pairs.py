@@ -147,7 +147,7 @@ def test_dpo_trains_on_exactly_what_was_sampled(conversational, template, tmp_pa
     arguments = {"train_dataset": prompts, "processing_class": tokenizer}
     trainer = tiny.trainer(GRPOTrainer, tmp_path, tiny.low_ids, arguments, chat_template_kwargs=template)
     pairs, report = make_pairs(trainer, prompts)
-    assert report.read_otherwise == 0
+    assert report.tokenized_differently == 0
     settings = tiny.pair_settings(tmp_path, max_steps=1)
     policy = tmp_path / "policy"  # a folder, of which TRL loads the reference, too
     tiny.qwen2().save_pretrained(policy)
@@ -168,7 +168,7 @@ class Stopped(Exception):
 def test_text_that_reads_otherwise_is_counted(tmp_path):
     trainer = tiny.trainer(GRPOTrainer, tmp_path, tiny.low_ids)
     _, report = make_pairs(trainer, tiny.prompts(8))  # "w1 w2" and "w3 w4" make "w1 w2w3 w4"
-    assert report.read_otherwise == report.pairs > 0
+    assert report.tokenized_differently == report.pairs > 0
     assert "pairs are tokenised otherwise" in str(report)
 
 
@@ -207,7 +207,9 @@ def test_nothing_generated_is_lost(tmp_path):
     more, _, asked = run(partial, strategy="margin")
     assert asked == []
     assert len(more) > len(whole)
-    with pytest.raises(ValueError, match=r"partial_results` is .*partial.jsonl, which holds another roll-out"):
+    with pytest.raises(
+        ValueError, match=r"partial_results` is .*partial.jsonl, which holds results of a different call"
+    ):
         run(partial, num_generations=3)
     for other in ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, {"chat_template_kwargs": {"think": False}}):
         with pytest.raises(ValueError, match="holds another roll-out"):

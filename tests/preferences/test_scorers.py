@@ -1,5 +1,6 @@
 """Scorers that are trained on pairs: what they learn, from what they start, and what they leave behind."""
 
+import copy
 import random
 from typing import Any
 
@@ -98,8 +99,20 @@ def test_the_reference_is_what_the_policy_started_from(precomputed, policy):
 def test_one_chat_template_serves_all_rows(policy):
     fit = ImplicitRewardTraining(policy, quick(), processing_class=tiny.tokenizer())
     differing = [{"think": i < 4} for i in range(8)]
-    with pytest.raises(ValueError, match="Rows differ in `chat_template_kwargs`"):
+    with pytest.raises(ValueError, match="The rows have different `chat_template_kwargs`"):
         fit(words(chat_template_kwargs=differing))
     alike = fit(words(chat_template_kwargs=[{"think": True}] * 8))
     assert alike.chat_template_kwargs == {"think": True}
     assert fit(words()).chat_template_kwargs == {}
+
+
+def test_an_adapters_configuration_stays_as_it_was(policy):
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    before = copy.deepcopy(lora.to_dict())
+    arguments = {**tiny.pair_settings(".", max_steps=1), "bf16": False}
+    arguments.pop("output_dir")
+    words = {"prompt": [f"w{i} " for i in range(8)], "chosen": ["w4"] * 8, "rejected": ["w5"] * 8}
+    training = ImplicitRewardTraining(policy, arguments, lora, tiny.tokenizer())
+    scorer = training(Dataset.from_dict(words))
+    assert scorer.reward.policy.peft_config["default"].target_modules != "all-linear"
+    assert lora.to_dict() == before and training.peft_config is lora

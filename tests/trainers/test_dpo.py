@@ -306,9 +306,13 @@ def test_two_processes_share_one_order_and_take_the_steps_of_one(tmp_path):
     [
         (DifficultyCurriculum(), pairs(3), "column is None, and .* DPO has no rollouts: name a column"),
         (easy_to_hard(), pairs(3), r"column is 'hard', and train_dataset has \['prompt', 'chosen', 'rejected'\]"),
-        (easy_to_hard(), pairs(3, hard=["a", "b", "c"]), "column 'hard' holds something else than finite numbers"),
-        (easy_to_hard(), pairs(3, hard=[1.0, 0.0, float("nan")]), "column 'hard' holds something else than finite"),
-        (easy_to_hard(), pairs(3, hard=[1, 1, 1]), "column 'hard' has the same number everywhere"),
+        (easy_to_hard(), pairs(3, hard=["a", "b", "c"]), "column 'hard' holds something that is not a finite number"),
+        (
+            easy_to_hard(),
+            pairs(3, hard=[1.0, 0.0, float("nan")]),
+            "column 'hard' holds something that is not a finite",
+        ),
+        (easy_to_hard(), pairs(3, hard=[1, 1, 1]), "column 'hard' holds the same number in all rows"),
         (
             easy_to_hard(),
             pairs(3, hard=[1, 2, 3]).to_iterable_dataset(),
