@@ -82,6 +82,27 @@ def test_it_is_constructed_where_accelerate_has_no_state(name: str, tmp_path: Pa
     run(["-c", PRELUDE + CASES[name]], cwd=tmp_path)
 
 
+# All that the package imports is there; of the package itself, nothing
+IMPORTS = """
+import importlib, sys, traceback
+for name in sys.argv[1:]:
+    for loaded in [each for each in sys.modules if each.split(".")[0] == "trl_ext"]:
+        del sys.modules[loaded]
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        print("FAILED", name, repr(error))
+"""
+
+
+def test_every_module_may_be_imported_first():
+    package = Path(trl_ext.__file__).parent
+    files = [file.relative_to(package.parent).with_suffix("") for file in package.rglob("*.py")]
+    names = sorted(".".join(file.parts).removesuffix(".__init__") for file in files if file.name != "__main__")
+    assert "trl_ext.monitors.health" in names and "trl_ext" in names
+    assert "FAILED" not in run(["-c", IMPORTS, *names])
+
+
 def test_the_process_has_no_state_but_its_own(tmp_path: Path) -> None:
     """What the tests above rely on: a state that one process makes is in no other."""
     assert tiny.trainer(trl_ext.GRPOTrainer, tmp_path).accelerator.num_processes == 1
