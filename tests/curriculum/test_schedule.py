@@ -223,6 +223,7 @@ def trained(tmp_path: Any, curriculum: Any, trainer_class: Any = GRPOTrainer, **
     return trainer, judge
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("column", ["level", "-easy"])
 def test_easy_prompts_come_before_hard_ones(column, tmp_path):
     dataset_levels = [-(i % 5) for i in range(32)]  # more is harder
@@ -244,6 +245,7 @@ def test_easy_prompts_come_before_hard_ones(column, tmp_path):
     assert sum(solved[:2]) > sum(solved[-2:]) + 0.5
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("selection", ["all", "refill", "duplicate"])
 def test_pass_rates_follow_the_rollouts(selection, tmp_path):
     curriculum = DifficultyCurriculum("frontier", memory=1.0)
@@ -260,6 +262,7 @@ def test_pass_rates_follow_the_rollouts(selection, tmp_path):
         )
 
 
+@pytest.mark.train
 def test_ppo_learns_pass_rates_from_single_completions(tmp_path):
     curriculum = DifficultyCurriculum("mixed")
     trainer, judge = trained(tmp_path, curriculum, PPOTrainer, num_generations=1, num_iterations=1)
@@ -267,12 +270,14 @@ def test_ppo_learns_pass_rates_from_single_completions(tmp_path):
     assert "curriculum/prompts_replaced" in trainer.state.log_history[0]
 
 
+@pytest.mark.train
 def test_completions_get_longer_over_the_run(tmp_path):
     trainer, judge = trained(tmp_path, DifficultyCurriculum(start_completion_length=1, until=1.0), max_steps=6)
     assert judge.lengths[0] == 1 and judge.lengths == sorted(judge.lengths) and judge.lengths[-1] >= 5
     assert trainer.generation_config.max_new_tokens == trainer.max_completion_length == 6
 
 
+@pytest.mark.train
 def test_a_resumed_run_sees_what_the_other_saw(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 3}
     whole, judge = trained(tmp_path / "a", DifficultyCurriculum("frontier"), **settings)
@@ -318,6 +323,7 @@ def test_a_curriculum_is_an_object(curriculum, tmp_path):
         tiny.trainer(GRPOTrainer, tmp_path, Judge(), {"train_dataset": data(), "curriculum": curriculum})
 
 
+@pytest.mark.train
 def test_refill_looks_as_far_ahead_as_the_curriculum_says(tmp_path):
     curriculum = DifficultyCurriculum("frontier", lookahead=3)
     trainer = tiny.trainer(

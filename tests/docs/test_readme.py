@@ -217,6 +217,7 @@ def test_pages_have_the_programs_that_are_trained() -> None:
     assert len(training) == len(set(training))
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(("page", "written"), programs())
 def test_examples_run_as_written(
     page: Path, written: str, hub_names: Path, capsys: pytest.CaptureFixture[str]

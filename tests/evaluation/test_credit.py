@@ -71,6 +71,7 @@ def slowly(trainer: Any, rollout: Any, rewards: list[float]) -> TokenCredit:
     )
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("arguments", "second"),
     [({}, tiny.hashed), ({"peft_config": LoraConfig(target_modules=["q_proj"], lora_dropout=0.0)}, by_position)],
@@ -104,6 +105,7 @@ def sometimes(completion_ids: list[list[int]], **kwargs: Any) -> list[float | No
 SHAPED = {"reward_clip": 0.4, "lam_alpha": 0.3, "bootstrap_truncated": True}
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     "settings",
     [

@@ -142,6 +142,7 @@ def trained(tmp_path, held_out: dict | None, resume=None, **settings):
     return trainer, callback
 
 
+@pytest.mark.train
 def test_measuring_changes_nothing_about_training(tmp_path):
     plain, _ = trained(tmp_path / "plain", None)
     watched, callback = trained(tmp_path / "watched", {"every": 2})
@@ -152,6 +153,7 @@ def test_measuring_changes_nothing_about_training(tmp_path):
     assert watched.counters == plain.counters
 
 
+@pytest.mark.train
 def test_the_policy_is_measured_where_it_stands(tmp_path):
     trainer, callback = trained(tmp_path, {})
     again = evaluate_policy(trainer, list(tiny.prompts(10)), num_samples=4, batch_size=4)
@@ -161,6 +163,7 @@ def test_the_policy_is_measured_where_it_stands(tmp_path):
     assert callback.before == callback.measured[0] != callback.after == again
 
 
+@pytest.mark.train
 def test_the_log_holds_what_was_measured(tmp_path):
     trainer, callback = trained(tmp_path, {"every": 3})
     read = read_estimates(trainer.state.log_history)
@@ -171,6 +174,7 @@ def test_the_log_holds_what_was_measured(tmp_path):
         assert (found.prompts, found.samples, found.per_prompt) == (10, 40, ())
 
 
+@pytest.mark.train
 def test_a_resumed_run_remembers_the_start(tmp_path):
     whole, before = trained(tmp_path, {}, save_strategy="steps", save_steps=2)
     resumed, after = trained(tmp_path, {}, resume=str(tmp_path / "checkpoint-2"), save_strategy="no")

@@ -362,6 +362,7 @@ class Tracker(HealthCheck):
         return None
 
 
+@pytest.mark.train
 def test_a_stopped_run_leaves_a_checkpoint_from_which_it_goes_on(tmp_path):
     def build(*callbacks: Any, **settings: Any) -> Any:
         trainer = tiny.trainer(GRPOTrainer, tmp_path, max_steps=5, **settings)
@@ -382,6 +383,7 @@ def test_a_stopped_run_leaves_a_checkpoint_from_which_it_goes_on(tmp_path):
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
 
 
+@pytest.mark.train
 def test_checks_change_nothing_and_trackers_see_them(tmp_path):
     def build(name: str) -> Any:
         arguments = {"model": saved(tmp_path)}
@@ -409,6 +411,7 @@ def test_checks_change_nothing_and_trackers_see_them(tmp_path):
     assert len(hacking._points) == 2  # after steps 2 and 3; before step 1 is logged there is no reward
 
 
+@pytest.mark.train
 def test_trls_grpo_logs_kl_by_token(tmp_path):
     config = trl.GRPOConfig(**tiny.cpu_settings(tmp_path, beta=0.1, max_steps=2))
     trainer = trl.GRPOTrainer(
@@ -425,6 +428,7 @@ def test_trls_grpo_logs_kl_by_token(tmp_path):
     assert log["kl"] > 0
 
 
+@pytest.mark.train
 def test_trls_dpo_and_reward_trainers_log_preference_accuracy(tmp_path):
     rows = {
         "prompt": ["w1 w2"] * 8,
@@ -450,6 +454,7 @@ def test_trls_dpo_and_reward_trainers_log_preference_accuracy(tmp_path):
     assert len(evaluations) == 2
 
 
+@pytest.mark.train
 def test_a_run_that_hacks_its_reward_is_stopped_by_its_held_out_metric(tmp_path):
     """The measurement is logged with a control of its own: the stop must reach the trainer's."""
     trainer = tiny.trainer(GRPOTrainer, tmp_path, max_steps=12)

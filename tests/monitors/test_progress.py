@@ -133,6 +133,7 @@ def test_counts(number, written):
     assert count(number) == written
 
 
+@pytest.mark.train
 def test_it_takes_the_place_of_bars_and_dictionaries(tmp_path, capsys):
     trainer = tiny.trainer(DUPOTrainer, tmp_path, max_steps=3, disable_tqdm=False)
     trainer.add_callback(HeldOut(trainer, list(tiny.prompts(4))))

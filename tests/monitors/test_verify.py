@@ -209,6 +209,7 @@ def test_nothing_is_left_behind(arguments, tmp_path):
     assert (first.trl.token_slots, first.trl_ext.token_slots) == (second.trl.token_slots, second.trl_ext.token_slots)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     "settings",
     [

@@ -68,6 +68,7 @@ def recount(batches: list[dict[str, Any]], skips: bool = True) -> tuple[int, int
     return slots, useful, dead
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     "settings",
     [
@@ -97,6 +98,7 @@ def test_a_recount(settings, tmp_path):
     assert useful <= total.token_slots < slots
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("settings", "skips"),
     [({"mask_truncated_completions": True}, True), ({"loss_type": "bnpo"}, False), ({"entropy_coef": 0.1}, False)],
@@ -108,6 +110,7 @@ def test_what_the_loss_needs(settings, skips, tmp_path):
     assert (total.token_slots_trl, total.useful_tokens, total.dead_slots) == recount(trainer.losses, skips)
 
 
+@pytest.mark.train
 def test_each_log_has_the_shares_since_the_last(tmp_path):
     trainer, callback = watched(tmp_path, max_steps=4, logging_steps=2)
     logs = tiny.history(trainer)
@@ -123,6 +126,7 @@ def test_each_log_has_the_shares_since_the_last(tmp_path):
     assert callback.since_log == SavedCompute()
 
 
+@pytest.mark.train
 def test_trackers_that_come_after_it_see_them(tmp_path):
     class Tracker(TrainerCallback):
         seen: list[dict[str, Any]] = []
@@ -137,6 +141,7 @@ def test_trackers_that_come_after_it_see_them(tmp_path):
     assert [logs.keys() >= KEYS for logs in Tracker.seen] == ["loss" in logs for logs in Tracker.seen]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("settings", [{}, {"steps_per_generation": 6, "num_iterations": 2}, {"loss_type": "bnpo"}])
 def test_the_training_is_the_same(settings, tmp_path):
     runs = []
@@ -154,6 +159,7 @@ def test_the_training_is_the_same(settings, tmp_path):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     "settings",
     [
@@ -190,6 +196,7 @@ def test_the_comparison_is_with_what_trl_ext_computes(settings, tmp_path):
     assert waste_shares(theirs)["waste/slots_of_trl_ext"] == pytest.approx(1 - ours.share)
 
 
+@pytest.mark.train
 def test_the_summary(tmp_path, capsys):
     trainer, callback = watched(tmp_path)
     out = capsys.readouterr().out
@@ -220,6 +227,7 @@ def test_only_the_main_process_speaks(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.train
 def test_a_training_that_was_broken_off_is_not_mixed_into_the_next(tmp_path):
     class Breaking(Watched):
         breaks = True

@@ -175,6 +175,7 @@ def test_the_table_is_a_distribution_and_its_two_faces_agree(reference, trainer)
     torch.testing.assert_close(logps.exp(), reference.probabilities()[0, [chosen, rejected]])
 
 
+@pytest.mark.train
 def test_dpos_optimum_is_the_closed_form(reference, trainer):
     found, wanted = dpo_optimum(trainer, all_pairs()).probabilities(), closed_form(reference)
     same(found, wanted)
@@ -182,11 +183,13 @@ def test_dpos_optimum_is_the_closed_form(reference, trainer):
     same(dpo_optimum(trainer, all_pairs(flipped=True)).probabilities(), closed_form(reference, -REWARDS))
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("lam", [0.95, 1.0, 0.0])
 def test_ppos_optimum_is_the_closed_form(lam, reference):
     same(ppo_optimum(reference, REWARDS, lam).probabilities(), closed_form(reference))
 
 
+@pytest.mark.train
 def test_ppo_on_dpos_implicit_reward_ends_where_dpo_did(reference, trainer):
     """r = β·log π*/π_ref is the true reward but for a constant of the prompt, −β·log Z, which moves nothing."""
     policy = dpo_optimum(trainer, all_pairs())

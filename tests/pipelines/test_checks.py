@@ -70,6 +70,7 @@ def test_an_adapter_that_cant_be_trained(tmp_path: Path) -> None:
         short(tmp_path, model=model, peft_config=None)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [

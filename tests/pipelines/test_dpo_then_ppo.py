@@ -94,6 +94,7 @@ class TestRun:
             schedule(whole, rounds=2, clean=partial(clean_by_margin, scorer=tiny.low_ids, min_margin=0.5))
         schedule(whole, rounds=3, dpo_args=dpo_args(save_steps=3, report_to="none"))  # how it is saved, and more of it
 
+    @pytest.mark.train
     def test_what_hasnt_begun_may_have_other_settings(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         def full(stage: str, trainer: Any) -> None:
             if stage == "ppo":
@@ -132,12 +133,14 @@ class TestRun:
         assert {Path(stage.folder).is_relative_to(tmp_path) for stage in run.stages} == {True}
         assert run.stages[-1].log_history
 
+    @pytest.mark.train
     def test_a_peft_config_can_be_used_again(self, tmp_path: Path) -> None:
         config = lora()
         for _ in range(2):
             short(tmp_path, peft_config=config, dpo_args=dpo_args(max_steps=1)).train()
 
 
+@pytest.mark.train
 class TestHandingOn:
     def test_the_second_stage_starts_from_dpos_adapter(self, tmp_path: Path) -> None:
         looks = Looks(adapter_of)

@@ -15,6 +15,7 @@ from trl_ext.preferences.pairs import NoPairsError
 from trl_ext.rewards.implicit import IMPLICIT_REWARD
 
 
+@pytest.mark.train
 def test_cleaned_before_dpo(tmp_path: Path) -> None:
     seen = []
 
@@ -28,6 +29,7 @@ def test_cleaned_before_dpo(tmp_path: Path) -> None:
     assert "by hand" in (tmp_path / "round_1/pairs/cleaning.txt").read_text()
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("clean", "error", "message"),
     [
@@ -41,6 +43,7 @@ def test_what_clean_may_not_return(tmp_path: Path, clean: Any, error: type[Excep
     short(tmp_path).train()  # nothing was finished
 
 
+@pytest.mark.train
 def test_the_order_of_pairs(tmp_path: Path) -> None:
     curriculum = DifficultyCurriculum("easy_to_hard", column="-score_margin")
     looks = Looks(lambda trainer: getattr(trainer, "curriculum", None))
@@ -51,6 +54,7 @@ def test_the_order_of_pairs(tmp_path: Path) -> None:
         short(tmp_path, pairs=None)
 
 
+@pytest.mark.train
 def test_a_round_without_pairs_leaves_the_one_before(tmp_path: Path) -> None:
     with pytest.raises(NoPairsError) as caught:
         short(tmp_path, reward_funcs=tiny.constant, rounds=2).train()
@@ -59,6 +63,7 @@ def test_a_round_without_pairs_leaves_the_one_before(tmp_path: Path) -> None:
     assert len(short(tmp_path, reward_funcs=tiny.constant, rounds=1).train()) == 3
 
 
+@pytest.mark.train
 def test_cross_fitted_on_the_same_trunk(tmp_path: Path) -> None:
     """By scorers with DPO's own settings, which are neither evaluated nor saved; the policy stays as it was."""
     args = dpo_args(max_steps=2, eval_strategy="steps", eval_steps=1, eval_on_start=True)

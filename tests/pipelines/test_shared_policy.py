@@ -18,6 +18,7 @@ from trl_ext import PPOConfig
 from trl_ext.roles.trunk import load_adapter, save_adapter, sharing_weights, storages
 
 
+@pytest.mark.train
 def test_the_switch_holds_one_base(tmp_path: Path) -> None:
     """Every parameter that is alive while a stage begins: base and adapter once, and what the stage adds."""
     model = tiny.stopping()
@@ -78,6 +79,7 @@ def test_a_stage_doesnt_depend_on_what_ran_before(tmp_path: Path) -> None:
     assert same(found, {name: weight for name, weight in run.policy.named_parameters() if "lora" in name})
 
 
+@pytest.mark.train
 def test_a_quantized_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Where a CPU has the instructions, bitsandbytes 0.50 packs weights in evaluation and can't train on them then
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)

@@ -13,6 +13,7 @@ from trl_ext import PPOConfig
 from trl_ext.pipelines.training import StageStoppedError, StaysAbove
 
 
+@pytest.mark.train
 def test_above_the_threshold_for_so_many_logs(tmp_path: Path) -> None:
     run = short(tmp_path, dpo_args=dpo_args(max_steps=30, learning_rate=5e-2), accuracy_logs=4)
     run.train()
@@ -23,6 +24,7 @@ def test_above_the_threshold_for_so_many_logs(tmp_path: Path) -> None:
     assert not any(min(accuracies[i : i + 4]) > 0.75 for i in range(len(accuracies) - 4))
 
 
+@pytest.mark.train
 def test_held_out_pairs_decide_where_there_are_some(tmp_path: Path) -> None:
     args = dpo_args(max_steps=30, learning_rate=5e-2, eval_strategy="steps", eval_steps=3)
     run = short(tmp_path, dpo_args=args, eval_pairs=pairs(8), accuracy_logs=2)
@@ -31,6 +33,7 @@ def test_held_out_pairs_decide_where_there_are_some(tmp_path: Path) -> None:
     assert run.stages[1].steps == 3 * len(accuracies) < 30 and min(accuracies[-2:]) > 0.75
 
 
+@pytest.mark.train
 def test_until_they_are_evaluated_nothing_decides(tmp_path: Path) -> None:
     """Training accuracy is above the threshold at once, and says nothing of held-out pairs."""
     args = dpo_args(max_steps=30, learning_rate=5e-2, eval_strategy="steps", eval_steps=12)
@@ -41,17 +44,20 @@ def test_until_they_are_evaluated_nothing_decides(tmp_path: Path) -> None:
     assert max(trained[:10]) > 0.75
 
 
+@pytest.mark.train
 def test_a_rule_without_enough_logs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     short(tmp_path, accuracy_logs=5).train()
     assert "asks for 5 logs of rewards/accuracies, and there were 2" in capsys.readouterr().out
 
 
+@pytest.mark.train
 def test_none_runs_to_the_last_step(tmp_path: Path) -> None:
     run = short(tmp_path, accuracy_threshold=None, accuracy_logs=1, dpo_args=dpo_args(max_steps=5, learning_rate=5e-2))
     run.train()
     assert run.stages[1].steps == 5
 
 
+@pytest.mark.train
 def test_killed_after_the_log_that_ended_it(tmp_path: Path) -> None:
     """The last checkpoint is the stage's end already: not a step more, and the same weights."""
     args = {"dpo_args": dpo_args(max_steps=30, learning_rate=5e-2, save_steps=1), "accuracy_logs": 4}
@@ -70,6 +76,7 @@ def test_killed_after_the_log_that_ended_it(tmp_path: Path) -> None:
     assert not list((tmp_path / "round_1/ppo").glob("optimizer*"))
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("stops", ["dpo", "ppo"])
 def test_stopped_by_someone_else(tmp_path: Path, stops: str) -> None:
     """A stage that a callback ends, with a checkpoint, isn't finished; the same call goes on from there."""

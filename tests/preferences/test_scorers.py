@@ -20,6 +20,7 @@ def policy(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("conversational", [False, True])
 @pytest.mark.parametrize("fit_class", [RewardModelTraining, ImplicitRewardTraining])
 def test_scorers_learn_what_pairs_say(fit_class, conversational, policy):
@@ -96,6 +97,7 @@ def test_the_reference_is_what_the_policy_started_from(precomputed, policy):
     assert scorer(prompts=["w1 ", "w2 "], completions=["w4", "w7 w8"]) == pytest.approx([0.0, 0.0], abs=1e-6)
 
 
+@pytest.mark.train
 def test_one_chat_template_serves_all_rows(policy):
     fit = ImplicitRewardTraining(policy, quick(), processing_class=tiny.tokenizer())
     differing = [{"think": i < 4} for i in range(8)]

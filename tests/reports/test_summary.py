@@ -22,6 +22,7 @@ def run(tmp_path_factory):
     return trainer, held_out
 
 
+@pytest.mark.train
 def test_results_are_those_measured(run):
     trainer, held_out = run
     summary = summarize(trainer, held_out.measured, seconds=12.34, model="m", dataset="d", command="c")
@@ -34,6 +35,7 @@ def test_results_are_those_measured(run):
     assert (summary["after"]["prompts"], summary["after"]["samples"]) == (12, 48)
 
 
+@pytest.mark.train
 def test_costs_are_those_counted(run):
     trainer, held_out = run
     summary = summarize(trainer, held_out.measured, seconds=12.34)
@@ -52,6 +54,7 @@ def test_costs_are_those_counted(run):
     assert {"python", "trl", "torch", "transformers"} <= set(summary["versions"])
 
 
+@pytest.mark.train
 def test_the_gain_is_paired(run):
     # All of 3 prompts gain exactly 0.25: no spread, whatever the prompts' own difficulty is
     measured = {
@@ -69,6 +72,7 @@ def test_without_evaluation_there_are_no_results(tmp_path):
     assert (summary["method"], summary["before"], summary["after"], summary["gain"]) == ("GSPO", None, None, None)
 
 
+@pytest.mark.train
 def test_a_critic_is_judged_by_the_last_tenth_of_the_log(run):
     # 20 logs: the last two count. The KL was logged once, which then is its last tenth; NaN says nothing
     trainer, _ = run
@@ -82,6 +86,7 @@ def test_a_critic_is_judged_by_the_last_tenth_of_the_log(run):
     assert summarize(trainer, {}, 0)["critic"] is None
 
 
+@pytest.mark.train
 def test_a_reward_models_own_results_are_taken_over(run, tmp_path):
     trainer, _ = run
     assert summarize(trainer, {}, 0)["reward_model"] is None
@@ -96,6 +101,7 @@ def test_a_reward_models_own_results_are_taken_over(run, tmp_path):
     assert 0.7 < low < 0.875 < high <= 1
 
 
+@pytest.mark.train
 def test_it_is_read_back_as_written(run, tmp_path):
     trainer, held_out = run
     summary = summarize(trainer, held_out.measured, seconds=1, dataset="données")

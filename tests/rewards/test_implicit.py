@@ -146,6 +146,7 @@ def test_prompts_as_text_as_messages_and_as_ids():
     assert ask(reward, as_ids) == ask(reward)
 
 
+@pytest.mark.train
 def test_what_dpo_measures_is_what_it_returns(tmp_path):
     """TRL's `rewards/chosen`, on the batch with which it was logged."""
     trainer = dpo(tmp_path, model=adapted_name(tmp_path), eval_dataset=pairs(6), per_device_eval_batch_size=6)
@@ -223,6 +224,7 @@ def ppo(folder: Any, model: Any, rewards: Any, **more: Any) -> Any:
     )
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("kind", ["lora", "full", "trained_adapter"])
 def test_a_snapshot_stays_while_ppo_trains_the_same_weights(kind, tmp_path):
     model = {"lora": adapted_name(tmp_path), "full": adapted_name(tmp_path), "trained_adapter": adapted()}[kind]

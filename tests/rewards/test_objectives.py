@@ -156,6 +156,7 @@ def logged(trainer: Any, key: str) -> list[float]:
     return [entry[key] for entry in tiny.history(trainer) if key in entry]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     "trainer_class", [GRPOTrainer, DAPOTrainer, DUPOTrainer, GSPOTrainer, PPOTrainer], ids=lambda c: c.__name__
 )
@@ -189,6 +190,7 @@ def test_the_weights_of_a_batch_are_those_logged_for_it(tmp_path, trainer_class)
         torch.testing.assert_close(found, score)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("settings", [{}, {"num_iterations": 2}, {"steps_per_generation": 4}], ids=str)
 @pytest.mark.parametrize("trainer_class", [GRPOTrainer, PPOTrainer], ids=lambda c: c.__name__)
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, trainer_class, settings):
@@ -208,6 +210,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, trainer_class, setting
             assert torch.equal(weight, resumed.model.state_dict()[name]), name
 
 
+@pytest.mark.train
 def test_weights_are_restored_with_the_batch_that_is_in_use(tmp_path):
     trainer, _ = build(GRPOTrainer, tmp_path)
     trainer.train()
@@ -217,6 +220,7 @@ def test_weights_are_restored_with_the_batch_that_is_in_use(tmp_path):
     assert objectives.multipliers["odd_ids"] > 0
 
 
+@pytest.mark.train
 def test_a_batch_whose_generation_fails_moves_nothing(tmp_path):
     trainer, objectives = build(GRPOTrainer, tmp_path, save_strategy="no")
     moved: list[float] = []
@@ -251,6 +255,7 @@ def test_each_trainer_starts_anew(tmp_path):
     assert objectives.multipliers == {"odd_ids": 0.0}
 
 
+@pytest.mark.train
 def test_a_floor_is_kept(tmp_path):
     """A = share of even ids, B = share of odd ids = 1 − A. Without the floor B goes to 0."""
 

@@ -91,6 +91,7 @@ def by_their_largest(scores, running, training):
     return max(map(abs, scores()))
 
 
+@pytest.mark.train
 def test_a_new_scaling_is_one_function_and_one_entry(tmp_path, monkeypatch):
     settings = {**tiny.cpu_settings(tmp_path), "reward_scaling": "largest"}
     with pytest.raises(ValueError, match=r"reward_scaling='largest' is unknown\. Choose one of 'none', 'batch', 'run"):

@@ -50,6 +50,7 @@ def registered(monkeypatch):
     monkeypatch.setitem(CRITICS, ConstantPlusLinear.kind, ConstantPlusLinear)
 
 
+@pytest.mark.train
 def test_a_further_kind_is_one_class_and_one_entry(registered, tmp_path):
     settings = {"critic": "constant_plus_linear", "num_generations": 1, "per_device_train_batch_size": 4}
     settings |= {"learning_rate": 0.01, "num_iterations": 1, "max_steps": 2, "critic_warmup_steps": 1}

@@ -38,6 +38,7 @@ class Latest(PromptChooser):
         self.chosen = list(state["chosen"])
 
 
+@pytest.mark.train
 def test_a_new_chooser_is_one_class(tmp_path):
     chooser = Latest()
     reward = tiny.Remembering(tiny.first_token_even)
@@ -80,6 +81,7 @@ class Counting(RolloutObserver):
         trainer.train_metrics["counting/rows"].append(len(batch.rows))
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("selection", ["all", "duplicate"])
 def test_observers_see_training_and_nothing_else(tmp_path, selection):
     observer = Counting()

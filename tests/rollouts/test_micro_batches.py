@@ -646,7 +646,7 @@ def test_copies_of_a_row_are_its_weight(name, loss_type, rollouts, monkeypatch):
     """The last micro-batch repeats the first: 16 rows, 12 of them different."""
     perturb, attributes = PERTURBED[name]
     trainer, batches = rollouts(loss_type)
-    for attribute, value in {**attributes, "savings": EVERYTHING}.items():
+    for attribute, value in {**attributes, "exact_savings": EVERYTHING}.items():
         monkeypatch.setattr(trainer, attribute, value)
     generator = torch.Generator().manual_seed(2)
     for batch in batches:

@@ -31,6 +31,7 @@ def test_a_new_estimator_is_a_function_and_an_entry(tmp_path, monkeypatch):
     assert trainer.scale_rewards == "none"
 
 
+@pytest.mark.train
 def test_a_new_selection_is_a_function_and_an_entry(tmp_path, monkeypatch):
     def first_live(selection, rounds, generator) -> None:
         """The first live group in every slot of a dead one."""

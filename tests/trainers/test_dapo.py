@@ -56,6 +56,7 @@ def refilled(tmp_path_factory):
     return trainer, reward
 
 
+@pytest.mark.train
 class TestRefill:
     def test_took_several_rounds(self, refilled):
         trainer, reward = refilled
@@ -214,6 +215,7 @@ def grad_norm(model: torch.nn.Module) -> float:
     return math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
 
 
+@pytest.mark.train
 class TestEnds:
     """What happens when there is nothing, or too little, to draw."""
 
@@ -311,6 +313,7 @@ class TestOutcome:
         assert (funcs, weights) == ([tiny.hashed], [0.5])
         assert trainer.is_outcome.tolist() == [True, False]
 
+    @pytest.mark.train
     def test_named_outcome(self, tmp_path):
         # `hashed` would make every group live; by `live_for` half of them are
         reward = tiny.Remembering(tiny.LiveFor(HALF), "judge")
@@ -340,6 +343,7 @@ class TestOutcome:
         assert trainer.counters.generated_tokens > int(mask.sum())
 
 
+@pytest.mark.train
 class TestTokenNormalization:
     """Which tokens the token-level loss is divided by."""
 
@@ -428,6 +432,7 @@ class LogsExtra:
         return tiny.LiveFor(HALF)(completion_ids=completion_ids, target=target)
 
 
+@pytest.mark.train
 def test_extra_columns_stay_aligned(tmp_path):
     trainer = tiny.trained(DAPOTrainer, tmp_path, LogsExtra(), max_steps=3, seed=3, log_completions=True)
     assert any(len(batch.rounds) > 1 for batch in trainer.batches)
@@ -441,6 +446,7 @@ def test_extra_columns_stay_aligned(tmp_path):
 class TestTrlsFeatures:
     """What TRL's trainer can do still works while prompts are drawn."""
 
+    @pytest.mark.train
     def test_async_rewards(self, tmp_path):
         async def judge(completion_ids: Any, target: Any, **kwargs: Any) -> list[float]:
             return tiny.LiveFor(HALF)(completion_ids=completion_ids, target=target)
@@ -450,6 +456,7 @@ class TestTrlsFeatures:
         for name, value in tiny.weights(one.model).items():
             assert torch.equal(value, two.model.state_dict()[name])
 
+    @pytest.mark.train
     def test_none_rewards(self, tmp_path):
         def sometimes(completion_ids: list[list[int]], target: list[int], **kwargs: Any) -> list[float | None]:
             # Nothing applies to half of the prompts, and never to a completion that begins with an odd token
@@ -483,6 +490,7 @@ class TestTrlsFeatures:
         applies = [value for call in reward.at_step(0) for value in call.rewards if value is not None]
         assert logged == pytest.approx(statistics.fmean(applies))
 
+    @pytest.mark.train
     @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
     def test_several_rewards(self, tmp_path, aggregation):
         first, second = tiny.Remembering(tiny.LiveFor(HALF), "first"), tiny.Remembering(tiny.low_ids, "second")
@@ -508,6 +516,7 @@ class TestTrlsFeatures:
                 expected = [(value - statistics.fmean(total)) / spread for value in total]
             torch.testing.assert_close(batch.output["advantages"], torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.train
     def test_batch_scaling_is_over_the_selected_rows(self, tmp_path):
         reward = tiny.Remembering(tiny.LiveFor(HALF))
         trainer = tiny.trained(DAPOTrainer, tmp_path, reward, max_steps=2, seed=3, scale_rewards="batch")
@@ -519,6 +528,7 @@ class TestTrlsFeatures:
             expected = [(value - means[i // 4]) / spread for i, value in enumerate(values)]
             torch.testing.assert_close(batch.output["advantages"], torch.tensor(expected))
 
+    @pytest.mark.train
     def test_conversational_prompts(self, tmp_path):
         reward = tiny.Remembering(tiny.LiveFor(HALF))
         data = tiny.prompts(conversational=True)
@@ -532,6 +542,7 @@ class TestTrlsFeatures:
             ]
             assert len(set(asked)) == len(asked)
 
+    @pytest.mark.train
     def test_iterable_data_set(self, tmp_path):
         def words():
             yield from tiny.prompts(32)
@@ -544,6 +555,7 @@ class TestTrlsFeatures:
             asked = [call.prompts[i] for call in reward.at_step(step) for i in range(0, len(call.prompts), 4)]
             assert len(set(asked)) == len(asked)
 
+    @pytest.mark.train
     def test_peft(self, tmp_path):
         lora = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
         trainer = tiny.trained(
@@ -584,6 +596,7 @@ class TestTrlsFeatures:
         rewards = trainer.batches[0].rounds[0].rewards
         assert rewards[:, 0].unique().numel() > 1
 
+    @pytest.mark.train
     def test_off_policy_steps(self, tmp_path):
         trainer = tiny.trained(
             DAPOTrainer,
@@ -613,6 +626,7 @@ class TestTrlsFeatures:
             old = batch.output["old_per_token_logps"][row, : len(expected)]
             torch.testing.assert_close(old, expected.detach(), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.train
     def test_evaluation_selects_nothing(self, tmp_path):
         reward = tiny.Remembering(tiny.LiveFor(HALF))
         data = {"eval_dataset": tiny.prompts(6)}
@@ -636,6 +650,7 @@ class TestTrlsFeatures:
         assert not any(key.startswith("eval_selection") for entry in evaluations for key in entry)
         assert trainer.counters.generation_rounds == sum(len(batch.rounds) for batch in trainer.batches)
 
+    @pytest.mark.train
     def test_rollout_func(self, tmp_path):
         def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
             generator = torch.Generator().manual_seed(len(prompts) + 100 * trainer.state.global_step)
@@ -670,6 +685,7 @@ class TestTrlsFeatures:
                 assert logps[: len(ids)] == pytest.approx([-token / 100 for token in ids])
 
 
+@pytest.mark.train
 def test_seed_decides_the_run(tmp_path):
     runs = [tiny.trained(DAPOTrainer, tmp_path, tiny.LiveFor(HALF), max_steps=3, seed=seed) for seed in (3, 3, 4)]
     weights = [tiny.weights(run.model) for run in runs]
@@ -677,6 +693,7 @@ def test_seed_decides_the_run(tmp_path):
     assert not all(torch.equal(value, weights[2][name]) for name, value in weights[0].items())
 
 
+@pytest.mark.train
 def test_the_epoch_is_the_main_samplers(tmp_path):
     # 8 prompts, batches of 4: two steps an epoch, however many prompts refilling drew
     reward = tiny.Remembering(tiny.LiveFor({4, 5, 6}))

@@ -135,6 +135,7 @@ def train(trainer_class: type, config_class: Any, case: Case, saved: str, direct
     }
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("name", CASES)
 def test_every_step_is_trls(name, saved, tmp_path):
     theirs = train(trl.DPOTrainer, trl.DPOConfig, CASES[name], saved, tmp_path / "theirs")
@@ -145,6 +146,7 @@ def test_every_step_is_trls(name, saved, tmp_path):
     assert all(name in log for log in ours["logs"] if "loss" in log for name in ("rewards/accuracies", "loss"))
 
 
+@pytest.mark.train
 def test_a_configuration_of_trls_gives_the_same_steps(saved, tmp_path):
     theirs = train(trl.DPOTrainer, trl.DPOConfig, CASES["full"], saved, tmp_path / "theirs")
     ours = train(trl_ext.DPOTrainer, trl.DPOConfig, CASES["full"], saved, tmp_path / "ours")
@@ -160,6 +162,7 @@ def test_a_configuration_of_trls_is_ours_from_the_same_arguments(tmp_path, subte
             assert adopted.to_dict() == trl_ext.DPOConfig(**arguments).to_dict()
 
 
+@pytest.mark.train
 def test_the_comparison_sees_an_order(saved, tmp_path_factory):
     rows = pairs(16, hard=list(range(16)))
     case = Case(arguments=lambda saved: {"ref_model": tiny.qwen2(1), "train_dataset": rows})
@@ -216,6 +219,7 @@ def easy_to_hard(column: str = "hard") -> DifficultyCurriculum:
     return DifficultyCurriculum("easy_to_hard", column)
 
 
+@pytest.mark.train
 def test_rows_are_trained_on_in_that_order(tmp_path):
     """Two epochs of 12 rows in micro-batches of 2; ties in fours."""
     hard = [i % 3 for i in range(12)]
@@ -229,6 +233,7 @@ def test_rows_are_trained_on_in_that_order(tmp_path):
     assert first != second
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("schedule", ["easy_to_hard", "frontier", "mixed"])
 @pytest.mark.parametrize("column", ["margin", "-margin", "pass_rate"])
 def test_the_order_is_the_curriculums(schedule, column, tmp_path):
@@ -243,6 +248,7 @@ def test_the_order_is_the_curriculums(schedule, column, tmp_path):
     assert [row for batch in trainer.rows for row in batch] == expected
 
 
+@pytest.mark.train
 def test_a_curriculum_of_another_trainer_stays_as_it_was(tmp_path):
     """The same object may choose another trainer's prompts, and know rollouts."""
     curriculum = easy_to_hard()
@@ -266,6 +272,7 @@ def test_rows_that_trl_drops_move_no_other_row(tmp_path):
     assert [row for batch in trainer.rows for row in batch] == [5, 3, 2, 0]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("schedule", ["easy_to_hard", "mixed"])
 @pytest.mark.parametrize("step", [1, 3, 4])  # inside the first epoch, at its end, inside the second
 def test_a_resumed_run_goes_on_in_the_order(step, schedule, tmp_path):
@@ -350,6 +357,7 @@ def test_two_orders_are_refused(tmp_path):
 # What health checks read
 
 
+@pytest.mark.train
 def test_preference_accuracy_is_logged_in_training_and_in_evaluation(tmp_path):
     trainer = trl_ext.DPOTrainer(
         tiny.qwen2(),

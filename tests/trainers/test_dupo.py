@@ -39,6 +39,7 @@ def copied(tmp_path_factory):
     return trainer, reward
 
 
+@pytest.mark.train
 def test_one_round_and_nothing_more(copied):
     trainer, reward = copied
     assert len(reward.calls) == len(trainer.batches) == 4
@@ -47,6 +48,7 @@ def test_one_round_and_nothing_more(copied):
     assert trainer.counters.generation_rounds == 4
 
 
+@pytest.mark.train
 def test_dead_slots_hold_whole_live_groups(copied):
     trainer, reward = copied
     mixed(trainer)
@@ -66,6 +68,7 @@ def test_dead_slots_hold_whole_live_groups(copied):
             assert len({tuple(ids) for ids in batch.prompts[rows]}) == 1
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_copies_have_the_advantages_of_their_source(tmp_path, scale):
     # computed before copying: a deviation over the batch, copies included, would be another
@@ -84,6 +87,7 @@ def test_copies_have_the_advantages_of_their_source(tmp_path, scale):
         torch.testing.assert_close(batch.output["advantages"], torch.tensor(expected))
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("estimator", ["leave_one_out", "reinforce"])
 def test_copies_under_other_estimators(tmp_path, estimator):
     reward = tiny.Remembering(tiny.LiveFor(SOME, otherwise=1.0))
@@ -119,6 +123,7 @@ def test_copies_weigh_in_the_gradient_and_in_the_normaliser(tmp_path):
         torch.testing.assert_close(parameter, expected - 0.5 * expected.grad, msg=name)
 
 
+@pytest.mark.train
 def test_metrics_count_every_completion_once(copied):
     trainer, reward = copied
     seen = 0
@@ -148,6 +153,7 @@ def test_metrics_count_every_completion_once(copied):
     assert trainer.counters.trained_tokens == sum(len(ids) for batch in trainer.batches for ids in batch.completions)
 
 
+@pytest.mark.train
 def test_table_holds_every_completion_once(copied):
     trainer, reward = copied
     tokenizer = tiny.tokenizer()
@@ -171,6 +177,7 @@ class LogsIds:
         return tiny.LiveFor(SOME)(completion_ids=completion_ids, target=target)
 
 
+@pytest.mark.train
 def test_extra_columns_stay_aligned(tmp_path):
     reward = tiny.Remembering(tiny.LiveFor(SOME))
     trainer = run(tmp_path, [LogsIds(), reward], log_completions=True, outcome_reward_funcs=["LogsIds"])
@@ -180,6 +187,7 @@ def test_extra_columns_stay_aligned(tmp_path):
         assert table["ids"].tolist() == [" ".join(map(str, ids)) for ids in call.completion_ids]
 
 
+@pytest.mark.train
 def test_all_dead_goes_on_as_trl_would(tmp_path, caplog):
     trainer = run(tmp_path, tiny.constant, max_steps=2)
     assert "reward variance" in caplog.text
@@ -189,6 +197,7 @@ def test_all_dead_goes_on_as_trl_would(tmp_path, caplog):
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
+@pytest.mark.train
 def test_seed_decides_the_copies(tmp_path):
     def sources(seed: int) -> list[list[int]]:
         trainer = run(tmp_path, tiny.LiveFor(SOME), seed=seed)
@@ -197,6 +206,7 @@ def test_seed_decides_the_copies(tmp_path):
     assert sources(5) == sources(5)
 
 
+@pytest.mark.train
 def test_works_with_several_updates_a_batch(tmp_path):
     trainer = run(tmp_path, tiny.LiveFor(SOME), updates_per_generation=2, num_iterations=2)
     assert len(trainer.batches) == 1

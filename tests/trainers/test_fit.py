@@ -190,6 +190,7 @@ def pair(request, tmp_path_factory):
     return case, theirs, run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, case, tmp_path_factory.mktemp("ours"))
 
 
+@pytest.mark.train
 def test_the_gradient_is_trls(pair):
     case, (trainer, theirs), (_, ours) = pair
     assert len(theirs) >= 3 and all(step.any() for step in theirs)
@@ -197,12 +198,14 @@ def test_the_gradient_is_trls(pair):
     assert largest_relative_error(ours, theirs) <= TOLERANCE
 
 
+@pytest.mark.train
 def test_what_is_exact_is_saved_and_nothing_else(pair):
     case, _, (trainer, _) = pair
     assert used(trainer.saved_compute) == case.saves
     assert trainer.saved_compute.token_slots < trainer.saved_compute.token_slots_trl
 
 
+@pytest.mark.train
 def test_the_loss_is_trls(pair):
     _, (theirs, _), (ours, _) = pair
     for mine, other in zip(tiny.history(ours), tiny.history(theirs), strict=True):
@@ -233,6 +236,7 @@ def counting(trainer_class: Any) -> Any:
     return Counting
 
 
+@pytest.mark.train
 def test_no_forward_more_than_trls(tmp_path):
     """As many forward passes on every rank as before: collectives of sharded weights depend on it."""
     case = CASES["absolute_positions_kl"]
@@ -260,6 +264,7 @@ def test_switched_off_nothing_is_saved(tmp_path):
     assert all("compute/saved" not in log for log in trainer.state.log_history)
 
 
+@pytest.mark.train
 def test_what_is_saved_is_logged(tmp_path):
     trainer, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["one_step_a_generation"], tmp_path)
     logged = [log["compute/saved"] for log in tiny.history(trainer)]
@@ -270,6 +275,7 @@ def test_what_is_saved_is_logged(tmp_path):
 # Metrics
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("name", ["grpo", "dapo", "cispo", "sequence_level", "kl"])
 def test_metrics_over_all_rows_keep_their_meaning(name, tmp_path):
     """
@@ -292,6 +298,7 @@ def test_metrics_over_all_rows_keep_their_meaning(name, tmp_path):
     assert shown
 
 
+@pytest.mark.train
 def test_metrics_over_computed_rows_say_so(tmp_path):
     """The entropy of rows that are not computed is not known: `computed/entropy` is that of the others."""
     skipping, _ = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, CASES["vespo"], tmp_path / "skipping", max_steps=1)
@@ -326,6 +333,7 @@ def test_computed_entropy_is_the_token_mean_of_computed_rows(tmp_path):
 # Copies
 
 
+@pytest.mark.train
 def test_copies_in_one_step_are_weights(tmp_path):
     """DUPO from the same draws, copies computed and copies weighed: the same gradient, for fewer rows."""
     gradients, trainers = [], []
@@ -344,6 +352,7 @@ def test_copies_in_one_step_are_weights(tmp_path):
     assert any("computed/clip_ratio/region_mean" in log for log in tiny.history(trainers[1]))
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "sapo", "vespo", "cispo"])
 def test_copies_are_weights_in_every_loss(loss_type, tmp_path):
     more = {"epsilon_high": 1.05} if loss_type == "cispo" else {}
@@ -356,6 +365,7 @@ def test_copies_are_weights_in_every_loss(loss_type, tmp_path):
     assert runs[1][0].saved_compute.merged_rows > 0
 
 
+@pytest.mark.train
 def test_copies_are_computed_where_a_term_forbids_weights(tmp_path):
     case = Case({"soft_punish_cache": 0, "beta": 0.1}, policy)
     runs = [
@@ -370,6 +380,7 @@ def test_copies_are_computed_where_a_term_forbids_weights(tmp_path):
 # Steps without any advantage
 
 
+@pytest.mark.train
 def test_a_step_without_advantages_leaves_the_weights(tmp_path):
     """Nothing is left to compute: one row without weight keeps the graph, and Adam's step is TRL's."""
     runs = []

@@ -24,6 +24,7 @@ def rewards_at(reward: tiny.Remembering, step: int) -> list[float]:
 
 
 class TestLeaveOneOut:
+    @pytest.mark.train
     @pytest.mark.parametrize("scale", [None, "group", "batch"])
     def test_advantages(self, tmp_path, scale):
         reward = tiny.Remembering(tiny.hashed)
@@ -38,6 +39,7 @@ class TestLeaveOneOut:
                 expected.append((value - (sum(group) - value) / 3) / spread)
             torch.testing.assert_close(batch.output["advantages"], torch.tensor(expected))
 
+    @pytest.mark.train
     def test_logged_advantages_are_those_trained_with(self, tmp_path):
         trainer = trained(
             tmp_path, tiny.hashed, advantage_estimator="leave_one_out", max_steps=2, log_completions=True
@@ -46,6 +48,7 @@ class TestLeaveOneOut:
             table = pandas.read_parquet(f"{tmp_path}/completions/completions_{step + 1:05d}.parquet")
             assert table["advantage"].tolist() == pytest.approx(batch.output["advantages"].tolist())
 
+    @pytest.mark.train
     def test_none_rewards(self, tmp_path):
         def sometimes(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
             return [
@@ -85,12 +88,14 @@ class TestLeaveOneOut:
 
 
 class TestReinforce:
+    @pytest.mark.train
     def test_without_a_baseline(self, tmp_path):
         reward = tiny.Remembering(tiny.hashed)
         trainer = trained(tmp_path, reward, advantage_estimator="reinforce", max_steps=2)
         for step, batch in enumerate(trainer.batches):
             torch.testing.assert_close(batch.output["advantages"], torch.tensor(rewards_at(reward, step)))
 
+    @pytest.mark.train
     def test_running_baseline(self, tmp_path):
         reward = tiny.Remembering(tiny.hashed)
         settings = {"advantage_estimator": "reinforce", "reinforce_baseline_momentum": 0.75}
@@ -105,6 +110,7 @@ class TestReinforce:
             baseline = mean if baseline is None else 0.75 * baseline + 0.25 * mean
         assert trainer._baseline == pytest.approx(baseline)
 
+    @pytest.mark.train
     def test_evaluation_does_not_move_the_baseline(self, tmp_path):
         settings = {
             "advantage_estimator": "reinforce",
@@ -159,6 +165,7 @@ class TestReinforce:
             torch.testing.assert_close(parameter, expected - 0.1 * expected.grad, msg=name)
 
 
+@pytest.mark.train
 class TestNeutral:
     def test_a_trl_config_is_enough(self, tmp_path):
         # Change the import, keep the rest
@@ -229,6 +236,7 @@ class TestRollOut:
         assert torch.equal(rewards[0], rewards[1])
         assert not torch.equal(rewards[0], rewards[2])
 
+    @pytest.mark.train
     @pytest.mark.parametrize("selection", ["all", "refill"])
     def test_leaves_no_trace_in_training(self, tmp_path, selection):
         settings = {"max_steps": 3, "rollout_selection": selection, "updates_per_generation": 2, "logging_steps": 2}
@@ -272,6 +280,7 @@ class TestCard:
         assert "tiny" in card
 
 
+@pytest.mark.train
 def test_loss_of_a_batch_with_one_dead_group_is_finite(tmp_path):
     reward = tiny.LiveFor({4})
     trainer = trained(

@@ -11,6 +11,9 @@ import torch
 from trl_ext import GRPOTrainer, GSPOTrainer
 
 
+pytestmark = pytest.mark.train
+
+
 # Every loss that divides, sums or averages in its own way
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo"]
 

@@ -100,6 +100,7 @@ def informed(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("informed"), QUARTER, max_steps=STEPS)
 
 
+@pytest.mark.train
 class TestWhatIsGenerated:
     def test_live_prompts_more_often_than_blindly(self, blind, informed):
         alive, late = lives(QUARTER), range(STEPS // 2, STEPS)
@@ -196,6 +197,7 @@ class TestSimilarPrompts:
         alive = lives(self.dataset)
         return sum(not alive[prompt] for prompt in generated(reward, steps))
 
+    @pytest.mark.train
     @pytest.mark.parametrize(
         ("column", "stream"),
         [("kind", False), ("level", False), ("kind", True), ("digit", True)],
@@ -210,6 +212,7 @@ class TestSimilarPrompts:
         assert self.dead(reward, range(2, 8)) <= 4
         assert sum(logged(trainer, "prompts_replaced")[2:]) >= 6  # of 24 dealt
 
+    @pytest.mark.train
     def test_without_the_column_they_are_not(self, tmp_path):
         # or the test above would pass with a data set in which they are never dealt
         _, reward = trained(tmp_path, self.dataset, **self.settings)
@@ -232,6 +235,7 @@ class TestSimilarPrompts:
 
 
 class TestBlindByDefault:
+    @pytest.mark.train
     def test_a_blind_run_keeps_no_outlook(self, blind):
         trainer, _ = blind
         assert type(trainer.chooser) is PromptChooser
@@ -301,6 +305,7 @@ def halfway(tmp_path) -> Any:
     return trainer
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     "beside",
     [
@@ -320,6 +325,7 @@ def test_neither_draws_nor_observes(halfway, beside: Callable[[Any], Any]):
     assert_equal(halfway.run_state(), before)
 
 
+@pytest.mark.train
 def test_what_is_known_are_the_prompts_that_were_trained_on(tmp_path):
     # neither those held out, which are not replaced either, nor those that were dealt and replaced
     dataset = kinds(160, every=2)
@@ -364,6 +370,7 @@ def assert_same_run(one: Any, other: Any) -> None:
     assert one._step == other._step
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("dataset", "settings"),
     [
@@ -401,6 +408,7 @@ class FailsAtRefill(tiny.LiveFor):
         return super().__call__(**columns)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("saved", [False, True], ids=["saved by the fault", "saved before"])
 def test_a_reward_function_that_fails(tmp_path, saved):
     settings = {"save_strategy": "steps" if saved else "no", "save_steps": 1}

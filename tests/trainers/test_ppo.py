@@ -77,6 +77,7 @@ def run(tmp_path: Any, reward: Any = tiny.hashed, arguments: dict[str, Any] | No
 # How the critic learns
 
 
+@pytest.mark.train
 def test_the_critic_has_its_own_learning_rate(tmp_path):
     rates = []
     for rate in (0.01, 0.03):
@@ -124,6 +125,7 @@ def test_every_weight_is_in_one_group(arguments, tmp_path):
     assert {(True, 0.1), (True, 0.0), (False, 0.1)} <= set(decays)
 
 
+@pytest.mark.train
 def test_an_optimizer_that_was_there_before_the_critic(tmp_path):
     model = tiny.stopping()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -155,6 +157,7 @@ def test_kinds_of_critics(tmp_path):
     assert brought.score is value_model.score
 
 
+@pytest.mark.train
 def test_a_critic_from_the_reward_model_is_a_copy(tmp_path):
     judge = classifier(4)
     before = tiny.weights(judge)
@@ -176,6 +179,7 @@ def test_a_critic_from_the_name_of_the_policy_starts_at_zero_in_its_type(dtype, 
     assert torch.equal(weight, trainer.model.model.layers[0].mlp.up_proj.weight)
 
 
+@pytest.mark.train
 def test_a_head_stays_in_float32_on_a_policy_in_bfloat16(tmp_path):
     trainer = run(tmp_path, arguments={"model": tiny.stopping().to(torch.bfloat16)}, critic_head="mlp")
     assert trainer.model.lm_head.weight.dtype == torch.bfloat16
@@ -184,6 +188,7 @@ def test_a_head_stays_in_float32_on_a_policy_in_bfloat16(tmp_path):
     assert trainer.weights.moved(critic=True) == [True, True]
 
 
+@pytest.mark.train
 def test_an_adapted_policy_with_a_critic_of_its_own(tmp_path):
     model = get_peft_model(tiny.stopping(), lora())
     trainer = run(tmp_path, arguments={"model": model}, critic="model")
@@ -293,6 +298,7 @@ def next_coef(coef: float, kl: float, rule: str) -> float:
     return coef * math.exp(0.3 * (kl - 0.5))
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("place", ["kl_coef", "beta"])
 @pytest.mark.parametrize("rule", ["ppo", "proportional", "exponential"])
 def test_the_coefficient_follows_its_target(rule, place, tmp_path):
@@ -321,11 +327,13 @@ def test_the_coefficient_follows_its_target(rule, place, tmp_path):
     assert (trainer.beta > 0) == (place == "beta")
 
 
+@pytest.mark.train
 def test_a_coefficient_without_a_target_stays(tmp_path):
     trainer = run(tmp_path, max_steps=3)
     assert [log["objective/kl_coef"] for log in tiny.history(trainer)] == [0.1] * 3
 
 
+@pytest.mark.train
 def test_an_evaluation_leaves_the_coefficient_and_the_scale_alone(tmp_path):
     settings = {"kl_target": 1e-3, "kl_rule": "ppo", "reward_scaling": "running", "learning_rate": 3e-2}
     trainer = run(tmp_path, arguments={"eval_dataset": tiny.prompts(4)}, max_steps=2, **settings)
@@ -336,6 +344,7 @@ def test_an_evaluation_leaves_the_coefficient_and_the_scale_alone(tmp_path):
     assert math.isfinite(metrics["eval_loss"]) and metrics["eval_objective/kl"] != 0
 
 
+@pytest.mark.train
 def test_the_coefficient_of_the_old_policy_follows_what_its_batch_did(tmp_path):
     # Three updates a batch; the KL of the last one decides on the coefficient of the next batch
     trainer = run(
@@ -359,6 +368,7 @@ def test_the_coefficient_of_the_old_policy_follows_what_its_batch_did(tmp_path):
 # Micro-batches
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     "settings",
     [
@@ -412,6 +422,7 @@ def milestones(completion_ids: list[list[int]], **columns: Any) -> list[Any]:
     return found
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("settings", "arguments"),
     [
@@ -483,6 +494,7 @@ def as_ids(count: int = 16, padded: bool = False) -> Dataset:
     return Dataset.from_dict({"input_ids": [[0] * (6 - len(ids)) + ids for ids in rows], "attention_mask": masks})
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("drop", [False, True])
 def test_completions_are_generated_from_exactly_the_ids(padded, drop, tmp_path):
@@ -496,6 +508,7 @@ def test_completions_are_generated_from_exactly_the_ids(padded, drop, tmp_path):
     assert shown == [tiny.tokenizer().decode(ids) for ids in prompts]
 
 
+@pytest.mark.train
 def test_groups_of_tokenised_prompts_can_be_refilled(tmp_path):
     trainer = run(
         tmp_path,
@@ -512,6 +525,7 @@ def test_groups_of_tokenised_prompts_can_be_refilled(tmp_path):
     assert all(tuple(ids) in known for batch in trainer.batches for ids in batch.prompts)
 
 
+@pytest.mark.train
 def test_a_reward_model_scores_ids(tmp_path):
     judge = classifier(4)
     trainer = run(tmp_path, None, {"train_dataset": as_ids(), "reward_model": judge}, kl_coef=0.0, lam=1.0)
@@ -522,6 +536,7 @@ def test_a_reward_model_scores_ids(tmp_path):
     assert not any(parameter.requires_grad for parameter in judge.parameters())
 
 
+@pytest.mark.train
 def test_a_reward_model_joins_reward_functions(tmp_path):
     judge = classifier(4)
     arguments = {"train_dataset": as_ids(), "reward_model": judge}
@@ -574,6 +589,7 @@ def test_a_token_of_the_users_ends_completions(tmp_path):
 # Replay
 
 
+@pytest.mark.train
 def test_replayed_rows_keep_what_they_were_sampled_with(tmp_path):
     # Half of each step comes from earlier batches; the first has none
     trainer = run(
@@ -613,6 +629,7 @@ def test_replayed_rows_keep_what_they_were_sampled_with(tmp_path):
     assert set(ages) == {0, 1, 2}  # and none is older than two batches
 
 
+@pytest.mark.train
 def test_the_share_of_replayed_rows(tmp_path):
     # A quarter of a step: 4 new rows of a micro-batch and 1 old one are the nearest
     trainer = run(tmp_path, replay_ratio=0.25, max_steps=2)
@@ -620,6 +637,7 @@ def test_the_share_of_replayed_rows(tmp_path):
     assert tiny.history(trainer)[1]["replay/ratio"] == pytest.approx(2 / 10)
 
 
+@pytest.mark.train
 def test_replay_with_copies_and_with_mini_batches(tmp_path):
     # Some batches have copies, others don't
     def reward(completion_ids: Any, trainer_state: Any, **columns: Any) -> list[float]:
@@ -637,6 +655,7 @@ def test_replay_with_copies_and_with_mini_batches(tmp_path):
 # A reference that follows
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("alpha", [1.0, 0.25])
 def test_a_reference_is_refreshed(alpha, tmp_path):
     settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": alpha}
@@ -651,6 +670,7 @@ def test_a_reference_is_refreshed(alpha, tmp_path):
     assert kls[1] != 0
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("critic", ["head", "model"])
 def test_the_reference_of_an_adapter_is_refreshed(critic, tmp_path):
     settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0, "critic": critic}
@@ -680,6 +700,7 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path):
     assert abs(total) > 1e-2
 
 
+@pytest.mark.train
 def test_values_are_not_computed_for_the_reference(tmp_path):
     # Under PEFT the reference is the same model: without gradients, it makes every other pass of the actor
     trainer = build(tmp_path, arguments={"peft_config": lora()}, critic="model", max_steps=2)
@@ -717,6 +738,7 @@ def test_tiles_of_the_head_are_small_in_training_alone(tmp_path):
     assert sizes[0] == before and set(sizes[1:]) == {CPU_TILE} and before == chunked_logprob.TOKEN_CHUNK_SIZE
 
 
+@pytest.mark.train
 def test_checkpoints_of_activations_change_nothing(tmp_path):
     ends = []
     for checkpointing in (False, True):
@@ -736,6 +758,7 @@ def test_checkpoints_of_activations_change_nothing(tmp_path):
 # Text beside the rollouts
 
 
+@pytest.mark.train
 def test_every_row_of_the_text_has_its_turn(tmp_path):
     texts = Dataset.from_dict({"text": [f"w{i}" for i in range(10)]})
     settings = {"ptx_coef": 0.1, "ptx_batch_size": 3, "max_steps": 3, "critic_warmup_steps": 1}
@@ -747,6 +770,7 @@ def test_every_row_of_the_text_has_its_turn(tmp_path):
 # Evaluation and the best checkpoint
 
 
+@pytest.mark.train
 def test_the_best_checkpoint_brings_its_critic(tmp_path):
     trainer = run(
         tmp_path,

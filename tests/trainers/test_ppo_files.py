@@ -16,6 +16,9 @@ from trl_ext import PPOTrainer
 from trl_ext.roles.critic import logps_and_values
 
 
+pytestmark = pytest.mark.train
+
+
 IDS = torch.tensor([[5, 9, 4, 17, 8, 2], [7, 7, 11, 20, 2, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
 TEMPERATURE = 0.7

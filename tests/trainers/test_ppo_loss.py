@@ -23,6 +23,9 @@ from transformers import Qwen2ForSequenceClassification, TrainerCallback
 from trl_ext import PPOTrainer
 
 
+pytestmark = pytest.mark.train
+
+
 TOLERANCE = 1e-5
 EOS = 2
 

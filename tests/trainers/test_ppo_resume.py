@@ -15,6 +15,9 @@ from trl_ext import PPOTrainer, RewardFunctionError
 from trl_ext.trainers.seams.critic import REFERENCE_FILE
 
 
+pytestmark = pytest.mark.train
+
+
 SMALL = {"num_generations": 1, "per_device_train_batch_size": 4, "max_steps": 5, "critic_learning_rate": 0.05}
 # Two epochs on two steps of each batch: checkpoints 1, 2 and 3 are in the middle of a generation batch
 IN_THE_MIDDLE = {"num_iterations": 2, "updates_per_generation": 2}

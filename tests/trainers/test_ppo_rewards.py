@@ -80,6 +80,7 @@ def together(*parts: list[float]) -> list[float]:
     return [sum(of_token) for of_token in zip(*parts, strict=True)]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("func", [a_token, a_step, outcome])
 @pytest.mark.parametrize("fit", [True, False])
 def test_every_step_arrives_at_its_token(func, fit, tmp_path):
@@ -98,6 +99,7 @@ def sometimes_by_step(ids: list[int]) -> list[tuple[int, float]] | None:
     return None if ids[0] % 3 else a_step(ids)
 
 
+@pytest.mark.train
 def test_functions_have_weights_and_may_not_apply(tmp_path):
     funcs, weights = [a_token, sometimes, sometimes_by_step], [0.5, -2.0, 3.0]
     trainer = build(PPOTrainer, tmp_path, [asked(func) for func in funcs], reward_weights=weights, **OWN)
@@ -115,6 +117,7 @@ def test_functions_have_weights_and_may_not_apply(tmp_path):
         assert earned == pytest.approx(together(*parts), abs=1e-5)
 
 
+@pytest.mark.train
 def test_two_functions_of_one_name_keep_their_weights(tmp_path):
     first, second = asked(a_token), asked(a_step)
     first.__name__ = second.__name__ = "judge"
@@ -136,6 +139,7 @@ def test_rewards_of_any_size(scale, tmp_path):
         assert [reward / scale for reward in earned] == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.train
 def test_a_completion_that_nothing_scores_teaches_nothing(tmp_path):
     trainer = build(PPOTrainer, tmp_path, asked(sometimes), **{**OWN, "kl_coef": 0.1, "whiten_advantages": True})
     trainer.train()
@@ -148,6 +152,7 @@ def test_a_completion_that_nothing_scores_teaches_nothing(tmp_path):
     assert seen == {True, False}
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     "settings",
     [
@@ -185,6 +190,7 @@ def test_steps_survive_selection_and_scoring_beside_generation(settings, made_as
         assert copied if settings["rollout_selection"] == "duplicate" else refilled
 
 
+@pytest.mark.train
 def test_a_trainer_without_a_critic_takes_the_sum(tmp_path):
     ends = []
     for name, func in (("steps", a_step), ("sums", lambda ids: sum(reward for _, reward in a_step(ids)))):

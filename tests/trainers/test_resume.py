@@ -52,6 +52,7 @@ def assert_resumes(trainer_class: type, tmp_path: Path, at: list[int], arguments
     return full
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("trainer_class", [GRPOTrainer, DAPOTrainer, DUPOTrainer])
 def test_each_selection(tmp_path, trainer_class):
     full = assert_resumes(trainer_class, tmp_path, at=[1, 4])
@@ -62,6 +63,7 @@ def test_each_selection(tmp_path, trainer_class):
         assert any(batch.selection.sources != [0, 1, 2, 3] for batch in full.batches)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("trainer_class", [GRPOTrainer, DAPOTrainer, DUPOTrainer, GSPOTrainer])
 @pytest.mark.parametrize(
     "settings",
@@ -78,6 +80,7 @@ def test_in_mid_generation(tmp_path, trainer_class, settings):
     assert len(full.batches) < 5
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("trainer_class", [GRPOTrainer, DUPOTrainer])
 def test_a_step_that_straddles_two_generations(tmp_path, trainer_class):
     # 3 micro-batches a generation, 2 a step
@@ -90,6 +93,7 @@ def test_a_step_that_straddles_two_generations(tmp_path, trainer_class):
     assert_resumes(trainer_class, tmp_path, at=[1, 2], **settings)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("trainer_class", [GRPOTrainer, DAPOTrainer])
 @pytest.mark.parametrize("updates", [1, 2])
 def test_across_epochs(tmp_path, trainer_class, updates):
@@ -109,6 +113,7 @@ def test_across_epochs(tmp_path, trainer_class, updates):
     assert full.state.global_step == 6
 
 
+@pytest.mark.train
 def test_epochs_have_different_orders(tmp_path):
     reward = tiny.Remembering(tiny.hashed)
     settings = {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "no"}
@@ -123,6 +128,7 @@ def words():
     yield from tiny.prompts(32)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("trainer_class", [GRPOTrainer, DAPOTrainer])
 def test_iterable_data_set(tmp_path, trainer_class):
     def arguments() -> dict[str, Any]:
@@ -131,17 +137,20 @@ def test_iterable_data_set(tmp_path, trainer_class):
     assert_resumes(trainer_class, tmp_path, at=[1, 3], arguments=arguments)
 
 
+@pytest.mark.train
 def test_running_baseline(tmp_path):
     settings = {"advantage_estimator": "reinforce", "reinforce_baseline_momentum": 0.5}
     full = assert_resumes(GRPOTrainer, tmp_path, at=[1, 4], **settings)
     assert full._baseline
 
 
+@pytest.mark.train
 def test_sequence_token(tmp_path):
     settings = {"importance_sampling_level": "sequence_token", "updates_per_generation": 2}
     assert_resumes(GSPOTrainer, tmp_path, at=[1, 3], **settings)
 
 
+@pytest.mark.train
 def test_stream_goes_on_in_a_later_pass(tmp_path):
     # 4 live prompts of 32 and 3 rounds a batch: the stream has passed its end before the last checkpoint
     full = build(DAPOTrainer, tmp_path / "full", tiny.LiveFor({4, 5}), max_refill_rounds=4, max_steps=6)
@@ -152,6 +161,7 @@ def test_stream_goes_on_in_a_later_pass(tmp_path):
     assert_same_state(full, resumed)
 
 
+@pytest.mark.train
 def test_metrics_between_two_logs_survive(tmp_path):
     # logged every 4 steps, stopped at 2: the mean is still over 4
     full = build(DAPOTrainer, tmp_path / "full", max_steps=4, logging_steps=4)
@@ -164,6 +174,7 @@ def test_metrics_between_two_logs_survive(tmp_path):
     assert one == other
 
 
+@pytest.mark.train
 def test_between_two_generations_no_buffer_is_saved(tmp_path):
     trainer = build(DAPOTrainer, tmp_path, max_steps=2)
     trainer.train()
@@ -176,6 +187,7 @@ def test_model_only_checkpoints_hold_no_state(tmp_path):
     assert not (tmp_path / "checkpoint-1" / "trl_ext_state.pt").exists()
 
 
+@pytest.mark.train
 def test_a_checkpoint_of_trls_can_be_resumed(tmp_path):
     # Change the import in mid-run: what TRL didn't save begins anew
     import trl
@@ -223,6 +235,7 @@ class Fails:
 SAID = {"raises": "ZeroDivisionError: no such thing", "NaN": "nan", "infinity": "inf", "too few": "15 rewards"}
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("trainer_class", [GRPOTrainer, DAPOTrainer, DUPOTrainer])
 @pytest.mark.parametrize("how", SAID)
 def test_a_reward_function_that_fails(tmp_path, trainer_class, how):
@@ -258,6 +271,7 @@ def test_a_reward_function_that_fails(tmp_path, trainer_class, how):
     assert_same_state(whole, mended)
 
 
+@pytest.mark.train
 def test_an_async_reward_function_that_fails(tmp_path):
     inner = Fails(2, "raises")
 
@@ -282,6 +296,7 @@ def test_failing_before_the_first_step_saves_nothing(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("trainer_class", [GRPOTrainer, DUPOTrainer])
 def test_failing_in_the_middle_of_a_step(tmp_path, trainer_class):
     # 1 micro-batch a generation, 2 a step: the second generation of step 3 fails, the first one's gradient is lost
@@ -314,6 +329,7 @@ def test_failing_in_the_middle_of_a_step(tmp_path, trainer_class):
     assert mended._step == 8
 
 
+@pytest.mark.train
 def test_failing_in_an_evaluation(tmp_path):
     class FailsInEvaluation:
         __name__ = "flaky"
@@ -339,6 +355,7 @@ def test_failing_in_an_evaluation(tmp_path):
     assert (tmp_path / "checkpoint-2").exists()
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("every", [2, 0])
 def test_failing_while_held_out_prompts_are_measured(tmp_path, every):
     # In the middle of the run and after its last step
@@ -373,6 +390,7 @@ def test_an_interrupted_generation_leaves_nothing_behind(tmp_path):
     assert torch.equal(rewards, trainer.roll_out(rows, 2, seed=1).rewards)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("change", [{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}])
 def test_a_half_used_batch_of_another_layout_is_generated_anew(tmp_path, caplog, change):
     settings = {"num_iterations": 2, "steps_per_generation": 2}
@@ -383,6 +401,7 @@ def test_a_half_used_batch_of_another_layout_is_generated_anew(tmp_path, caplog,
     assert "generated anew" in caplog.text
 
 
+@pytest.mark.train
 def test_failing_does_not_spoil_a_good_checkpoint(tmp_path):
     # Saved after step 2, as every step; then the next generation fails. What is resumed must still be the run that
     # would have been: the failed attempt has used random numbers, and drawn prompts.
@@ -395,6 +414,7 @@ def test_failing_does_not_spoil_a_good_checkpoint(tmp_path):
     assert_same_state(full, mended)
 
 
+@pytest.mark.train
 def test_a_failure_elsewhere_saves_too(tmp_path):
     def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
         if trainer.state.global_step == 2:

@@ -141,6 +141,7 @@ def pair(request, tmp_path_factory):
     return runs
 
 
+@pytest.mark.train
 def test_one_chunk_is_the_same_run(pair):
     (ahead, _), (whole, _) = pair
     assert_selected(whole)
@@ -151,6 +152,7 @@ def test_one_chunk_is_the_same_run(pair):
     assert not any("failed_groups" in key for entry in tiny.history(whole) for key in entry)
 
 
+@pytest.mark.train
 def test_functions_get_whole_groups_and_trls_columns(pair):
     (ahead, ours), (_, theirs) = pair
     for judge, reference in zip(ours, theirs, strict=True):
@@ -201,6 +203,7 @@ class LateFirst:
         return self.score(**columns)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_order_of_arrival_changes_nothing(tmp_path, kind):
     slow, plain = Judge(LateFirst(tiny.hashed)), Judge(tiny.hashed)
@@ -269,6 +272,7 @@ def chunked(request, tmp_path_factory):
     return trainer, judge, groups, chunks_there
 
 
+@pytest.mark.train
 def test_groups_are_scored_while_the_next_are_generated(chunked):
     trainer, _, groups, chunks_there = chunked
     first, second = 4 * (groups // 2), 4 * (groups - groups // 2)
@@ -277,6 +281,7 @@ def test_groups_are_scored_while_the_next_are_generated(chunked):
     assert Counter(chunks_there) == Counter({1: first / 4, 2: second / 4, 3: first / 4, 4: second / 4})
 
 
+@pytest.mark.train
 def test_each_completion_is_scored_and_trained_on_once(chunked):
     trainer, judge, groups, _ = chunked
     for step, (batch, table) in enumerate(zip(trainer.batches, tables(trainer), strict=True)):
@@ -297,6 +302,7 @@ def test_each_completion_is_scored_and_trained_on_once(chunked):
         assert batch.output["advantages"].tolist() == pytest.approx(advantages, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.train
 def test_metrics_are_over_the_whole_batch(chunked):
     trainer, judge, groups, _ = chunked
     tokens = 0
@@ -363,6 +369,7 @@ def unchunked(tmp_path_factory):
     return cache(lambda trainer_class: rolled_out(trainer_class, tmp_path_factory.mktemp("unchunked")))
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("trainer_class", "chunks", "first", "last"),
     [
@@ -485,6 +492,7 @@ def assert_group_failed(trainer: Any, without: Any, caplog: Any, said: str) -> N
     assert record.levelname == "WARNING"
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("kind", ["sync", "async"])
 @pytest.mark.parametrize("others", [[], [tiny.low_ids]], ids=["alone", "with another"])
 def test_a_group_that_fails(tmp_path, caplog, without_group, kind, others):
@@ -500,6 +508,7 @@ def test_a_group_that_fails(tmp_path, caplog, without_group, kind, others):
     assert_group_failed(trainer, without_group[not others], caplog, said)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_a_group_that_takes_too_long(tmp_path, caplog, without_group, kind):
     go = threading.Event()
@@ -523,6 +532,7 @@ def test_a_group_that_takes_too_long(tmp_path, caplog, without_group, kind):
     assert_group_failed(trainer, without_group[True], caplog, "took longer than 0.5 seconds")
 
 
+@pytest.mark.train
 def test_refilling_replaces_groups_that_fail(tmp_path):
     judge = Judge(FailsFor(set(range(5, 24, 2)), raises))  # every other prompt
     trainer = trained(DAPOTrainer, tmp_path, judge, rewards_in_flight=2, max_steps=3)
@@ -551,6 +561,7 @@ class FailsFrom:
         return tiny.hashed(completion_ids) if trainer_state.global_step < self.step else raises()
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("trainer_class", "kind"), [(GRPOTrainer, "sync"), (DAPOTrainer, "sync"), (DUPOTrainer, "async")]
 )
@@ -575,6 +586,7 @@ def test_a_function_that_always_fails_stops_the_run(tmp_path, trainer_class, kin
     assert_same_state(whole, mended)
 
 
+@pytest.mark.train
 def test_a_few_groups_are_not_enough_to_stop(tmp_path):
     # Two groups a batch: a step passes with no rewards at all and moves nothing, the next one stops
     trainer = tiny.trainer(
@@ -598,6 +610,7 @@ def test_a_few_groups_are_not_enough_to_stop(tmp_path):
 # Tools and environments
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("trainer_class", [GRPOTrainer, DAPOTrainer, DUPOTrainer])
 def test_environments(tmp_path, trainer_class):
     runs = []
@@ -609,6 +622,7 @@ def test_environments(tmp_path, trainer_class):
     assert_same_run(*runs)
 
 
+@pytest.mark.train
 def test_tools(tmp_path):
     runs = []
     for in_flight in (4, None):

@@ -52,6 +52,7 @@ def score_gradients(call: Any) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
 def test_leave_one_out_is_trls_rloo(loss_type, tmp_path):
     """
@@ -96,6 +97,7 @@ def test_reinforce_is_its_formula(momentum, tmp_path):
     assert relative_error(ours, formula) <= 1e-5
 
 
+@pytest.mark.train
 def test_reinforce_with_a_baseline(tmp_path):
     # The second step subtracts the mean of the first, and has other weights: at learning rate 0 it has the same ones
     reward, gradients = tiny.Remembering(tiny.hashed), Gradients()

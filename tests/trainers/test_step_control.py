@@ -14,6 +14,7 @@ from trl_ext.trainers.step_control import zero_loss
 # Steps of the critic alone
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("critic", "arguments"),
     [
@@ -64,6 +65,7 @@ class Explodes:
         return [factor * reward for reward in tiny.hashed(completion_ids)]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("settings", [{}, {"critic": "model"}, {"critic_warmup_steps": 3}], ids=str)
 def test_a_step_whose_loss_is_not_finite_is_skipped(settings, tmp_path, caplog):
     trainer = run(tmp_path, Explodes(1, 3, 4), max_steps=6, weight_decay=0.1, kl_coef=0.0, **settings)
@@ -76,6 +78,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped(settings, tmp_path, caplog):
     assert "The loss of step 2 is not finite: the step is skipped" in caplog.text
 
 
+@pytest.mark.train
 def test_one_broken_micro_batch_is_enough(tmp_path):
     # Of two micro-batches of the step, in one row only
     class ExplodesOnce:
@@ -91,6 +94,7 @@ def test_one_broken_micro_batch_is_enough(tmp_path):
     assert trainer.weights.moved(critic=False) == trainer.weights.moved(critic=True) == [True, False, True]
 
 
+@pytest.mark.train
 def test_three_in_a_row_stop_the_run_with_a_checkpoint(tmp_path):
     trainer = build(tmp_path, Explodes(2, 3, 4), max_steps=9, kl_coef=0.0)
     with pytest.raises(NonFiniteLossError, match=r"not finite for 3 steps in a row\. Lower learning_rate") as error:

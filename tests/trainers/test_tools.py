@@ -187,6 +187,7 @@ def calls(ids: list[int]) -> list[int]:
     return [token - first for token in ids if token >= first]
 
 
+@pytest.mark.train
 class TestTools:
     @pytest.mark.parametrize("tool", [dice, slow_dice], ids=["sync", "async"])
     @pytest.mark.parametrize("trainer_class", [GRPOTrainer, DUPOTrainer, DAPOTrainer])
@@ -231,6 +232,7 @@ class TestTools:
 
 
 class TestEnvironments:
+    @pytest.mark.train
     @pytest.mark.parametrize("trainer_class", [DUPOTrainer, DAPOTrainer])
     def test_each_rollout_keeps_its_own(self, tmp_path, trainer_class):
         trainer = run(trainer_class, tmp_path, None, {"environment_factory": Table})
@@ -255,17 +257,20 @@ class TestEnvironments:
                     assert len({r for (_, ids), r in known.items() if ids in group}) > 1
         assert rounds if trainer_class is DAPOTrainer else copied
 
+    @pytest.mark.train
     def test_observations_are_in_the_prompts(self, tmp_path):
         trainer = run(DAPOTrainer, tmp_path, None, {"environment_factory": Table})
         observed = VOCABULARY["w3"]
         for batch in trainer.batches:
             assert all(prompt[-3] == observed for prompt in batch.prompts)  # … w3 <end> <assistant>
 
+    @pytest.mark.train
     def test_environments_that_own_the_data(self, tmp_path):
         data = Dataset.from_dict({"target": [4 + i % 20 for i in range(32)]})
         trainer = run(DUPOTrainer, tmp_path, None, {"environment_factory": Table, "train_dataset": data})
         assert any(batch.selection.sources != [0, 1, 2, 3] for batch in trainer.batches)
 
+    @pytest.mark.train
     def test_several_kinds(self, tmp_path):
         class Other(Table):
             def dice(self, sides: int) -> str:
@@ -297,6 +302,7 @@ class TestEnvironments:
                     assert rewards[applies] == -sum(calls(ids))
         assert any(batch.selection.sources != [0, 1, 2, 3] for batch in trainer.batches)
 
+    @pytest.mark.train
     def test_rewards_beside_the_environments(self, tmp_path):
         trainer = run(DAPOTrainer, tmp_path, last_word, {"environment_factory": Table}, outcome_reward_funcs=["Table"])
         assert trainer.reward_func_names == ["last_word", "Table"]

@@ -122,6 +122,7 @@ def test_a_script_runs_to_its_end(shape, on_disk, tmp_path):
         assert name not in said
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("settings", "steps", "generations"),
     [

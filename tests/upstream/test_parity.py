@@ -427,6 +427,7 @@ def trls(case: Case, saved: Saved, directory: Path, **settings: Any) -> Run:
     return theirs
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("name", CASES)
 def test_every_step_is_trls(name, saved, tmp_path):
     theirs = trls(CASES[name], saved, tmp_path / "theirs")
@@ -442,6 +443,7 @@ def adopted(**settings: Any) -> trl_ext.GRPOConfig:
     return config
 
 
+@pytest.mark.train
 def test_a_configuration_of_trls_gives_the_same_steps(saved, tmp_path):
     case = CASES["grpo"]
     taken_over = train(trl_ext.GRPOTrainer, adopted, case, saved, tmp_path / "ours")
@@ -464,6 +466,7 @@ PRESETS = {
 }
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_method_without_its_features_is_trls(preset, saved, tmp_path):
     trainer_class, said_to_trl = PRESETS[preset]
@@ -475,6 +478,7 @@ def test_a_method_without_its_features_is_trls(preset, saved, tmp_path):
     assert_same(ours, theirs)
 
 
+@pytest.mark.train
 def test_the_comparison_sees_a_feature_that_is_on(saved, tmp_path):
     """Leave-one-out advantages are the group's times G/(G−1), unscaled: Adam alone would hardly show it."""
     case = Case({"optim": "adamw_torch", "scale_rewards": "none"})

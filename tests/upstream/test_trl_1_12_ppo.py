@@ -154,11 +154,13 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@pytest.mark.train
 def test_prompts_and_completions_are_the_recorded_ones(run):
     assert torch.equal(run.ours["queries"], run.theirs["queries"])
     assert torch.equal(run.ours["responses"], run.theirs["responses"])
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     "name",
     [
@@ -181,6 +183,7 @@ def test_a_batch_has_the_numbers_of_trl_1_12(run, name):
     close(run.ours[name], run.theirs[name])
 
 
+@pytest.mark.train
 def test_the_weights_after_two_epochs_are_those_of_trl_1_12(run):
     for role in ("policy", "value"):
         names = {name for name in run.theirs if name.startswith(f"{role}_after/")}
@@ -189,6 +192,7 @@ def test_the_weights_after_two_epochs_are_those_of_trl_1_12(run):
             close(run.ours[name], run.theirs[name])
 
 
+@pytest.mark.train
 def test_the_weights_moved_by_more_than_the_tolerance(run):
     """Each tensor of them; otherwise the test above would say nothing."""
     for role in ("policy", "value"):
@@ -218,6 +222,7 @@ def logged(run):
     return ours
 
 
+@pytest.mark.train
 def test_logs_agree_where_they_have_the_same_name(run, logged, request):
     case = request.node.callspec.params["run"]
     theirs = dict(RECORDED.rest["logged"][case])
