@@ -8,6 +8,7 @@ import pytest
 import tiny
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import Trainer
 
 from trl_ext.preferences.cleaning import clean_by_cross_fitting, pair_margins
 from trl_ext.preferences.scorers import ImplicitRewardTraining, RewardModelTraining
@@ -81,11 +82,13 @@ def test_a_named_model_serves_again(policy):
 
 @pytest.mark.parametrize("fit_class", [RewardModelTraining, ImplicitRewardTraining])
 def test_nothing_is_saved_or_reported_whatever_the_arguments_say(fit_class, policy, tmp_path, monkeypatch):
+    saved: list[str] = []
+    monkeypatch.setattr(Trainer, "save_model", lambda trainer, folder, **kwargs: saved.append(folder))
     monkeypatch.chdir(tmp_path)
     arguments = quick(output_dir=str(tmp_path / "out"), save_strategy="steps", save_steps=1, report_to="tensorboard")
     before = dict(arguments)
     fit_class(policy, arguments, processing_class=tiny.tokenizer())(words())
-    assert list(tmp_path.iterdir()) == []
+    assert saved == [] and list(tmp_path.iterdir()) == []
     assert arguments == before
 
 
