@@ -116,6 +116,7 @@ class _Parent:
             **os.environ,
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
+            "HF_DATASETS_CACHE": f"{self.directory.name}/datasets",
             "PYTHONHASHSEED": "0",
             "PYTHONPATH": os.pathsep.join(sys.path),
         }

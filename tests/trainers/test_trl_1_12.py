@@ -1,10 +1,7 @@
 """Scripts that were written for TRL 1.12: they run to their end, and every name means what it meant."""
 
-import os
-import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from processes import run
 from safetensors.torch import load_file
 from trainers.test_ppo import Weights, as_ids, classifier
 from trainers.test_ppo_config import config
@@ -104,19 +102,14 @@ def test_a_script_runs_to_its_end(shape, on_disk, tmp_path):
     words += f"--model_name_or_path {on_disk}/tokenizer --sft_model_path {on_disk}/policy "
     words += f"--reward_model_path {on_disk}/reward --per_device_train_batch_size 2 --gradient_accumulation_steps 4 "
     words += "--learning_rate 1e-2 --logging_steps 1 --use_cpu --bf16 False --report_to none --disable_tqdm True "
-    path = os.pathsep.join([str(Path(trl_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "COLUMNS": "120"}
-    call = [sys.executable, str(script), *words.split(), *SHAPES[shape].split()]
-    run = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+    said = run([script, *words.split(), *SHAPES[shape].split()], {"COLUMNS": "120"})
     adapted = "--use_peft" in SHAPES[shape]
     assert (out / ("adapter_model.safetensors" if adapted else "model.safetensors")).is_file()
     critic = load_file(out / "critic" / "critic.safetensors")
     before = load_file(on_disk / "reward" / "model.safetensors")["score.weight"]
     assert not torch.equal(critic["score.weight"], before)  # the value model was trained
-    said = run.stdout + run.stderr
     assert "'objective/rlhf_reward'" in said and "'loss/value_avg'" in said
-    assert all(word in run.stdout for word in ("Prompt", "Completion", "Score", "w4 w1"))
+    assert all(word in said for word in ("Prompt", "Completion", "Score", "w4 w1"))
     # What the script reads itself is no mistake of its author's
     for name in ("sft_model_path", "reward_model_path", "dataset_num_proc"):
         assert name not in said
