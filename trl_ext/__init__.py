@@ -17,7 +17,9 @@ def __getattr__(name: str) -> Any:
     """Imports torch and TRL with the first name that is used, so that `trl-ext --help` doesn't wait for them."""
     if name.startswith("__") and name != "__all__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if find_spec(f"{__name__}.{name}") is not None:  # `from trl_ext import errors`: Python imports it by itself
+    if (
+        name.isidentifier() and find_spec(f"{__name__}.{name}") is not None
+    ):  # `from trl_ext import errors`: Python imports it by itself
         raise AttributeError(f"module {__name__!r} has not imported {name!r} yet")
     public = import_module(".public", __name__)
     if name != "__all__" and name not in public.__all__:
