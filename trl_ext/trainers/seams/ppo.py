@@ -16,7 +16,6 @@ from accelerate.logging import get_logger
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.kernels import chunked_logprob
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
@@ -249,15 +248,12 @@ class ActorCriticSeams(GRPOTrainer):
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         return self.args.sync_ref_model and self.ref_model is not None and not sharded
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # First, as the engine's own: a checkpoint is whole with TRL's last file
+    def write_checkpoint(self, model: Any, trial: Any, directory: Path) -> None:
         if self._keeps_reference and self.args.should_save and not self.args.save_only_model:
-            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             reference = self.accelerator.unwrap_model(self.ref_model)
-            directory = os.path.join(self._get_output_dir(trial=trial), checkpoint)
-            os.makedirs(directory, exist_ok=True)
+            directory.mkdir(exist_ok=True)
             torch.save(reference.state_dict(), os.path.join(directory, REFERENCE_FILE))
-        super()._save_checkpoint(model, trial)
+        super().write_checkpoint(model, trial, directory)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
