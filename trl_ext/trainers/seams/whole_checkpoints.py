@@ -25,6 +25,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from ...roles.quantized import keep_weights_trainable
 from .preemption import preemption_of
 
 
@@ -275,6 +276,12 @@ class WholeCheckpoints(Trainer):
     _aside: Path | None = None  # while it saves
     _to_push: str | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for model in (self.model, getattr(self, "ref_model", None)):
+            if model is not None:
+                keep_weights_trainable(self.accelerator.unwrap_model(model))
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         with preemption_of(self) as preemption:
             output = super().train(checkpoint_to_resume(self, resume_from_checkpoint), *args, **kwargs)
@@ -305,6 +312,15 @@ class WholeCheckpoints(Trainer):
         if self._to_push is not None:
             super()._push_from_checkpoint(os.path.join(output_dir, self._to_push))
             self._to_push = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # PEFT loads adapters in float32, also where TRL has cast them to bfloat16 for a quantized base
+        policy: Any = self.model
+        types = {name: weight.dtype for name, weight in policy.named_parameters() if weight.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, weight in policy.named_parameters():
+            if weight.dtype != types.get(name, weight.dtype):
+                weight.data = weight.data.to(types[name])
 
     def write_checkpoint(self, model: Any, trial: Any, directory: Path) -> None:
         """Write a checkpoint into `directory`. Every process makes the call."""
