@@ -15,7 +15,7 @@ from processes import run
 from recipes.tasks.sort_digits import DIGITS, build_model, build_tokenizer
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.train]
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # What scripts share, or no script

@@ -80,9 +80,7 @@ def test_a_stage_doesnt_depend_on_what_ran_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.train
-def test_a_quantized_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Where a CPU has the instructions, bitsandbytes 0.50 packs weights in evaluation and can't train on them then
-    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+def test_a_quantized_base(tmp_path: Path) -> None:
     tiny.stopping().save_pretrained(tmp_path / "base")
     quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     run = short(

@@ -27,6 +27,7 @@ def test_a_checkpoint_that_was_being_written_is_removed(tmp_path: Path) -> None:
     assert whole_checkpoint(tmp_path / "nothing") is None
 
 
+@pytest.mark.slow
 def test_settings_are_the_same_in_every_process(tmp_path: Path) -> None:
     """Among them sets of names, in an order that Python draws anew for every process."""
     code = (

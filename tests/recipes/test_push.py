@@ -118,6 +118,7 @@ def hub():
     thread.join()
 
 
+@pytest.mark.slow
 def test_the_whole_report_reaches_the_hub(hub, tmp_path):
     received, address = hub
     tokenizer = sort_digits.build_tokenizer()

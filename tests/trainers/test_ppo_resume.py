@@ -9,10 +9,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from trainers.test_resume import assert_resumes, assert_same_state, build
-from transformers import Qwen2ForSequenceClassification, Trainer
+from transformers import Qwen2ForSequenceClassification
 
 from trl_ext import PPOTrainer, RewardFunctionError
-from trl_ext.trainers.seams.critic import REFERENCE_FILE
+from trl_ext.trainers.seams.whole_checkpoints import REFERENCE_FILE, DamagedCheckpointError
 
 
 pytestmark = pytest.mark.train
@@ -97,22 +97,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one(name, tmp_path):
     assert middle == (settings["num_iterations"] == 2)
 
 
-def test_when_trls_files_are_there_the_reference_is(tmp_path, monkeypatch, caplog):
-    """A checkpoint with `trainer_state.json` is taken for whole."""
+def test_a_checkpoint_without_its_refreshed_reference_is_damaged(tmp_path):
     settings = {**SMALL, "num_iterations": 1, "sync_ref_model": True, "ref_model_sync_steps": 1}
-
-    def killed(self, model, trial):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_save_checkpoint", killed)
-        build(PPOTrainer, tmp_path, **settings).train()
-    (checkpoint,) = tmp_path.glob("checkpoint-*")
-    assert (checkpoint / REFERENCE_FILE).is_file() and not (checkpoint / "trainer_state.json").exists()
     build(PPOTrainer, tmp_path, **settings).train()
     (tmp_path / "checkpoint-3" / REFERENCE_FILE).unlink()
-    build(PPOTrainer, tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert "has no refreshed reference: the run resumes with the one it began with" in caplog.text
+    with pytest.raises(DamagedCheckpointError, match=f"{REFERENCE_FILE} is missing"):
+        build(PPOTrainer, tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 def test_the_replayed_rows_are_those_of_the_uninterrupted_run(tmp_path):

@@ -94,6 +94,7 @@ def on_disk(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_script_runs_to_its_end(shape, on_disk, tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "out"

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..evaluation.held_out import Estimate
+from ..trainers.seams.whole_checkpoints import damage, put_back
 from .settings import as_json
 
 
@@ -184,20 +185,15 @@ def whole_checkpoint(folder: Path) -> Path | None:
     make the call.
     """
     state = PartialState()
+    if state.is_main_process:
+        put_back(folder)
+    state.wait_for_everyone()
     named = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in folder.glob("*")]
     numbered = {int(match[1]): path for match, path in named if match}
-    whole = {step: path for step, path in numbered.items() if _is_whole(path)}
+    whole = {step: path for step, path in numbered.items() if damage(path) is None}
     state.wait_for_everyone()
     if state.is_main_process:
         for step in numbered.keys() - whole.keys():
             shutil.rmtree(numbered[step])
     state.wait_for_everyone()
     return whole[max(whole)] if whole else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # the file that is written last
-    except (OSError, ValueError):
-        return False
-    return True

@@ -11,6 +11,7 @@ import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .whole_checkpoints import WholeCheckpoints
 
 
 logger = get_logger(__name__)
@@ -78,7 +81,7 @@ class EpochSampler(Sampler[int]):
         return len(self.sampler)
 
 
-class CheckpointSeams(trl.GRPOTrainer):
+class CheckpointSeams(WholeCheckpoints, trl.GRPOTrainer):
     """
     Hooks for checkpoints, neutral here.
 
@@ -137,10 +140,10 @@ class CheckpointSeams(trl.GRPOTrainer):
         global_step, start = self._window
         return start if global_step == self.state.global_step else self._step
 
-    def _buffer_file(self, checkpoint: str) -> str:
+    def _buffer_file(self, checkpoint: str | Path) -> str:
         return os.path.join(checkpoint, f"trl_ext_buffer_{self.accelerator.process_index}.pt")
 
-    def _process_file(self, checkpoint: str) -> str:
+    def _process_file(self, checkpoint: str | Path) -> str:
         return os.path.join(checkpoint, f"trl_ext_process_{self.accelerator.process_index}.pt")
 
     @property
@@ -150,12 +153,9 @@ class CheckpointSeams(trl.GRPOTrainer):
         layout = {name: getattr(self.args, name) for name in names}
         return layout | {"num_iterations": self.num_iterations, "num_processes": self.accelerator.num_processes}
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Ours first: when TRL's files are complete, so is the checkpoint
+    def write_checkpoint(self, model: Any, trial: Any, directory: Path) -> None:
         if not self.args.save_only_model:
-            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            directory = os.path.join(self._get_output_dir(trial=trial), checkpoint)
-            os.makedirs(directory, exist_ok=True)
+            directory.mkdir(exist_ok=True)
             step = self._finished_micro_steps
             state = {"layout": self._layout, "step": step, "metrics": self._copied_metrics(), "run": self.run_state()}
             if self.args.should_save:
@@ -166,7 +166,7 @@ class CheckpointSeams(trl.GRPOTrainer):
             # Between two generations, the rest of a generation batch is still to be trained on
             if step % (self.args.steps_per_generation * self.num_iterations):
                 torch.save(self._buffered_inputs, self._buffer_file(directory))
-        super()._save_checkpoint(model, trial)
+        super().write_checkpoint(model, trial, directory)
         self._saved_step = self.state.global_step
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

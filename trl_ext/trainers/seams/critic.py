@@ -27,7 +27,6 @@ from accelerate.logging import get_logger
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.kernels import chunked_logprob
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
@@ -201,16 +200,6 @@ def restore_critic(critic: Critic, checkpoint: str) -> None:
         logger.warning(f"{checkpoint} has no critic: the policy resumes with a new one.")
 
 
-def saves_reference(trainer: Any) -> bool:
-    """
-    Whether checkpoints hold the reference: if it is refreshed and a model of its own. An adapter is saved with the
-    others, and a sharded reference can't be kept.
-    """
-    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    whole = trainer.ref_model is not None and not sharded
-    return bool(trainer.critic is not None and trainer.args.sync_ref_model and whole)
-
-
 class CriticSeams(GRPOSeams):
     """
     [`GRPOSeams`] for a policy that has a critic inside.
@@ -288,24 +277,3 @@ class CriticSeams(GRPOSeams):
         with without_critic(self.accelerator.unwrap_model(self.model)):
             super()._load_best_model()
         restore_critic(self.critic, str(self.state.best_model_checkpoint))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # First, as in the parent: a checkpoint is whole with TRL's last file
-        if saves_reference(self) and self.args.should_save and not self.args.save_only_model:
-            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            reference = self.accelerator.unwrap_model(self.ref_model)
-            directory = os.path.join(self._get_output_dir(trial=trial), checkpoint)
-            os.makedirs(directory, exist_ok=True)
-            torch.save(reference.state_dict(), os.path.join(directory, REFERENCE_FILE))
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        file = os.path.join(checkpoint or "", REFERENCE_FILE)
-        if checkpoint is None or not saves_reference(self):
-            return
-        if os.path.exists(file):
-            reference = self.accelerator.unwrap_model(self.ref_model)
-            reference.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        else:
-            logger.warning(f"{checkpoint} has no refreshed reference: the run resumes with the one it began with.")

@@ -6,6 +6,8 @@ from typing import Any
 import trl
 from torch.utils.data import Sampler
 
+from .whole_checkpoints import WholeCheckpoints
+
 
 RowOrder = Callable[[int], list[int]]
 
@@ -36,7 +38,7 @@ class OrderSampler(Sampler[int]):
         return self.rows
 
 
-class DPOSeams(trl.DPOTrainer):
+class DPOSeams(WholeCheckpoints, trl.DPOTrainer):
     """
     The hook of [`~trl_ext.DPOTrainer`], which does nothing here.
 

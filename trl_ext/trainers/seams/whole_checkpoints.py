@@ -1,0 +1,395 @@
+"""
+Checkpoints that are whole or not there. A checkpoint is written aside, by all processes; when all are done, a manifest
+with the size and hash of every file is added, everything is flushed to the disk, and the folder is moved to its place
+in one step. Only then are older checkpoints deleted. A process that is killed at any moment, or a disk that is full,
+leaves the checkpoints that were there before as they were.
+
+What resumes asks the manifest: `resume_from_checkpoint=True` takes the newest checkpoint that is whole, and reports
+those that it passed over; a path to a damaged one is an error that names the damage and the newest whole one.
+
+These are functions of a transformers trainer, so that the seams of GRPO and of DPO share them.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+
+from ...roles.quantized import keep_weights_trainable
+from .preemption import preemption_of
+
+
+logger = get_logger(__name__)
+
+MANIFEST = "trl_ext_manifest.json"
+FORMAT = 1
+# Folders in an output folder: of a checkpoint in the making, and of one that is being replaced. What begins with `_`
+# is kept out of pushes to the Hub.
+ASIDE, REPLACED = "_checkpoint_in_the_making", "_checkpoint_replaced"
+TRAINER_STATE = "trainer_state.json"
+REFERENCE_FILE = "trl_ext_reference.pt"
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint lacks a file, or a file in it is not the one that was written."""
+
+
+# What is whole
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have what was written to a file or folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(checkpoint: Path, processes: int) -> None:
+    """
+    Write down what a checkpoint consists of, and flush it to the disk.
+
+    Args:
+        checkpoint (`Path`):
+            The folder, which no process writes to any more.
+        processes (`int`):
+            How many processes wrote it.
+    """
+    files = {}
+    for path in _files(checkpoint):
+        _flush(path)
+        files[path.relative_to(checkpoint).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    manifest = checkpoint / MANIFEST
+    manifest.write_text(
+        json.dumps({"format": FORMAT, "processes": processes, "files": files}, indent=1) + "\n", encoding="utf-8"
+    )
+    _flush(manifest)
+    for folder in [checkpoint, *(path for path in checkpoint.rglob("*") if path.is_dir())]:
+        _flush(folder)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """
+    What is wrong with a checkpoint, `None` if nothing is. One without a manifest, as earlier versions and plain
+    trainers write it, passes if transformers' own state in it can be read: nothing more is known of it.
+    """
+    manifest = checkpoint / MANIFEST
+    if not manifest.exists():
+        try:
+            json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return f"{TRAINER_STATE} is missing"
+        except ValueError:
+            return f"{TRAINER_STATE} is not complete"
+        return None
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is not complete"
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes in place of {expected['bytes']}"
+        if _digest(path) != expected["sha256"]:
+            return f"{name} is not what was written"
+    return None
+
+
+def checkpoints_of(output_dir: Path) -> list[Path]:
+    """The checkpoints of an output folder, whole or not, the newest first."""
+    found = []
+    for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if output_dir.is_dir() else []:
+        number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+        if number and path.is_dir():
+            found.append((int(number[1]), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_whole(output_dir: Path) -> tuple[Path | None, dict[str, str]]:
+    """The newest checkpoint that is whole, and what is wrong with those that are newer, by name."""
+    damaged: dict[str, str] = {}
+    for path in checkpoints_of(output_dir):
+        problem = damage(path)
+        if problem is None:
+            return path, damaged
+        damaged[path.name] = problem
+    return None, damaged
+
+
+# Resuming
+
+
+def checkpoint_to_resume(trainer: Any, asked: str | os.PathLike[str] | bool | None) -> str | None:
+    """
+    The checkpoint that `resume_from_checkpoint` stands for; the main process decides for all.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer.
+        asked (`str`, `bool`, *optional*):
+            A folder; `True`: the newest whole checkpoint in the output folder.
+
+    Raises:
+        DamagedCheckpointError: if the folder that was named is damaged.
+        ValueError: if there is no whole checkpoint, or no such folder.
+    """
+    if not asked:
+        return None
+    found: list[Any] = [None, None]
+    if trainer.is_world_process_zero():
+        found = list(_looked_for(Path(str(trainer.args.output_dir)), asked))
+    if trainer.accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    path, error = found
+    if error is not None:
+        raise error
+    return str(path)
+
+
+def _looked_for(output_dir: Path, asked: str | os.PathLike[str] | bool) -> tuple[str | None, ValueError | None]:
+    if asked is True:
+        put_back(output_dir)
+        newest, damaged = newest_whole(output_dir)
+        listed = "; ".join(f"{name}: {problem}" for name, problem in damaged.items())
+        if newest is None:
+            none = f"no whole checkpoint ({listed})" if damaged else "no checkpoint"
+            return None, ValueError(
+                f"resume_from_checkpoint=True, but there is {none} in {output_dir}. Start without it, or pass the "
+                "folder of a checkpoint."
+            )
+        if damaged:
+            logger.warning(f"Resuming from {newest.name}. Newer checkpoints are damaged and passed over: {listed}.")
+        return str(newest), None
+    path = Path(str(asked))
+    if not path.is_dir():
+        return None, ValueError(f"resume_from_checkpoint={str(path)!r} is no folder. Pass a checkpoint's, or True.")
+    problem = damage(path)
+    if problem is None:
+        return str(path), None
+    newest, _ = newest_whole(path.parent)
+    instead = f"The newest whole one beside it is {newest.name}" if newest else "There is no whole one beside it"
+    return None, DamagedCheckpointError(
+        f"resume_from_checkpoint={str(path)!r} is damaged: {problem}. {instead}; resume_from_checkpoint=True looks "
+        "for the newest whole one."
+    )
+
+
+# Saving
+
+
+@contextmanager
+def written_aside(trainer: Any, output_dir: str) -> Iterator[Path]:
+    """
+    Have a checkpoint written aside, and moved to its place when all processes are done.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer, whose `_get_output_dir` must return what is yielded here while it saves.
+        output_dir (`str`):
+            Where its checkpoints are.
+
+    Yields:
+        `Path`: the folder in which the checkpoint has to be written, under its own name.
+    """
+    run, accelerator = Path(output_dir), trainer.accelerator
+    aside = run / ASIDE
+    moves = accelerator.is_local_main_process
+    if moves:  # of a process that was killed while it saved
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    try:
+        yield aside
+    except BaseException:
+        if accelerator.num_processes == 1:  # others may still write
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    accelerator.wait_for_everyone()
+    if moves and aside.is_dir():  # on a disk that machines share, the first has moved it
+        for checkpoint in list(aside.iterdir()):
+            write_manifest(checkpoint, accelerator.num_processes)
+            _move(checkpoint, run / checkpoint.name)
+        shutil.rmtree(aside, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        rotate_checkpoints(
+            output_dir=output_dir,
+            save_total_limit=trainer.args.save_total_limit,
+            best_model_checkpoint=trainer.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+
+def _move(checkpoint: Path, place: Path) -> None:
+    """Put a whole checkpoint into its place. One that is there is replaced as a whole, never file by file."""
+    replaced = place.parent / REPLACED
+    shutil.rmtree(replaced, ignore_errors=True)
+    if place.exists():
+        replaced.mkdir()
+        place.rename(replaced / place.name)
+    checkpoint.rename(place)
+    _flush(place.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def put_back(output_dir: Path) -> None:
+    """What a process that was killed between the two moves of [`_move`] left."""
+    replaced = output_dir / REPLACED
+    for checkpoint in list(replaced.iterdir()) if replaced.is_dir() else []:
+        if not (output_dir / checkpoint.name).exists():
+            checkpoint.rename(output_dir / checkpoint.name)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+# A reference that moves during training (`sync_ref_model`)
+
+
+def moves_reference(trainer: Any) -> bool:
+    """Whether checkpoints hold the reference: a model that is refreshed. An adapter is saved with the others."""
+    return bool(getattr(trainer.args, "sync_ref_model", False)) and trainer.ref_model is not None
+
+
+@contextmanager
+def _whole(weight: torch.Tensor, modified: bool = False) -> Iterator[None]:
+    """Within this context, every process holds a weight that ZeRO-3 has spread."""
+    if not hasattr(weight, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight], modifier_rank=0 if modified else None):
+        yield
+
+
+def gathered_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The whole weights of a model on the CPU, one after the other where they are sharded. A collective."""
+    weights = {}
+    for name, weight in model.named_parameters():
+        with _whole(weight):
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            weights[name] = whole.detach().cpu().clone()
+    return weights
+
+
+@torch.no_grad()
+def spread_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """The reverse of [`gathered_weights`]: every process has all `weights`, and keeps its share."""
+    for name, weight in model.named_parameters():
+        if isinstance(weight, DTensor):
+            whole = weights[name].to(weight.device)
+            weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
+            continue
+        with _whole(weight, modified=True):
+            weight.copy_(weights[name])
+
+
+class WholeCheckpoints(Trainer):
+    """
+    A transformers trainer whose checkpoints are whole or not there, and which ends well when it is asked to.
+
+    - A checkpoint is written as [`written_aside`] says, and `resume_from_checkpoint` means what
+      [`checkpoint_to_resume`] says.
+    - A run that is finished trains no further when it is resumed.
+    - SIGTERM ends training after the optimizer step that is under way, with a checkpoint, and then the process with
+      the status `PREEMPTED` ([`~trl_ext.trainers.seams.preemption.Preemption`]).
+    """
+
+    ref_model: Any
+    _aside: Path | None = None  # while it saves
+    _to_push: str | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for model in (self.model, getattr(self, "ref_model", None)):
+            if model is not None:
+                keep_weights_trainable(self.accelerator.unwrap_model(model))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        with preemption_of(self) as preemption:
+            output = super().train(checkpoint_to_resume(self, resume_from_checkpoint), *args, **kwargs)
+        preemption.leave_if_asked()
+        return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed when it was finished
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output_dir = self._get_output_dir(trial)
+        with written_aside(self, output_dir) as self._aside:
+            try:
+                self.write_checkpoint(model, trial, self._aside / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            finally:
+                aside, self._aside = self._aside, None
+            best = self.state.best_model_checkpoint
+            if best is not None and best.startswith(str(aside)):
+                self.state.best_model_checkpoint = output_dir + best.removeprefix(str(aside))
+                if self.args.should_save:  # written with the place aside
+                    self.state.save_to_json(str(aside / Path(best).name / TRAINER_STATE))
+        if self._to_push is not None:
+            super()._push_from_checkpoint(os.path.join(output_dir, self._to_push))
+            self._to_push = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # PEFT loads adapters in float32, also where TRL has cast them to bfloat16 for a quantized base
+        policy: Any = self.model
+        types = {name: weight.dtype for name, weight in policy.named_parameters() if weight.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, weight in policy.named_parameters():
+            if weight.dtype != types.get(name, weight.dtype):
+                weight.data = weight.data.to(types[name])
+
+    def write_checkpoint(self, model: Any, trial: Any, directory: Path) -> None:
+        """Write a checkpoint into `directory`. Every process makes the call."""
+        if moves_reference(self) and not self.args.save_only_model:
+            weights = gathered_weights(self.accelerator.unwrap_model(self.ref_model))
+            if self.args.should_save:
+                directory.mkdir(exist_ok=True)
+                torch.save(weights, directory / REFERENCE_FILE)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not moves_reference(self):
+            return
+        file = Path(checkpoint) / REFERENCE_FILE
+        if file.exists():
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+            spread_weights(self.accelerator.unwrap_model(self.ref_model), weights)
+        else:
+            logger.warning(f"{checkpoint} has no refreshed reference: the run resumes with the one it began with.")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._aside is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+        else:  # when it is in its place: the upload goes on in the background
+            self._to_push = os.path.basename(checkpoint_folder)
