@@ -22,6 +22,7 @@ from processes import run
 
 import trl_ext
 from trl_ext.curriculum.schedule import DifficultyCurriculum
+from trl_ext.trainers.seams.whole_checkpoints import MANIFEST
 
 
 def conversations() -> Any:
@@ -130,7 +131,7 @@ def train(trainer_class: type, config_class: Any, case: Case, saved: str, direct
         "logs": without_clocks(trainer.state.log_history),
         "weights": tiny.weights(trainer.model),
         "calls": calls,
-        "files": {str(file.relative_to(directory)) for file in directory.rglob("*")},
+        "files": {str(file.relative_to(directory)) for file in directory.rglob("*") if file.name != MANIFEST},
         "random_state": torch.get_rng_state(),
     }
 

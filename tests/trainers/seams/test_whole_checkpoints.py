@@ -270,3 +270,24 @@ def test_a_reference_that_moves_is_in_the_checkpoint(kind, tmp_path):
         found = tiny.weights(getattr(again, model))
         for name, value in tiny.weights(getattr(whole, model)).items():
             assert torch.equal(found[name], value), (model, name)
+
+
+class Planted:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return print, ("planted code has run",)
+
+
+@pytest.mark.parametrize("file", ["trl_ext_state.pt", "trl_ext_buffer_0.pt", "trl_ext_process_0.pt"])
+def test_planted_code_does_not_run(file, tmp_path, capsys):
+    settings = {"num_iterations": 2, "replay_ratio": 0.5, "max_steps": 3, **SAVING}
+    trainer("ppo", tmp_path, **settings).train()
+    checkpoint = tmp_path / "checkpoint-3"
+    assert (checkpoint / file).exists()
+    torch.save({"run": Planted(), "layout": {}, "step": 0, "metrics": {}, "replay": Planted()}, checkpoint / file)
+    (checkpoint / MANIFEST).unlink()
+    again = trainer("ppo", tmp_path, **{**settings, "max_steps": 4})
+    with pytest.raises(ValueError, match=f"{file} holds something that trl_ext does not write"):
+        again.train(resume_from_checkpoint=str(checkpoint))
+    assert "planted" not in capsys.readouterr().out

@@ -8,6 +8,7 @@ at the beginning of the step, the *window*, is kept until the step ends.
 
 import copy
 import os
+import pickle
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,12 +23,16 @@ from accelerate.utils import send_to_device
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ...rollouts.micro_batches import Fit
+from ...rollouts.outlook import GroupStats, PromptHistory
 from .whole_checkpoints import WholeCheckpoints
 
 
 logger = get_logger(__name__)
 
 RUN_STATE_FILE = "trl_ext_state.pt"
+# What files of state hold beside tensors and plain values
+STATE_TYPES: list[Any] = [Fit, PromptHistory, GroupStats]
 
 
 def random_states() -> dict[str, Any]:
@@ -45,12 +50,27 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
+def read_state(file: str | os.PathLike[str]) -> Any:
+    """
+    Read a file of state that a trainer wrote, without running code that somebody may have put into it.
+
+    Raises:
+        ValueError: if the file holds anything but tensors, plain values and the types of `STATE_TYPES`.
+    """
+    # On the CPU first: torch takes no `cpu:0`, which is what the device of a process is called there
+    try:
+        with torch.serialization.safe_globals(STATE_TYPES):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds something that trl_ext does not write. It is not loaded, because loading it could run code "
+            f"({str(error).splitlines()[0]}). Resume from a different checkpoint, or start from this one's weights."
+        ) from error
+
+
 def saved_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     """What [`GRPOSeams`] wrote into a checkpoint: `run`, and where in a generation batch it was."""
-    # On the CPU first: torch takes no `cpu:0`, which is what the device of a process is called there
-    state: dict[str, Any] = torch.load(
-        os.path.join(checkpoint, RUN_STATE_FILE), map_location="cpu", weights_only=False
-    )
+    state: dict[str, Any] = read_state(os.path.join(checkpoint, RUN_STATE_FILE))
     return state
 
 
@@ -96,7 +116,6 @@ class CheckpointSeams(WholeCheckpoints, trl.GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._window: tuple[int | None, int] = (None, 0)  # global step and micro-step at which it began
         self._before_window: dict[str, Any] = {}  # state of the run at that moment
-        self._saved_step = 0
         super().__init__(*args, **kwargs)
 
     def run_state(self) -> dict[str, Any]:
@@ -153,21 +172,18 @@ class CheckpointSeams(WholeCheckpoints, trl.GRPOTrainer):
         layout = {name: getattr(self.args, name) for name in names}
         return layout | {"num_iterations": self.num_iterations, "num_processes": self.accelerator.num_processes}
 
-    def write_checkpoint(self, model: Any, trial: Any, directory: Path) -> None:
-        if not self.args.save_only_model:
-            directory.mkdir(exist_ok=True)
-            step = self._finished_micro_steps
-            state = {"layout": self._layout, "step": step, "metrics": self._copied_metrics(), "run": self.run_state()}
-            if self.args.should_save:
-                torch.save(state, os.path.join(directory, RUN_STATE_FILE))
-            own = self.process_state()
-            if own:
-                torch.save(own, self._process_file(directory))
-            # Between two generations, the rest of a generation batch is still to be trained on
-            if step % (self.args.steps_per_generation * self.num_iterations):
-                torch.save(self._buffered_inputs, self._buffer_file(directory))
-        super().write_checkpoint(model, trial, directory)
-        self._saved_step = self.state.global_step
+    def write_own_files(self, directory: Path) -> None:
+        super().write_own_files(directory)
+        step = self._finished_micro_steps
+        state = {"layout": self._layout, "step": step, "metrics": self._copied_metrics(), "run": self.run_state()}
+        if self.args.should_save:
+            torch.save(state, os.path.join(directory, RUN_STATE_FILE))
+        own = self.process_state()
+        if own:
+            torch.save(own, self._process_file(directory))
+        # Between two generations, the rest of a generation batch is still to be trained on
+        if step % (self.args.steps_per_generation * self.num_iterations):
+            torch.save(self._buffered_inputs, self._buffer_file(directory))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -176,7 +192,7 @@ class CheckpointSeams(WholeCheckpoints, trl.GRPOTrainer):
         state = saved_state(checkpoint)
         self.load_run_state(state["run"])
         if os.path.exists(self._process_file(checkpoint)):
-            self.load_process_state(torch.load(self._process_file(checkpoint), map_location="cpu", weights_only=False))
+            self.load_process_state(read_state(self._process_file(checkpoint)))
         self._metrics["train"].update(state["metrics"])
         if state["layout"] != self._layout:
             logger.warning(
@@ -186,7 +202,7 @@ class CheckpointSeams(WholeCheckpoints, trl.GRPOTrainer):
             return
         self._step = state["step"]
         if self._step % (self.args.steps_per_generation * self.num_iterations):
-            buffer = torch.load(self._buffer_file(checkpoint), map_location="cpu", weights_only=False)
+            buffer = read_state(self._buffer_file(checkpoint))
             self._buffered_inputs = send_to_device(buffer, self.accelerator.device)
 
     def save_before_stopping(self, error: Exception) -> None:
@@ -194,7 +210,7 @@ class CheckpointSeams(WholeCheckpoints, trl.GRPOTrainer):
         step = self.state.global_step
         if step == 0 or self.optimizer is None:
             return
-        if self._saved_step != step:
+        if self.saved_step != step:
             if self._window[0] == step:
                 # What the failed generation drew is undone, so that a resumed run draws it again
                 set_random_states(self._before_window["random"])

@@ -7,6 +7,7 @@ nothing that comes after `train` takes the run for finished. A second signal end
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -56,7 +57,8 @@ class Preemption(TrainerCallback):
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         if self.asked:
-            os._exit(128 + number)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.asked = True
         print(
             "SIGTERM: training ends after this optimizer step, with a checkpoint. A second one ends it now.",
@@ -84,7 +86,12 @@ class Preemption(TrainerCallback):
             f"Training was ended by SIGTERM after step {step} and is saved in {self.trainer.args.output_dir}. Resume "
             "with resume_from_checkpoint=True."
         )
-        self.trainer.accelerator.print(message)
+        accelerator = self.trainer.accelerator
+        accelerator.print(message, flush=True)
+        accelerator.end_training()
+        if accelerator.num_processes > 1:
+            # A thread of gloo that releases its last tensor after the interpreter has ended aborts the process
+            time.sleep(0.1)
         raise PreemptedError(message)
 
 

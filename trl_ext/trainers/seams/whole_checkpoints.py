@@ -321,6 +321,7 @@ class WholeCheckpoints(Trainer):
     ref_model: Any
     _aside: Path | None = None  # while it saves
     _to_push: str | None = None
+    saved_step = 0  # of the last checkpoint of this process
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -328,9 +329,15 @@ class WholeCheckpoints(Trainer):
             if model is not None:
                 keep_weights_trainable(self.accelerator.unwrap_model(model))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         with preemption_of(self) as preemption:
-            output = super().train(checkpoint_to_resume(self, resume_from_checkpoint), *args, **kwargs)
+            checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
         preemption.leave_if_asked()
         return output
 
@@ -347,7 +354,11 @@ class WholeCheckpoints(Trainer):
         output_dir = self._get_output_dir(trial)
         with written_aside(self, output_dir) as self._aside:
             try:
-                self.write_checkpoint(model, trial, self._aside / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+                directory = self._aside / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                if not self.args.save_only_model:
+                    directory.mkdir(exist_ok=True)
+                    self.write_own_files(directory)
+                super()._save_checkpoint(model, trial)
             finally:
                 aside, self._aside = self._aside, None
             best = self.state.best_model_checkpoint
@@ -355,6 +366,7 @@ class WholeCheckpoints(Trainer):
                 self.state.best_model_checkpoint = output_dir + best.removeprefix(str(aside))
                 if self.args.should_save:  # written with the place aside
                     self.state.save_to_json(str(aside / Path(best).name / TRAINER_STATE))
+        self.saved_step = self.state.global_step
         if self._to_push is not None:
             super()._push_from_checkpoint(os.path.join(output_dir, self._to_push))
             self._to_push = None
@@ -368,14 +380,12 @@ class WholeCheckpoints(Trainer):
             if weight.dtype != types.get(name, weight.dtype):
                 weight.data = weight.data.to(types[name])
 
-    def write_checkpoint(self, model: Any, trial: Any, directory: Path) -> None:
-        """Write a checkpoint into `directory`. Every process makes the call."""
-        if moves_reference(self) and not self.args.save_only_model:
+    def write_own_files(self, directory: Path) -> None:
+        """Write into a new checkpoint what transformers doesn't. Every process makes the call."""
+        if moves_reference(self):
             weights = gathered_weights(self.accelerator.unwrap_model(self.ref_model))
             if self.args.should_save:
-                directory.mkdir(exist_ok=True)
                 torch.save(weights, directory / REFERENCE_FILE)
-        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
