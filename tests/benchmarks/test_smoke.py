@@ -99,9 +99,7 @@ def test_learning(tmp_path):
 def test_ppo_learning(study, start, tmp_path):
     sizes = ("--seeds", 1, "--generations", 1, "--points", 1, "--model", start)
     rows = last_line("ppo_learning", "--study", study, *sizes, "--output_dir", tmp_path)
-    assert [row["method"].split(",")[0] for row in rows] == ["GRPO", "PPO", "GRPO", "PPO"][: len(rows)] or len(
-        rows
-    ) == 3
+    assert {row["method"].split(",")[0] for row in rows} == {"GRPO", "PPO"}
     assert all(row["tokens"] > 0 and 0 <= row["final"] <= 1 for row in rows)
     assert all(value <= 1 for row in rows for value in row["explained_variance"])
     assert (tmp_path / f"ppo_{study}.png").is_file()
