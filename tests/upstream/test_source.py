@@ -50,7 +50,7 @@ def test_overrides_calls_and_imports_are_found_by_themselves():
         "trl.trainer.grpo_trainer.GRPOTrainer._compute_loss",
         "trl.trainer.grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies",
         "trl.trainer.grpo_trainer.GRPOTrainer._get_train_sampler",
-        "trl.trainer.grpo_trainer.GRPOTrainer._save_checkpoint",
+        "transformers.trainer.Trainer._save_checkpoint",
         "trl.trainer.grpo_trainer.GRPOTrainer._load_optimizer_and_scheduler",
         "trl.trainer.base_trainer._BaseTrainer.create_model_card",
         "trl.trainer.grpo_config.GRPOConfig.__post_init__",
