@@ -99,6 +99,7 @@ def test_help_and_version(capsys):
         (["run", "dapo", "--accelerate_config", "8xh100"], "--accelerate_config is '8xh100'"),
         (["run", "dapo", "--num_processes", "two"], "--num_processes: invalid int value: 'two'"),
         (["run", "dapo", "--launch", "'"], "No closing quotation"),
+        (["run", "dapo", "--launch", "--cpu '\n"], "--launch is '--cpu ' ': No closing quotation"),
         (["run", "dapo", "--launch"], "--launch: expected one argument"),
         (["run", "dapo", "--max_steps", "1"], "--model_name_or_path is missing"),
         (["copy", "dapo"], "required: DIR"),
@@ -135,6 +136,14 @@ def test_what_is_started(started, tmp_path, monkeypatch):
     zero3 = str(recipes / "deepspeed/zero3.json")
     config = ["--config_file", str(accelerate / "2xa100_80g.yaml"), "--deepspeed_config_file", zero3]
     assert machine == (recipes / "dpo.py", given, config)
+
+
+def test_options_of_the_launcher_add_up(started, tmp_path):
+    (tmp_path / "mine.yaml").write_text("mixed_precision: bf16\n")
+    file = str(tmp_path / "mine.yaml")
+    cli.main(["run", "dpo", "--num_processes", "2", "--accelerate_config", file, "--launch", "--main_process_port 1"])
+    options = ["--main_process_port", "1", "--config_file", file, "--num_processes", "2"]
+    assert started == [(recipes_folder() / "dpo.py", [], options)]
 
 
 def test_a_copy_takes_its_own_files(tmp_path, monkeypatch, capsys):

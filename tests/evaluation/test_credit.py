@@ -144,6 +144,32 @@ def test_the_advantages_are_those_of_training(settings, second, tmp_path):
         assert missing == (not any(credit.advantages))
 
 
+def environment(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+    """Writes at the start, in the middle or at the end of a completion of four tokens."""
+    ids = [[4 + (7 * i + 3 * t) % 20 for t in range(4)] for i in range(len(prompts))]
+    masks = [[int(t != (0, 2, 3)[i % 3]) for t in range(4)] for i in range(len(prompts))]
+    encoded = trainer.processing_class(text=prompts)["input_ids"]
+    return {"prompt_ids": encoded, "completion_ids": ids, "logprobs": None, "env_mask": masks}
+
+
+def test_what_an_environment_wrote_earns_nothing(tmp_path):
+    arguments = {"rollout_func": environment}
+    settings = {"gamma": GAMMA, "lam": LAM, "kl_coef": KL_COEF, "whiten_advantages": False}
+    trainer = tiny.trainer(PPOTrainer, tmp_path, by_position, arguments, **settings)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():  # away from the reference, and from a critic that says 0
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    credits = credit_by_token(trainer, ROWS)
+    trainer.model.eval()
+    trainer.num_generations_eval = 1
+    output = trainer._generate_and_score_completions(copy.deepcopy(ROWS))
+    for row, credit in enumerate(credits):
+        assert credit.advantages == pytest.approx(output["advantages"][row].tolist(), abs=1e-5)
+        assert [advantage != 0 for advantage in credit.advantages] == output["tool_mask"][row].bool().tolist()
+    assert output["tool_mask"].sum() == 3 * len(ROWS)
+
+
 def test_without_a_reference_there_are_no_ratios(tmp_path):
     trainer = tiny.trainer(PPOTrainer, tmp_path, tiny.hashed, kl_coef=0.0)
     credits = credit_by_token(trainer, ROWS)

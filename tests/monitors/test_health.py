@@ -139,6 +139,17 @@ def test_completions_that_a_curriculum_lets_grow_are_measured_by_their_limit():
     assert message in run.callback.alarms[0].message
 
 
+def test_a_limit_holds_until_there_is_a_different_one():
+    run = Run(LengthCheck(patience=1))
+    for limit in (64, 128, 256):
+        run.log({"curriculum/completion_length": limit}, {"completions/mean_length": 0.4 * limit})
+    assert run.callback.start == pytest.approx(0.4)
+    run.log({"completions/mean_length": 0.7 * 256})
+    assert not run.callback.alarms
+    run.log({"completions/mean_length": 0.9 * 256})
+    assert "completions have 90% of their limit" in run.callback.alarms[0].message
+
+
 def test_the_held_out_metric_is_the_same_after_a_resume():
     """A state that was saved has its keys sorted: the first one logged may not be the first one read."""
     names = ("held_out/strict", "held_out/accuracy")

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from peft import get_peft_model
-from pipelines.dpo_then_ppo_worker import lora, policy_settings
+from pipelines.dpo_then_ppo_worker import policy_settings
 from pipelines.runs import adapter, same, short
 from torch import nn
 from transformers import BitsAndBytesConfig
 
 from trl_ext import PPOConfig
-from trl_ext.roles.trunk import load_adapter, save_adapter, sharing_weights, storages
+from trl_ext.roles.trunk import storages
 
 
 @pytest.mark.train
@@ -41,21 +40,6 @@ def test_the_switch_holds_one_base(tmp_path: Path) -> None:
     assert sizes["ppo"]["own"] == base + critic
     assert sizes["dpo"]["embeddings"] == sizes["ppo"]["embeddings"] == before
     assert sizes["dpo"]["lora"] == 2 * sizes["ppo"]["lora"]  # DPO's reference, gone with it
-
-
-def test_modules_of_its_own_around_the_same_weights() -> None:
-    model = get_peft_model(tiny.qwen2(), lora())
-    copied = sharing_weights(model)
-    assert all(a is b for a, b in zip(model.parameters(), copied.parameters(), strict=True))
-    copied.add_adapter("ref", copied.peft_config["default"])
-    copied.get_base_model().forward = None
-    assert list(model.peft_config) == ["default"] and "forward" not in model.get_base_model().__dict__
-
-
-def test_an_adapter_of_another_shape_is_refused(tmp_path: Path) -> None:
-    save_adapter(get_peft_model(tiny.qwen2(), lora(target_modules=["q_proj"])), tmp_path)
-    with pytest.raises(ValueError, match=r"not of this shape: .* missing"):
-        load_adapter(get_peft_model(tiny.qwen2(), lora()), tmp_path)
 
 
 def test_a_stage_doesnt_depend_on_what_ran_before(tmp_path: Path) -> None:

@@ -27,6 +27,14 @@ def test_a_checkpoint_that_was_being_written_is_removed(tmp_path: Path) -> None:
     assert whole_checkpoint(tmp_path / "nothing") is None
 
 
+def test_the_last_checkpoint_is_the_one_of_the_latest_step(tmp_path: Path) -> None:
+    for step in (9, 10, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text("{}")
+    assert whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 @pytest.mark.slow
 def test_settings_are_the_same_in_every_process(tmp_path: Path) -> None:
     """Among them sets of names, in an order that Python draws anew for every process."""
@@ -70,6 +78,15 @@ def test_only_settings_of_stages_to_come_may_change(tmp_path: Path, names: Any, 
         else:
             assert StageFile(tmp_path, other).changed == [f"{stage}_setting was 1, is 2"]
     assert StageFile(tmp_path, SETTINGS).changed == []
+
+
+def test_a_setting_that_is_gone_and_a_new_one_are_changes(tmp_path: Path) -> None:
+    """As in a release that renames an argument."""
+    finished(tmp_path, PAIRS)
+    renamed = {"renamed_setting": 1}
+    with pytest.raises(ValueError, match=r"pairs_setting was 1, is None; renamed_setting was None, is 1\. "):
+        StageFile(tmp_path, {**SETTINGS, PAIRS: renamed})
+    assert StageFile(tmp_path, {**SETTINGS, DPO: {}}).changed == ["dpo_setting was 1, is None"]
 
 
 @pytest.mark.parametrize(("stage", "begun"), [(DPO, DPO), ("ppo", POLICY)])

@@ -142,6 +142,11 @@ def test_prompts_as_text_as_messages_and_as_ids():
     # The template puts w0 where the answer begins
     close(ask(reward, messages), ask(reward, [f"{prompt} w0" for prompt in PROMPTS]))
     assert ask(reward, messages) != ask(reward)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template += "{% if aloud %} w8{% endif %}"
+    aloud = ImplicitReward(policy, reference, BETA, tokenizer, chat_template_kwargs={"aloud": True})
+    close(ask(aloud, messages), ask(reward, [f"{prompt} w0 w8" for prompt in PROMPTS]))
+    assert ask(aloud) == ask(reward) and ask(aloud, messages) != ask(reward, messages)
     as_ids = [TokenizedPrompt("w9", tiny.tokenizer()(prompt)["input_ids"]) for prompt in PROMPTS]
     assert ask(reward, as_ids) == ask(reward)
 

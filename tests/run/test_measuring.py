@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 
+from trl_ext.evaluation.credit import TokenCredit
 from trl_ext.run import measuring
 from trl_ext.run.arguments import DPOArguments, PolicyArguments
 
@@ -48,3 +49,15 @@ def test_pairs_count_where_their_number_is_known():
 def test_nothing_is_sampled_without_a_split_nor_credited_without_a_critic():
     assert measuring.score_completions(object(), DPOArguments(), {}) == {}
     assert measuring.token_credits(object(), {}, PolicyArguments()) == []
+
+
+def test_the_best_and_the_worst_of_the_longer_half_are_shown(monkeypatch):
+    scores = {1: 9.0, 2: -9.0, 3: 1.0, 5: 0.5, 4: 2.0}  # by length
+    credits = [TokenCredit("w1", ["w2"] * n, [0.0] * n, [0.0] * n, None, score) for n, score in scores.items()]
+    asked: list[Any] = []
+    monkeypatch.setattr(measuring, "credit_by_token", lambda *given: asked.append(given) or credits)
+    trainer = SimpleNamespace(critic="any")
+    shown = measuring.token_credits(trainer, {"train": None, "test": tiny.prompts(40)}, PolicyArguments())
+    assert [(len(credit.tokens), credit.score) for credit in shown] == [(4, 2.0), (5, 0.5)]
+    ((_, rows, seed),) = asked
+    assert (len(rows), len({row["prompt"] for row in rows}), seed) == (32, 32, 0)

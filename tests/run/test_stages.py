@@ -1,7 +1,11 @@
 """Arguments of a run of several stages. Whole runs are in `tests/recipes`."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import tiny
+from huggingface_hub.utils import filter_repo_objects
 
 import trl_ext
 from trl_ext.errors import UserError
@@ -38,3 +42,33 @@ def test_what_the_first_stage_does_not_know(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             stages.preference_stage(HybridArguments(**arguments), args, {"train": 1})
+
+
+def test_the_result_is_uploaded_without_what_a_resumed_run_needs(tmp_path, monkeypatch):
+    result = {"README.md", "adapter_model.safetensors", "stages.json", "stages.png", "summary.json", "critic/c.json"}
+    done: list[Any] = []
+
+    def train() -> None:
+        done.append("trained")
+        for name in (*result, "start/adapter_config.json", "round_1/dpo/adapter_config.json", "start.part/a.json"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+
+    def create_repo(name: str, **kwargs: Any) -> Any:
+        done.append(f"created {name}")
+        return SimpleNamespace(repo_id=f"someone/{name}")
+
+    def upload_folder(repo_id: str, folder_path: Any, ignore_patterns: list[str]) -> Any:
+        files = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()]
+        done.append((repo_id, set(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
+        return SimpleNamespace(repo_url="")
+
+    for name, stand_in in (("create_repo", create_repo), ("upload_folder", upload_folder)):
+        monkeypatch.setattr(stages, name, stand_in)
+    monkeypatch.setattr(stages, "_report_stages", lambda *given: done.append("reported"))
+    args = SimpleNamespace(push_to_hub=True, hub_model_id="mine", hub_private_repo=None)
+    schedule: Any = SimpleNamespace(output_dir=tmp_path, train=train)
+    arguments: Any = SimpleNamespace(training=args)
+    assert stages.train_stages(schedule, arguments, []) is schedule
+    # A name that can't be had is reported before the training
+    assert done == ["created mine", "trained", "reported", ("someone/mine", result)]

@@ -249,6 +249,16 @@ def test_the_order_is_the_curriculums(schedule, column, tmp_path):
     assert [row for batch in trainer.rows for row in batch] == expected
 
 
+def test_the_seed_of_the_data_decides_among_equals(tmp_path):
+    """TRL shuffles by it, too, where it is set."""
+    hard = [0, 1] * 4
+    for settings_, seed in (({"data_seed": 3}, 3), ({}, 7), ({"data_seed": 0}, 0)):
+        trainer = recorded(tmp_path, pairs(8, hard=hard), easy_to_hard(), **settings_)
+        orders = [easy_to_hard().epoch_order(hard, seed, epoch=2) for seed in (0, 3, 7)]
+        assert len(set(map(tuple, orders))) == 3
+        assert trainer.row_order()(2) == orders[(0, 3, 7).index(seed)]
+
+
 @pytest.mark.train
 def test_a_curriculum_of_another_trainer_stays_as_it_was(tmp_path):
     """The same object may choose another trainer's prompts, and know rollouts."""

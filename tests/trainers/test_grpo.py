@@ -239,14 +239,20 @@ class TestRollOut:
     @pytest.mark.train
     @pytest.mark.parametrize("selection", ["all", "refill"])
     def test_leaves_no_trace_in_training(self, tmp_path, selection):
-        settings = {"max_steps": 3, "rollout_selection": selection, "updates_per_generation": 2, "logging_steps": 2}
-        reward = tiny.LiveFor(set(range(4, 24, 2)))
+        settings = {"max_steps": 4, "rollout_selection": selection, "updates_per_generation": 2, "logging_steps": 2}
+        judge = tiny.LiveFor(set(range(4, 24, 2)))
+
+        def reward(completion_ids: list[list[int]], log_metric: Any, **kwargs: Any) -> list[float]:
+            log_metric("first_id", statistics.fmean(ids[0] for ids in completion_ids))
+            return judge(completion_ids, **kwargs)
+
         plain = trained(tmp_path, reward, **settings)
+        assert ["first_id" in entry for entry in tiny.history(plain)] == [True, True]  # one for each batch
         callback = RollsOut(seed=3)
         trainer = tiny.trainer(GRPOTrainer, tmp_path, reward, {"callbacks": [callback]}, **settings)
         callback.trainer = trainer
         trainer.train()
-        assert len(callback.results) == 3
+        assert len(callback.results) == 4
         assert all(torch.equal(v, trainer.model.state_dict()[n]) for n, v in plain.model.state_dict().items())
         assert tiny.history(plain) == tiny.history(trainer)
         assert plain.counters == trainer.counters
