@@ -65,7 +65,14 @@ class Process:
 
     def kill(self, number: int) -> None:
         """Sends a signal to the process and its children."""
-        os.killpg(self.pid, number)
+        for _ in range(500):
+            try:
+                os.killpg(self.pid, number)
+                return
+            except ProcessLookupError:  # it has ended, or has yet to begin its session
+                if self.poll() is not None:
+                    return
+                time.sleep(0.01)
 
     def printed(self, most: int = 8000) -> str:
         return self.output.read_text(errors="replace")[-most:]

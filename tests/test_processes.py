@@ -78,7 +78,7 @@ import os, sys, torch
 torch.distributed.init_process_group("gloo")
 total = torch.tensor([1 + torch.distributed.get_rank()])
 torch.distributed.all_reduce(total)
-print(f"{os.environ['LOCAL_RANK']} of {torch.distributed.get_world_size()}: {total.item()}")
+sys.stdout.write(f"{os.environ['LOCAL_RANK']} of {torch.distributed.get_world_size()}: {total.item()}\\n")
 """
     assert sorted(run([*RANKS, script(tmp_path, code)]).splitlines())[:2] == ["0 of 2: 3", "1 of 2: 3"]
 

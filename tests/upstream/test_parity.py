@@ -21,6 +21,7 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast
 
 import trl_ext
+from trl_ext.trainers.seams.whole_checkpoints import MANIFEST
 
 
 class Saved:
@@ -229,7 +230,7 @@ def differences(ours: Run, theirs: Run) -> list[str]:
         ]
     if len(ours.calls) != len(theirs.calls):
         found.append(f"{len(ours.calls)} calls of modules instead of {len(theirs.calls)}")
-    extra = {file for file in ours.files if Path(file).name.startswith(("trl_ext_state", "trl_ext_buffer_"))}
+    extra = {file for file in ours.files if Path(file).name.startswith(("trl_ext_state", "trl_ext_buffer_", MANIFEST))}
     if ours.files - extra != theirs.files:
         found.append(f"files: {sorted((ours.files - extra) ^ theirs.files)}")
     respects = ("weights", "gradients", "logs", "calls", "rewarded", "table", "random_state")
