@@ -112,8 +112,15 @@ class FullDiskError(OSError):
     pass
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("file", ["scheduler.pt", "trainer_state.json", "manifest", "move"])
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        *(("grpo", file) for file in ("scheduler.pt", "trainer_state.json", "manifest", "move")),
+        *(("dpo", file) for file in ("scheduler.pt", "move")),
+        ("ppo", "trainer_state.json"),
+        ("dapo", "manifest"),
+    ],
+)
 def test_a_save_that_fails_leaves_the_others_as_they_were(kind, file, tmp_path, monkeypatch):
     """The disk is full at some point of the second save; only one checkpoint is kept."""
     made = trainer(kind, tmp_path, save_total_limit=1, **SAVING)
