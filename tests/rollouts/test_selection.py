@@ -35,10 +35,13 @@ class TestHasVariance:
         )
         assert has_variance(outcome).tolist() == [False, False, True, False, True, False, False, True]
 
-    def test_is_exact(self):
-        # 0.1 + 0.2 and 0.3 are neighbours in float64: a tolerance would call this group dead
-        close = torch.tensor([[0.1 + 0.2, 0.3]], dtype=torch.float64)
-        assert has_variance(close).item()
+    def test_rounding_is_no_variance(self):
+        # 0.1 + 0.2 and 0.3 are neighbours in float64, and sums of equal rewards in two orders
+        assert not has_variance(torch.tensor([[0.1 + 0.2, 0.3]], dtype=torch.float64)).item()
+        assert not has_variance(torch.tensor([[0.7, 0.7 + 1e-7, 0.7 - 1e-7]])).item()
+        assert not has_variance(torch.tensor([[1e4, 1e4 + 1e-3]])).item()
+        # What a user would call a difference is one, at any magnitude
+        assert has_variance(torch.tensor([[0.7, 0.7 + 1e-5], [0.0, 2e-6], [1e4, 1e4 + 0.1], [-1.0, -1.00001]])).all()
         # The mean of 16 times 0.1 is not 0.1 in float32: a deviation would call this one live
         constant = torch.full((1, 16), 0.1)
         assert not has_variance(constant).item()

@@ -17,6 +17,10 @@ import torch
 from ..errors import require
 
 
+# Largest difference of outcome rewards, in units of their magnitude, that is taken for rounding
+ROUNDING = 1e-6
+
+
 def outcome_rewards(rewards: torch.Tensor, weights: torch.Tensor, is_outcome: torch.Tensor) -> torch.Tensor:
     """
     The rewards by which groups are judged live or dead: the weighted sum of the outcome functions alone, so that
@@ -40,9 +44,12 @@ def outcome_rewards(rewards: torch.Tensor, weights: torch.Tensor, is_outcome: to
 
 def has_variance(outcome: torch.Tensor) -> torch.Tensor:
     """
-    Which groups are live: those whose largest outcome reward is not exactly their smallest. NaN is ignored.
+    Which groups are live: those whose largest outcome reward is larger than their smallest by more than rounding. NaN
+    is ignored.
 
-    If a standard deviation were compared with zero, rounding would decide; max == min is exact.
+    A weighted sum of equal rewards can differ by a rounding of float32, 6e-8 of its magnitude, and such a difference
+    teaches nothing. Differences up to `ROUNDING` times the magnitude (of at least 1) count as none. A standard
+    deviation compared with zero would let the rounding of a mean decide as well.
 
     Args:
         outcome (`torch.Tensor` of shape `(P, G)`):
@@ -53,7 +60,8 @@ def has_variance(outcome: torch.Tensor) -> torch.Tensor:
     """
     highest = outcome.nan_to_num(nan=-math.inf).amax(dim=1)
     lowest = outcome.nan_to_num(nan=math.inf).amin(dim=1)
-    return highest > lowest
+    magnitude = torch.maximum(highest.abs(), lowest.abs()).clamp(min=1.0, max=torch.finfo(outcome.dtype).max)
+    return highest - lowest > ROUNDING * magnitude
 
 
 def census(outcome: torch.Tensor, success_threshold: float) -> dict[str, int]:

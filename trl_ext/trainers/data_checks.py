@@ -6,6 +6,8 @@ Checks of data sets, curricula and names of reward functions before a model is l
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import AutoConfig
 
 from ..errors import require
 from ..rollouts.choosers import PromptChooser
@@ -96,6 +98,34 @@ def check_images(config: GRPOConfig, dataset: Any, rollout_func: Any) -> None:
         f"rollout_selection={config.rollout_selection!r} can't tell which images belong to which completion if a "
         "rollout_func generates. Set rollout_selection='all', or leave rollout_func out.",
     )
+
+
+def check_reward_models(funcs: list[Any]) -> None:
+    """Reward models give one number. `funcs` are functions, models, and ids or folders of models."""
+    for func in funcs:
+        model = getattr(func, "model", func)
+        if isinstance(model, str):
+            kinds = _architectures(model)
+            require(
+                not kinds or not all(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds),
+                f"The reward model {model!r} is a {' and '.join(kinds)}: as a sequence classifier it would get a head "
+                "of random weights. Train one on pairs (recipes/reward.py), or name a sequence classification model.",
+            )
+        elif isinstance(model, nn.Module):
+            outputs = getattr(getattr(model, "config", None), "num_labels", 1)
+            require(
+                outputs == 1,
+                f"The reward model {type(model).__name__} has {outputs} outputs, and the first would be the reward. "
+                "Load it with num_labels=1, or write a reward function that makes one number of its outputs.",
+            )
+
+
+def _architectures(model: str) -> list[str]:
+    """The classes that a model's configuration names; empty if it can't be read before the model is loaded."""
+    try:
+        return list(AutoConfig.from_pretrained(model).architectures or [])
+    except (OSError, ValueError):  # whoever loads it will say so
+        return []
 
 
 def check_outcome_names(config: GRPOConfig, names: list[str]) -> None:

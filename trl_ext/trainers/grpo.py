@@ -43,7 +43,7 @@ from ..rollouts.statistics import restate_loss_metrics
 from ..rollouts.stream import PromptStream, prompt_key
 from .arguments import bound, model_name
 from .cards import name_what_has_no_hub_id
-from .data_checks import check_curriculum, check_data, check_images, check_outcome_names
+from .data_checks import check_curriculum, check_data, check_images, check_outcome_names, check_reward_models
 from .grpo_config import GRPOConfig
 from .seams.critic import CriticSeams
 from .seams.probes import savings_of, without_trace
@@ -131,6 +131,7 @@ class GRPOTrainer(CriticSeams):
         self.observers: list[RolloutObserver] = [self.chooser]
         funcs = given.get("reward_funcs")
         given["reward_funcs"] = [] if funcs is None else list(funcs) if isinstance(funcs, list) else [funcs]
+        check_reward_models(given["reward_funcs"])
         self._add_overlong_punishment(given)
         if given.get("environment_factory") is None:
             check_outcome_names(config, [reward_name(func) for func in given["reward_funcs"]])

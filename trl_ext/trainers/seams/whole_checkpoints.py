@@ -27,6 +27,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from ...errors import require
+from ...roles.critic import critic_of
 from ...roles.quantized import keep_weights_trainable
 from .preemption import preemption_of
 
@@ -265,6 +267,21 @@ def put_back(output_dir: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def require_trainable(trainer: Any) -> None:
+    """
+    Raises `ValueError` if no weight of the policy can be trained: an adapter that was loaded for inference, or a model
+    whose weights are all frozen. A critic alone would train, and so would a KL term, without moving the policy.
+    """
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    critic = critic_of(policy)
+    own = {id(weight) for weight in critic.parameters()} if critic is not None else set()
+    require(
+        any(weight.requires_grad for weight in policy.parameters() if id(weight) not in own),
+        "No weight of the policy can be trained: all are frozen. Load an adapter with is_trainable=True "
+        "(PeftModel.from_pretrained), pass a peft_config for a new one, or unfreeze the model.",
+    )
+
+
 # A reference that moves during training (`sync_ref_model`)
 
 
@@ -335,6 +352,7 @@ class WholeCheckpoints(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
+        require_trainable(self)
         with preemption_of(self) as preemption:
             checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
