@@ -533,6 +533,33 @@ def test_a_group_that_takes_too_long(tmp_path, caplog, without_group, kind):
 
 
 @pytest.mark.train
+def test_a_time_limit_alone(tmp_path, caplog):
+    """The function gets the whole batch, as without a limit; a batch that takes too long has no rewards from it."""
+    go, sizes = threading.Event(), []
+
+    def judge(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        sizes.append(len(completion_ids))
+        if len(sizes) == 2:
+            go.wait(PATIENCE)
+        return tiny.hashed(completion_ids)
+
+    trainer = trained(GRPOTrainer, tmp_path, judge, reward_timeout=SOON, max_steps=3)
+    go.set()
+    assert sizes == [16, 16, 16]
+    assert failed_groups(trainer) == [0, 1, 0]
+    assert "`judge` took longer than 0.5 seconds" in caplog.text
+    plain = trained(GRPOTrainer, tmp_path, tiny.hashed, max_steps=1)
+    assert tiny.history(trainer, "failed_groups")[0]["reward"] == tiny.history(plain)[0]["reward"]
+
+
+@pytest.mark.parametrize("reward_timeout", [None, 30.0])
+def test_a_time_limit_tolerates_no_errors(tmp_path, reward_timeout):
+    judge = Judge(FailsFor(set(range(24)), raises))
+    with pytest.raises(RewardFunctionError, match="`judge` raised"):
+        trained(GRPOTrainer, tmp_path, judge, reward_timeout=reward_timeout, max_steps=1)
+
+
+@pytest.mark.train
 def test_refilling_replaces_groups_that_fail(tmp_path):
     judge = Judge(FailsFor(set(range(5, 24, 2)), raises))  # every other prompt
     trainer = trained(DAPOTrainer, tmp_path, judge, rewards_in_flight=2, max_steps=3)
@@ -651,7 +678,7 @@ def test_chunks_with_tools_are_refused(tmp_path, arguments):
     ("changed", "said"),
     [
         ({"rewards_in_flight": 0}, ["rewards_in_flight=0", "at least 1", "None"]),
-        ({"reward_timeout": 3.0}, ["reward_timeout=3.0", "without rewards_in_flight", "leave reward_timeout out"]),
+        ({"reward_timeout": 0.0}, ["reward_timeout=0.0", "seconds", "None"]),
         (
             {"generation_chunks": 2},
             ["generation_chunks=2", "without rewards_in_flight", "leave generation_chunks out"],

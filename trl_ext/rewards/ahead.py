@@ -57,6 +57,7 @@ class _Call:
         self.settled = False  # whatever the call returns after that is dropped
         self.rewards: list[float | None] = [None] * self.size
         self.fault: str | None = None
+        self.timed_out = False
         self.stop: BaseException | None = None
         self.timer: threading.Timer | None = None
         self.future: Future[None] | None = None
@@ -97,6 +98,9 @@ class RewardsAhead:
             thread keeps running, but no longer counts as in flight.
         loop (`asyncio.AbstractEventLoop`, *optional*):
             The event loop for async functions: TRL's `async_loop`, which runs in a thread of its own.
+        tolerates_errors (`bool`, *optional*, defaults to `True`):
+            Whether a call that raises costs only its own group the reward. `False`: the function then counts as
+            broken, as it does without calls ahead. Calls that take too long are tolerated in any case.
 
     Attributes:
         faults (`list[RewardFault]`):
@@ -112,6 +116,7 @@ class RewardsAhead:
         in_flight: int,
         timeout: float | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
+        tolerates_errors: bool = True,
     ) -> None:
         require(in_flight >= 1, f"in_flight={in_flight} must be at least 1.")
         require(
@@ -121,6 +126,7 @@ class RewardsAhead:
         self.funcs = funcs
         self.in_flight = in_flight
         self.timeout = timeout
+        self.tolerates_errors = tolerates_errors
         self.loop = loop
         self.faults: list[RewardFault] = []
         self._failures = dict.fromkeys(range(len(funcs)), 0)  # how many in a row, by function
@@ -234,6 +240,7 @@ class RewardsAhead:
 
     def _time_out(self, call: _Call) -> None:
         fault = call.guard.fault or call.fault_of(f"took longer than {self.timeout:g} seconds")
+        call.timed_out = call.guard.fault is None
         self._settle(call, fault=fault)
 
     def _settle(
@@ -276,7 +283,10 @@ class RewardsAhead:
             if call.fault is not None:
                 self.faults.append(RewardFault(func.__name__, rows, call.fault))
             rewards += call.rewards
+        failed = [call for call in calls if call.fault is not None and not (call.timed_out or self.tolerates_errors)]
         if calls and self._failures[index] >= max(len(calls), BROKEN_AFTER):
-            func.fault = calls[0].fault
+            failed = calls
+        if failed:
+            func.fault = failed[0].fault
             return [FAILED] * len(rewards)
         return rewards

@@ -107,7 +107,9 @@ class GRPOConfig(trl.GRPOConfig):
             calls continue. Functions must be safe to call from several threads, and must not compare completions of
             different groups. `None`: as in TRL, each function is called once for the whole batch, after generation.
         reward_timeout (`float`, *optional*):
-            Seconds that one call of a reward function may take, with `rewards_in_flight`. `None`: no limit.
+            Seconds that one call of a reward function may take; a call that takes longer gives no rewards. Without
+            `rewards_in_flight`, a call is for the whole batch of a process, so that a slow function can't have the
+            other processes wait for longer than that. `None`: no limit.
         generation_chunks (`int`, *optional*, defaults to `1`):
             Number of chunks in which a batch is generated, with `rewards_in_flight`: rewards of one chunk are computed
             while the next is generated. With more chunks more time overlaps, but each chunk is a smaller batch.
@@ -206,9 +208,7 @@ class GRPOConfig(trl.GRPOConfig):
     )
     reward_timeout: float | None = field(
         default=None,
-        metadata={
-            "help": "Seconds that one call of a reward function may take, with rewards_in_flight. None: no limit."
-        },
+        metadata={"help": "Seconds that one call of a reward function may take. None: no limit."},
     )
     generation_chunks: int = field(
         default=1,
@@ -385,18 +385,14 @@ class GRPOConfig(trl.GRPOConfig):
         )
 
     def _check_rewards_ahead(self) -> None:
-        if self.rewards_in_flight is None:
-            for name, off in (("reward_timeout", None), ("generation_chunks", 1)):
-                value = getattr(self, name)
-                require(
-                    value == off,
-                    f"{name}={value} has no effect without rewards_in_flight: TRL calls each reward function once, "
-                    "after generation. Set rewards_in_flight to the number of calls that may run at the same time, "
-                    f"or leave {name} out.",
-                )
-            return
         require(
-            self.rewards_in_flight >= 1,
+            self.generation_chunks == 1 or self.rewards_in_flight is not None,
+            f"generation_chunks={self.generation_chunks} has no effect without rewards_in_flight: TRL calls each "
+            "reward function once, after generation. Set rewards_in_flight to the number of calls that may run at the "
+            "same time, or leave generation_chunks out.",
+        )
+        require(
+            self.rewards_in_flight is None or self.rewards_in_flight >= 1,
             f"rewards_in_flight={self.rewards_in_flight} must be at least 1, or None to compute rewards after "
             "generation.",
         )

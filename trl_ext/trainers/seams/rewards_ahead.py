@@ -25,14 +25,19 @@ logger = get_logger(__name__)
 
 
 def rewards_ahead_of(trainer: "GRPOSeams") -> RewardsAhead | None:
-    """What calls a trainer's reward functions in the background; `None` without `rewards_in_flight`."""
-    if trainer.args.rewards_in_flight is None:
+    """What calls a trainer's reward functions in threads; `None` without `rewards_in_flight` and `reward_timeout`."""
+    in_flight, timeout = trainer.args.rewards_in_flight, trainer.args.reward_timeout
+    if in_flight is None and timeout is None:
         return None
     loop = getattr(trainer, "async_loop", None)  # TRL makes one if a reward function is async
-    return RewardsAhead(trainer.reward_guards, trainer.args.rewards_in_flight, trainer.args.reward_timeout, loop)
+    calls = in_flight or max(len(trainer.reward_guards), 1)
+    return RewardsAhead(trainer.reward_guards, calls, timeout, loop, tolerates_errors=in_flight is not None)
 
 
-def _group_size(trainer: "GRPOSeams") -> int:
+def _completions_of_a_call(trainer: "GRPOSeams", completions: int) -> int:
+    """One group; with a time limit alone all completions of this rank, as TRL calls reward functions."""
+    if trainer.args.rewards_in_flight is None:
+        return completions
     return trainer.num_generations if trainer.model.training else trainer.num_generations_eval
 
 
@@ -53,7 +58,7 @@ def generate_in_chunks(
     Returns:
         What `generate` returns for all prompts.
     """
-    size, rows = _group_size(trainer), trainer.batch.rows
+    size, rows = _completions_of_a_call(trainer, len(prompts)), trainer.batch.rows
     if trainer.rewards_ahead is None or len(prompts) % size:  # a group that spans processes is scored by TRL's call
         return generate(prompts)
     groups = len(prompts) // size
@@ -91,7 +96,7 @@ def _submit(trainer: "GRPOSeams", start: int, rows: Rows, prompts: list[Any], ge
             "log_extra": trainer._log_completion_extra,
             "log_metric": trainer._log_metric,
         },
-        _group_size(trainer),
+        _completions_of_a_call(trainer, len(prompts)),
     )
 
 
