@@ -10,6 +10,7 @@ those that it passed over; a path to a damaged one is an error that names the da
 These are functions of a transformers trainer, so that the seams of GRPO and of DPO share them.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -65,6 +66,9 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # some file systems flush no folders
+            raise
     finally:
         os.close(descriptor)
 
