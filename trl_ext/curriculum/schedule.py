@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 
 from ..errors import require, require_one_of
+from ..metric_keys import COMPLETION_LIMIT
 from ..rollouts.choosers import PromptChooser
 from ..rollouts.generation_batch import GenerationBatch
 from ..rollouts.stream import prompt_key
@@ -229,7 +230,7 @@ class DifficultyCurriculum(PromptChooser):
         metrics["curriculum/difficulty"].append(sum(difficulties) / len(difficulties))
         metrics["curriculum/prompts_replaced"].append(batch.replaced)
         if self.start_completion_length is not None:
-            metrics["curriculum/completion_length"].append(trainer.completion_length())
+            metrics[COMPLETION_LIMIT].append(trainer.completion_length())
 
     # Choice
 

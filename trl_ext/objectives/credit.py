@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..metric_keys import EXPLAINED_VARIANCE, KL_PER_COMPLETION, SCORES
 from .gae import carried_back, gae, length_adaptive_lam
 from .values import Reduce, explained_variance, only_here, whiten
 
@@ -200,7 +201,7 @@ def estimate_credit(
     real = lengths > 0  # an empty row only fills up a micro-batch
     completions, metrics = _metrics(scores[real], per_token_kl, credited, values, returns, settings.kl_coef, reduce)
     credit = Credit(advantages * credited, returns, values, credited, completions)
-    return credit, metrics | {"val/explained_variance": explained}
+    return credit, metrics | {EXPLAINED_VARIANCE: explained}
 
 
 def _advantages_and_returns(
@@ -238,10 +239,10 @@ def _metrics(
     sums = torch.stack([torch.as_tensor(part, device=values.device, dtype=torch.float32) for part in parts])
     completions, scored, score, kl, penalty, tokens, value, target = reduce(sums).tolist()
     score /= max(scored, 1)
-    metrics = {"objective/scores": score}
+    metrics = {SCORES: score}
     metrics |= {"val/value": value / max(tokens, 1), "val/return": target / max(tokens, 1)}
     if per_token_kl is not None:
-        metrics["objective/kl"] = kl / completions
+        metrics[KL_PER_COMPLETION] = kl / completions
         metrics["objective/non_score_reward"] = -penalty / completions
         metrics["objective/rlhf_reward"] = score - penalty / completions
     return int(completions), metrics

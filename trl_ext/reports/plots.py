@@ -21,6 +21,15 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..evaluation.credit import TokenCredit
 from ..evaluation.held_out import Estimate, read_estimates
+from ..metric_keys import (
+    GENERATED_TOKENS,
+    GROUPS,
+    GROUPS_DUPLICATED,
+    GROUPS_KEPT,
+    PREFERENCE_ACCURACY,
+    SCORES,
+    TRAINED_TOKENS,
+)
 from ..monitors.progress import count
 from ..pipelines.stages import StageResult
 from .summary import CRITIC_METRICS, metric_of
@@ -67,7 +76,7 @@ def plot_learning(
     held_out = {step: estimates[metric] for step, estimates in measured.items() if metric in estimates}
 
     has_critic = any(CRITIC_METRICS["explained_variance"] in entry for entry in log_history)
-    has_groups = not has_critic or any("selection/groups_kept" in entry for entry in log_history)
+    has_groups = not has_critic or any(GROUPS_KEPT in entry for entry in log_history)
     rows = 1 + has_critic + has_groups
     figure = Figure(figsize=(11, 3.6 * rows), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=15, fontweight="bold", color=INK)
@@ -237,7 +246,7 @@ def _draw_reward(
 
 def _draw_score(axis: Axes, log_history: Sequence[dict[str, Any]], shown: list[float]) -> list[Any]:
     """Draws the score that a critic's trainer maximises, where it isn't what is shown, on an axis of its own."""
-    steps, (scores,) = series(log_history, "objective/scores")
+    steps, (scores,) = series(log_history, SCORES)
     if not steps or scores == shown:
         return []
     right = axis.twinx()
@@ -279,7 +288,7 @@ def _draw_stage_results(
 def _draw_preference_accuracy(axis: Axes, logs: Sequence[dict[str, Any]]) -> None:
     _heading(axis, "share of pairs that the implicit reward ranks right")
     for key, color, label in (
-        ("rewards/accuracies", BLUE, "training pairs"),
+        (PREFERENCE_ACCURACY, BLUE, "training pairs"),
         ("eval_rewards/accuracies", VERMILION, "held-out pairs"),
     ):
         steps, (values,) = series(logs, key)
@@ -324,17 +333,17 @@ def _draw_before_after(axis: Axes, held_out: dict[int, Estimate], metric: str | 
 def _draw_groups(axis: Axes, log_history: Sequence[dict[str, Any]]) -> None:
     _heading(axis, "groups of completions, per log", "optimizer step")
     kinds = {
-        "selection/groups_kept": ("kept: trained on", GREEN, ""),
-        "selection/groups_surplus": ("live, but not needed", SKY, ""),
-        "selection/groups_all_wrong": ("dead: all wrong", VERMILION, "//"),
-        "selection/groups_all_right": ("dead: all right", ORANGE, ".."),
+        GROUPS_KEPT: ("kept: trained on", GREEN, ""),
+        f"{GROUPS}surplus": ("live, but not needed", SKY, ""),
+        f"{GROUPS}all_wrong": ("dead: all wrong", VERMILION, "//"),
+        f"{GROUPS}all_right": ("dead: all right", ORANGE, ".."),
     }
     steps, counts = series(log_history, *kinds)
     if steps:
         layers = axis.stackplot(steps, *counts, colors=[color for _, color, _ in kinds.values()], step="mid")
         for layer, (label, _, hatch) in zip(layers, kinds.values(), strict=True):
             layer.set(label=label, hatch=hatch, edgecolor="white", linewidth=0)
-        copied_at, (copied,) = series(log_history, "selection/groups_duplicated")
+        copied_at, (copied,) = series(log_history, GROUPS_DUPLICATED)
         if any(copied):
             axis.plot(copied_at, copied, color=INK, linestyle="--", linewidth=1.4, label="copies of live groups")
         top = max(sum(at_step) for at_step in zip(*counts, strict=True))
@@ -352,7 +361,7 @@ def _draw_groups(axis: Axes, log_history: Sequence[dict[str, Any]]) -> None:
 
 def _draw_tokens(axis: Axes, log_history: Sequence[dict[str, Any]]) -> None:
     _heading(axis, "tokens so far", "optimizer step")
-    steps, (generated, trained) = series(log_history, "selection/generated_tokens", "selection/trained_tokens")
+    steps, (generated, trained) = series(log_history, GENERATED_TOKENS, TRAINED_TOKENS)
     if steps:
         axis.plot(steps, generated, color=BLUE, linewidth=2.4, label=f"generated: {count(generated[-1])}")
         trained_label = f"trained on: {count(trained[-1])}"

@@ -17,6 +17,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ..evaluation.held_out import Estimate, difference
+from ..metric_keys import EXPLAINED_VARIANCE, KL_PER_COMPLETION, VALUE_LOSS
 from ..pipelines.stages import StageResult
 
 
@@ -27,9 +28,9 @@ _SECRET = re.compile(
 
 # What a critic's trainer logs
 CRITIC_METRICS = {
-    "value_loss": "loss/value_avg",
-    "explained_variance": "val/explained_variance",
-    "kl": "objective/kl",
+    "value_loss": VALUE_LOSS,
+    "explained_variance": EXPLAINED_VARIANCE,
+    "kl": KL_PER_COMPLETION,
 }
 PACKAGES = ("trl_ext", "trl", "transformers", "torch", "accelerate", "peft", "datasets")
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from datasets import Dataset
 
+from ..metric_keys import SELECTION
 from .choosers import PromptChooser
 from .generation_batch import GenerationBatch
 from .stream import prompt_key
@@ -445,7 +446,7 @@ class AdaptiveOutlook(PromptChooser):
 
     def end(self, trainer: Any, batch: GenerationBatch) -> None:
         """Logs how many prompts that the loader dealt were replaced."""
-        trainer.train_metrics["selection/prompts_replaced"].append(batch.replaced)
+        trainer.train_metrics[f"{SELECTION}prompts_replaced"].append(batch.replaced)
 
     def tick(self) -> None:
         """See [`PromptOutlook.tick`]."""

@@ -22,6 +22,7 @@ from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import get_callable_name
 
 from ..errors import require
+from ..metric_keys import COMPUTE_SAVED, GROUPS, MEAN_LENGTH, SELECTION
 from ..objectives.advantages import ESTIMATORS, aggregate_rewards, scale_advantages, updated_baseline
 from ..objectives.ratios import IMPORTANCE_LEVELS
 from ..rewards.guard import RewardFunctionError
@@ -342,7 +343,7 @@ class GRPOTrainer(CriticSeams):
         if self.args.fit_micro_batches:
             saved = SavedCompute()
             micro_batches[:] = self.fit(micro_batches, self.buffer_step_slices(), saved)
-            self.train_metrics["compute/saved"].append(saved.share)
+            self.train_metrics[COMPUTE_SAVED].append(saved.share)
             self.saved_compute += saved
 
     def _normalize_by_mini_batch(self, micro_batches: list[dict[str, Any]]) -> None:
@@ -400,12 +401,12 @@ class GRPOTrainer(CriticSeams):
         metrics, counters = self.train_metrics, self.counters
         per_batch = len(output["advantages"]) * self.accelerator.num_processes
         completions = sum(len(scored.rewards) for scored in batch.rounds) or per_batch
-        counters.generated_tokens += round(metrics["completions/mean_length"][-1] * completions)
+        counters.generated_tokens += round(metrics[MEAN_LENGTH][-1] * completions)
         counters.trained_tokens += int(output["num_items_in_batch"])
         counters.generation_rounds += len(batch.rounds) or 1
         if not self.args.is_neutral:
             for name, total in asdict(counters).items():
-                metrics[f"selection/{name}"] = [total]
+                metrics[f"{SELECTION}{name}"] = [total]
         if batch.selection is not None:
             self._log_selection(batch, batch.selection)
         for observer in self.observers:
@@ -422,9 +423,9 @@ class GRPOTrainer(CriticSeams):
         counts["surplus"] = selection.surplus
         counts["duplicated"] = sum(source != slot for slot, source in enumerate(selection.sources))
         for name, value in counts.items():
-            metrics[f"selection/groups_{name}"].append(value)
-        metrics["selection/rounds"].append(len(batch.rounds))
-        metrics["selection/acceptance"].append(self._acceptance.rate)
+            metrics[f"{GROUPS}{name}"].append(value)
+        metrics[f"{SELECTION}rounds"].append(len(batch.rounds))
+        metrics[f"{SELECTION}acceptance"].append(self._acceptance.rate)
 
     def run_state(self) -> dict[str, Any]:
         state = {

@@ -38,6 +38,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..errors import require
+from ..metric_keys import KL_PER_COMPLETION, VALUE_LOSS
 from ..objectives.advantages import aggregate_rewards
 from ..objectives.credit import CreditSettings, completions_that_end, estimate_credit, token_rewards
 from ..objectives.kl import adapted_kl_coef, kl_estimate
@@ -297,7 +298,7 @@ class PPOTrainer(GRPOTrainer):
         for name, value in metrics.items():
             log[name].append(value)
         if training and self.needs_reference:
-            self._follow_target(metrics["objective/kl"], credit.completions)
+            self._follow_target(metrics[KL_PER_COMPLETION], credit.completions)
         row_means: torch.Tensor = credit.advantages.sum(dim=1) / credit.mask.sum(dim=1).clamp(min=1)
         return row_means
 
@@ -432,7 +433,7 @@ class PPOTrainer(GRPOTrainer):
             return
         self._old_kl = (of_step["old_kl"], of_step["tokens"])
         metrics, tokens = self.train_metrics, max(of_step["tokens"], 1)
-        metrics["loss/value_avg"].append(of_step["value_loss"] / tokens)
+        metrics[VALUE_LOSS].append(of_step["value_loss"] / tokens)
         metrics["loss/policy_avg"].append(policy / self.accelerator.num_processes)
         metrics["val/clipfrac_avg"].append(of_step["clipped_values"] / tokens)
         metrics["policy/approxkl_avg"].append(of_step["approximate_kl"] / tokens)
