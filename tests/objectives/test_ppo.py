@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trl_ext.objectives.ppo import PPOLossSettings, ppo_loss
+from trl_ext.objectives.ppo import LOSS_TERMS, PPOLossSettings, ppo_loss
 
 
-PLAIN = PPOLossSettings(vf_coef=0.5, cliprange_value=None, old_kl_coef=0.0, positive_nll_coef=0.0)
+PLAIN = PPOLossSettings(vf_coef=0.5, cliprange_value=None, old_kl_coef=0.0, positive_nll_coef=0.0, loss_terms={})
 TOKENS = torch.tensor(4.0)
 SURROGATE = torch.tensor(0.25)
 
@@ -101,3 +101,13 @@ def test_without_a_tool_mask_every_token_of_a_completion_counts():
     del own["tool_mask"]
     _, sums = ppo_loss(SURROGATE, *policy(), own, TOKENS, PLAIN)
     assert sums["tokens"] == 4
+
+
+def test_a_term_of_the_table_is_added_over_the_tokens_of_the_policy(monkeypatch):
+    monkeypatch.setitem(LOSS_TERMS, "squares", lambda logps, batch: logps.square())
+    plain = loss_of()
+    loss, _, of_logps, of_values = loss_of(loss_terms={"squares": 2.0})
+    # 2 · (1.5² + 2² + 0.5²) over 4 tokens, and 2 · 2 logp / 4 for each; nothing in padding, nor for the environment
+    assert loss == pytest.approx(plain[0] + 2 * (2.25 + 4.0 + 0.25) / 4)
+    assert of_logps == [[-1.5, -2.0, 0.0], [-0.5, 0.0, 0.0]] and of_values == plain[3]
+    assert loss_of(frozen=True, loss_terms={"squares": 2.0})[0] == loss_of(frozen=True)[0]

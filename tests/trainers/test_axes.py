@@ -9,8 +9,9 @@ import pytest
 import tiny
 import torch
 
-from trl_ext import GRPOConfig, GRPOTrainer, PPOConfig
+from trl_ext import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
 from trl_ext.objectives.advantages import ESTIMATORS, AdvantageEstimator, leave_one_out
+from trl_ext.objectives.ppo import LOSS_TERMS
 from trl_ext.objectives.ratios import IMPORTANCE_LEVELS, ImportanceLevel
 from trl_ext.rollouts.selection import SELECTIONS, RolloutSelection
 
@@ -92,3 +93,24 @@ def test_defaults_are_in_the_tables():
     assert defaults["advantage_estimator"] in ESTIMATORS
     assert defaults["rollout_selection"] in SELECTIONS
     assert defaults["importance_sampling_level"] in IMPORTANCE_LEVELS
+
+
+@pytest.mark.train
+def test_a_new_term_of_ppos_loss_is_a_function_and_an_entry(tmp_path, monkeypatch):
+    monkeypatch.setitem(LOSS_TERMS, "squares", lambda logps, batch: logps.square())
+    entropies = {}
+    for weight in (0.0, 100.0):
+        terms = {"squares": weight}
+        settings = {"loss_terms": terms, "learning_rate": 1e-3, "num_iterations": 1, "max_steps": 3}
+        trainer = tiny.trainer(PPOTrainer, tmp_path / str(weight), tiny.hashed, **settings)
+        trainer.train()
+        assert trainer.args.loss_terms == terms is not trainer.args.loss_terms
+        entropies[weight] = [entry["entropy"] for entry in tiny.history(trainer)]
+    assert entropies[0.0][0] == entropies[100.0][0] and entropies[0.0][1] != entropies[100.0][1]
+
+
+def test_terms_of_the_loss_are_known(tmp_path):
+    with pytest.raises(ValueError, match="a name in loss_terms='squares' is unknown"):
+        PPOConfig(**tiny.cpu_settings(tmp_path, loss_terms={"squares": 1.0}))
+    with pytest.raises(ValueError, match="loss_terms names 'positive_nll', whose weight is positive_nll_coef"):
+        PPOConfig(**tiny.cpu_settings(tmp_path, loss_terms='{"positive_nll": 1.0}'))

@@ -3,14 +3,16 @@ The arguments of PPO: defaults, and what is refused before anything is loaded.
 """
 
 import copy
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from ..errors import require, require_one_of
 from ..objectives.kl import KL_ESTIMATORS, KL_RULES
+from ..objectives.ppo import LOSS_TERMS
 from ..rewards.scaling import REWARD_SCALINGS
 from ..roles.critic import CRITICS, critic_class
 from .trl_1_12 import TRL112Arguments
@@ -91,6 +93,9 @@ class PPOConfig(TRL112Arguments):
             rule `"ppo"`.
         positive_nll_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the negative log-likelihood of completions that solve their prompt (VAPO's μ).
+        loss_terms (`dict[str, float]`, *optional*):
+            Weights of further terms of the loss, by their names in [`~trl_ext.objectives.ppo.LOSS_TERMS`]; on the
+            command line as JSON.
         ptx_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the next-token loss on `ptx_dataset` (PPO-ptx).
         ptx_batch_size (`int`, *optional*):
@@ -158,6 +163,9 @@ class PPOConfig(TRL112Arguments):
     )
     positive_nll_coef: float = field(
         default=0.0, metadata={"help": "Weight of the negative log-likelihood of completions that solve their prompt."}
+    )
+    loss_terms: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Weights of further terms of the loss, by their names in objectives/ppo.py."}
     )
     ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the language-modelling loss on ptx_dataset."})
     ptx_batch_size: int | None = field(default=None, metadata={"help": "Rows of ptx_dataset per micro-batch."})
@@ -279,6 +287,12 @@ class PPOConfig(TRL112Arguments):
     def _check_additions(self) -> None:
         for name in ("positive_nll_coef", "ptx_coef"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0.")
+        given: Any = json.loads(self.loss_terms) if isinstance(self.loss_terms, str) else self.loss_terms
+        self.loss_terms = dict(given or {})
+        named = {"old_policy_kl": "old_kl_coef", "positive_nll": "positive_nll_coef"}
+        for name in self.loss_terms:
+            require_one_of("a name in loss_terms", name, LOSS_TERMS)
+            require(name not in named, f"loss_terms names {name!r}, whose weight is {named.get(name)}. Set that.")
         require(self.ptx_max_length > 1, f"ptx_max_length={self.ptx_max_length} must be at least 2.")
         require(
             0 <= self.replay_ratio < 1, f"replay_ratio={self.replay_ratio} is a share of a step: choose it in [0, 1)."
