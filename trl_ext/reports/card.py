@@ -11,8 +11,8 @@ from trl.trainer.utils import generate_model_card
 
 from ..evaluation.pairs import PAIR_ACCURACY
 from ..monitors.progress import count
+from ..redaction import redact
 from ..trainers.cards import name_what_has_no_hub_id
-from .summary import redact
 
 
 def results_section(

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,12 +18,8 @@ from accelerate import PartialState
 from ..evaluation.held_out import Estimate, difference
 from ..metric_keys import EXPLAINED_VARIANCE, KL_PER_COMPLETION, VALUE_LOSS
 from ..pipelines.stages import StageResult
+from ..redaction import redact
 
-
-# Reports are made to be published: what follows one of these words in a command line or a yaml file is left out.
-_SECRET = re.compile(
-    r"((?:hub|hf|auth|access)_token|api_key|password|secret)([ \t]*[:=][ \t]*|[ \t]+)([^\s-]\S*)", re.I
-)
 
 # What a critic's trainer logs
 CRITIC_METRICS = {
@@ -183,11 +178,6 @@ def _made_on(device: str, processes: int) -> dict[str, Any]:
 def write_summary(summary: dict[str, Any], path: str | Path) -> None:
     """Writes a summary as indented JSON."""
     Path(path).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def redact(text: str) -> str:
-    """Replaces the values of access tokens and passwords in a command line or a yaml text."""
-    return _SECRET.sub(r"\1\2***", text)
 
 
 def _entry(estimates: dict[str, Estimate], step: int) -> dict[str, Any]:

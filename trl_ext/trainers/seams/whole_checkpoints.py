@@ -29,6 +29,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from ...errors import require
+from ...redaction import without_secrets
 from ...roles.critic import critic_of
 from ...roles.quantized import keep_weights_trainable
 from .preemption import preemption_of
@@ -369,6 +370,10 @@ class WholeCheckpoints(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with without_secrets(self.args):  # which transformers pickles beside the model
+            super()._save(output_dir, state_dict)
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
 
@@ -390,8 +395,8 @@ class WholeCheckpoints(Trainer):
                     self.state.save_to_json(str(aside / Path(best).name / TRAINER_STATE))
         self.saved_step = self.state.global_step
         if self._to_push is not None:
-            super()._push_from_checkpoint(os.path.join(output_dir, self._to_push))
-            self._to_push = None
+            checkpoint, self._to_push = os.path.join(output_dir, self._to_push), None
+            self._push_from_checkpoint(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # PEFT loads adapters in float32, also where TRL has cast them to bfloat16 for a quantized base
@@ -422,6 +427,7 @@ class WholeCheckpoints(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._aside is None:
-            super()._push_from_checkpoint(checkpoint_folder)
+            with without_secrets(self.args):
+                super()._push_from_checkpoint(checkpoint_folder)
         else:  # when it is in its place: the upload goes on in the background
             self._to_push = os.path.basename(checkpoint_folder)
