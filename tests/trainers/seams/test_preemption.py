@@ -1,16 +1,19 @@
 """SIGTERM in the middle of a run, sent to processes of their own."""
 
+import io
 import os
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import processes
 import pytest
 import torch
 
-from trl_ext.trainers.seams.preemption import PREEMPTED
+from trl_ext.trainers.seams.preemption import PREEMPTED, preemption_of
 from trl_ext.trainers.seams.whole_checkpoints import checkpoints_of, damage
 
 
@@ -73,3 +76,27 @@ def test_all_processes_stop_after_the_same_step(tmp_path, rank):
     (checkpoint,) = checkpoints_of(tmp_path / "out")
     assert damage(checkpoint) is None
     assert {path.name for path in checkpoint.glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+class SignalledWhileItWrites(io.RawIOBase):
+    """A file during whose first write the process gets a SIGTERM."""
+
+    signalled = False
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: Any) -> int:
+        if not self.signalled:
+            self.signalled = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return len(text)
+
+
+def test_the_signal_may_interrupt_a_print(monkeypatch, capfd):
+    trainer = SimpleNamespace(add_callback=lambda callback: None, remove_callback=lambda callback: None)
+    with monkeypatch.context() as patched, preemption_of(trainer) as preemption:
+        patched.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(SignalledWhileItWrites())))
+        print("step 3", flush=True)
+    assert preemption.asked
+    assert "training ends after this optimizer step" in capfd.readouterr().err

@@ -60,9 +60,9 @@ class Preemption(TrainerCallback):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.asked = True
-        print(
-            "SIGTERM: training ends after this optimizer step, with a checkpoint. A second one ends it now.",
-            flush=True,
+        # Not print: the signal may have interrupted one, whose buffer then refuses a second with a RuntimeError
+        os.write(
+            2, b"SIGTERM: training ends after this optimizer step, with a checkpoint. A second one ends it now.\n"
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
