@@ -4,8 +4,8 @@ READY := .venv/.ready
 TORCH := $(shell grep '^torch==' requirements.lock)
 
 # One process, one device. Every value is named because `accelerate launch` warns about those that it had to guess;
-# --cpu also keeps the user's own accelerate configuration out.
-LAUNCH := $(PY) -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no \
+# --cpu also keeps the user's own accelerate configuration out, and --quiet a second traceback.
+LAUNCH := $(PY) -m accelerate.commands.launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no $(if $(shell command -v nvidia-smi 2>/dev/null),,--cpu)
 
 # On models this small, OpenMP threads that spin for each other can make a step a hundred times slower.

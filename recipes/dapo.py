@@ -12,9 +12,9 @@ Defaults are the paper's (see `trl_ext.DAPOConfig`), made for long reasoning on 
 `trl_ext.run.arguments.PolicyArguments` for data, rewards and held-out evaluation.
 """
 
-from trl_ext import DAPOConfig, DAPOTrainer
+import trl_ext
 from trl_ext.run.training import train_policy
 
 
 if __name__ == "__main__":
-    train_policy(DAPOTrainer, DAPOConfig)
+    train_policy(trl_ext.DAPOTrainer, trl_ext.DAPOConfig)

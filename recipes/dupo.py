@@ -13,9 +13,9 @@ accelerate launch recipes/dupo.py --config recipes/configs/dupo_qwen2.5_0.5b_gsm
 See `trl_ext.run.arguments.PolicyArguments` for data, rewards and held-out evaluation.
 """
 
-from trl_ext import DUPOConfig, DUPOTrainer
+import trl_ext
 from trl_ext.run.training import train_policy
 
 
 if __name__ == "__main__":
-    train_policy(DUPOTrainer, DUPOConfig)
+    train_policy(trl_ext.DUPOTrainer, trl_ext.DUPOConfig)

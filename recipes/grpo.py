@@ -10,9 +10,9 @@ this is `trl.GRPOTrainer`, number for number. See `trl_ext.run.arguments.PolicyA
 held-out evaluation.
 """
 
-from trl_ext import GRPOConfig, GRPOTrainer
+import trl_ext
 from trl_ext.run.training import train_policy
 
 
 if __name__ == "__main__":
-    train_policy(GRPOTrainer, GRPOConfig)
+    train_policy(trl_ext.GRPOTrainer, trl_ext.GRPOConfig)

@@ -10,9 +10,9 @@ GSPO-token, for advantages that differ between tokens, is `--importance_sampling
 `trl_ext.run.arguments.PolicyArguments` for data, rewards and held-out evaluation.
 """
 
-from trl_ext import GSPOConfig, GSPOTrainer
+import trl_ext
 from trl_ext.run.training import train_policy
 
 
 if __name__ == "__main__":
-    train_policy(GSPOTrainer, GSPOConfig)
+    train_policy(trl_ext.GSPOTrainer, trl_ext.GSPOConfig)

@@ -14,11 +14,11 @@ its `critic/`, and beside the usual report `tokens.png`: value, advantage and pr
 `trl_ext.run.arguments.PPOArguments`.
 """
 
-from trl_ext import PPOConfig, PPOTrainer
+import trl_ext
 from trl_ext.run.arguments import PPOArguments
 from trl_ext.run.loading import ppo_arguments
 from trl_ext.run.training import train_policy
 
 
 if __name__ == "__main__":
-    train_policy(PPOTrainer, PPOConfig, script_class=PPOArguments, further_arguments=ppo_arguments)
+    train_policy(trl_ext.PPOTrainer, trl_ext.PPOConfig, script_class=PPOArguments, further_arguments=ppo_arguments)

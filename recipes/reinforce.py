@@ -10,10 +10,10 @@ prompts with few completions (`--num_generations 2` is the least) serve it bette
 `trl_ext.run.arguments.PolicyArguments` for data, rewards and held-out evaluation.
 """
 
-from trl_ext import GRPOConfig, GRPOTrainer
+import trl_ext
 from trl_ext.run.training import train_policy
 
 
 if __name__ == "__main__":
     defaults = {"advantage_estimator": "reinforce", "reinforce_baseline_momentum": 0.9}
-    train_policy(GRPOTrainer, GRPOConfig, defaults=defaults)
+    train_policy(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, defaults=defaults)

@@ -11,9 +11,9 @@ update a generation, as is the default, no ratio is clipped. See `trl_ext.run.ar
 rewards and held-out evaluation.
 """
 
-from trl_ext import GRPOConfig, GRPOTrainer
+import trl_ext
 from trl_ext.run.training import train_policy
 
 
 if __name__ == "__main__":
-    train_policy(GRPOTrainer, GRPOConfig, defaults={"advantage_estimator": "leave_one_out"})
+    train_policy(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, defaults={"advantage_estimator": "leave_one_out"})

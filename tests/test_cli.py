@@ -11,6 +11,7 @@ import pytest
 import quickstart
 
 from trl_ext import cli
+from trl_ext.errors import UserError
 from trl_ext.run import launching
 from trl_ext.run.arguments import PolicyArguments, parse_arguments
 from trl_ext.run.files import recipes_folder
@@ -97,11 +98,10 @@ def test_help_and_version(capsys):
         (["run", "trpo"], "there is no recipe 'trpo'"),
         (["run", "dapo", "--config", "none.yaml"], "--config is 'none.yaml', which is no file in"),
         (["run", "dapo", "--accelerate_config", "8xh100"], "--accelerate_config is '8xh100'"),
-        (["run", "dapo", "--num_processes", "two"], "--num_processes: invalid int value: 'two'"),
+        (["run", "dapo", "--num_processes", "two"], "--num_processes is 'two', but takes a whole number"),
         (["run", "dapo", "--launch", "'"], "No closing quotation"),
         (["run", "dapo", "--launch", "--cpu '\n"], "--launch is '--cpu ' ': No closing quotation"),
         (["run", "dapo", "--launch"], "--launch: expected one argument"),
-        (["run", "dapo", "--max_steps", "1"], "--model_name_or_path is missing"),
         (["copy", "dapo"], "required: DIR"),
         (["recipes", "dapo"], "unrecognized arguments: dapo"),
     ],
@@ -114,6 +114,21 @@ def test_errors_are_one_line(argv, message, tmp_path, capsys, monkeypatch):
     assert cli.main(argv) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("trl-ext: error: ") and message in said
+
+
+def test_an_error_of_a_recipe_is_its_own(tmp_path, capsys, monkeypatch):
+    """Said once, by the recipe, which `--debug` reaches."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["run", "dapo", "--max_steps", "1"])
+    assert exit.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("dapo.py: error: --model_name_or_path is missing.")
+    for argv in (["run", "dapo", "--max_steps", "1", "--debug"], ["run", "trpo", "--debug"]):
+        with pytest.raises(UserError):
+            cli.main(argv)
 
 
 def test_what_is_started(started, tmp_path, monkeypatch):

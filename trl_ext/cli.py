@@ -21,24 +21,19 @@ import textwrap
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NoReturn
 
 from .errors import UserError
+from .run.program import DEBUG, STATUS, Parser, say, without_debug
 
 
 PROGRAM = "trl-ext"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def recipes(argv: Sequence[str]) -> None:
     """Lists the recipes, with a phrase and the configurations of each."""
     from .run.catalogue import list_recipes
 
-    _Parser(f"{PROGRAM} recipes", description=recipes.__doc__).parse_args(argv)
+    Parser(f"{PROGRAM} recipes", description=recipes.__doc__).parse_args(argv)
     found = list_recipes()
     names = max(len(recipe.name) for recipe in found) + 2
     width = min(shutil.get_terminal_size().columns, 119) - names
@@ -84,8 +79,8 @@ def run(argv: Sequence[str]) -> None:
         run_here(script, arguments)
 
 
-def _run_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _run_parser() -> Parser:
+    parser = Parser(
         f"{PROGRAM} run",
         usage=f"{PROGRAM} run RECIPE [options] [arguments of the recipe]",
         description=f"{run.__doc__} RECIPE is a name that `{PROGRAM} recipes` lists, or the path of a script.",
@@ -113,7 +108,7 @@ def copy(argv: Sequence[str]) -> None:
     """Copies a recipe with its configurations into a folder, to be changed there."""
     from .run.catalogue import copy_recipe, find_recipe
 
-    parser = _Parser(f"{PROGRAM} copy", description=copy.__doc__)
+    parser = Parser(f"{PROGRAM} copy", description=copy.__doc__)
     parser.add_argument("recipe", metavar="RECIPE", help=f"a name that `{PROGRAM} recipes` lists")
     parser.add_argument("folder", metavar="DIR", type=Path, help="destination; made if it doesn't exist")
     given = parser.parse_args(argv)
@@ -137,10 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: exit status: 0, or 2 where the arguments can't be used; one line on the standard error says why.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(
+    words, debug = without_debug(sys.argv[1:] if argv is None else argv)
+    parser = Parser(
         PROGRAM,
-        usage=f"{PROGRAM} [--help] [--version] COMMAND ...",
+        usage=f"{PROGRAM} [--help] [--version] COMMAND ... [--debug]",
         description="Recipes of trl_ext, an extension layer on Hugging Face TRL.",
         epilog="commands:\n" + "\n".join(f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -148,10 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"trl_ext {_version()}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=f"see `{PROGRAM} COMMAND --help`")
     try:
-        COMMANDS[parser.parse_args(argv[:1]).command](argv[1:])
+        command = COMMANDS[parser.parse_args(words[:1]).command]
+        command([*words[1:], DEBUG] if debug and command is run else words[1:])  # a recipe has errors of its own
     except UserError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        if debug:
+            raise
+        say(error, PROGRAM)
+        return STATUS
     return 0
 
 

@@ -21,7 +21,6 @@ trl-ext run sort_digits --output_dir runs/sort_digits  # the same where only the
 ```
 """
 
-import argparse
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -29,8 +28,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, disable_progress_bars
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from trl_ext.run.program import Parser, program
 
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -249,10 +251,9 @@ def build_data(
     return data
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Write the digit-sorting task: data sets, tokenizer, untrained model."
-    )
+@program
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description="Write the digit-sorting task: data sets, tokenizer, untrained model.")
     parser.add_argument("--output_dir", type=Path, required=True, help="data/ and init/ are written here")
     parser.add_argument("--task_set", choices=sorted(TASK_SETS), default="N", help="which set (default: N)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and of the initial weights (default: 0)")
@@ -260,7 +261,9 @@ def main() -> None:
     parser.add_argument("--train_size", type=int, default=8_192, help="training prompts (default: 8192)")
     parser.add_argument("--test_size", type=int, default=512, help="held-out prompts (default: 512)")
     parser.add_argument("--pairs_size", type=int, default=64_000, help="preference pairs; 0: none (default: 64000)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    disable_progress_bars()  # of steps that take less than a second
+    disable_progress_bar()
 
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed)

@@ -9,13 +9,13 @@ import pytest
 import quickstart
 import torch
 from datasets import DatasetDict, load_from_disk
-from huggingface_hub.errors import OfflineModeIsEnabled
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DatasetMixtureConfig
 
 import trl_ext
 from trl_ext import DPOThenPPO
+from trl_ext.errors import UserError
 from trl_ext.run.arguments import DataArguments
 from trl_ext.run.loading import load_data
 from trl_ext.run.stages import train_dpo_then_ppo
@@ -317,7 +317,7 @@ def test_a_column_without_a_curriculum(task):
 
 
 def test_a_push_that_cannot_be_fails_before_the_training(task):
-    with pytest.raises(OfflineModeIsEnabled):
+    with pytest.raises(UserError, match=r"--push_to_hub to 'pushed' can't be: .*offline mode is enabled"):
         train_dpo_then_ppo([*quickstart.arguments("hybrid", task, "sft", "pushed"), "--push_to_hub", "true"])
     assert not (task / "pushed" / "start").exists()
 

@@ -5,8 +5,15 @@ A new TRL can change the body of a method without a word in its signature. Then 
 read what changed, decide whether our side still holds, and record it.
 """
 
+import ast
+import inspect
+import textwrap
+
 import pytest
+import trl
 from upstream import record
+
+from trl_ext.trainers import dpo, grpo_config
 
 
 RECORDED = record.recorded()
@@ -57,3 +64,18 @@ def test_overrides_calls_and_imports_are_found_by_themselves():
     }
     assert "transformers.trainer.Trainer._get_output_dir" in record.called()
     assert "trl.trainer.utils.nanstd" in record.imported()
+
+
+def compared_with(method, names: set[str]) -> set[str]:
+    """The texts with which a method compares a variable or attribute of one of these names."""
+    found = set()
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(method)))):
+        left = getattr(node, "left", None)
+        if isinstance(node, ast.Compare) and (getattr(left, "attr", None) or getattr(left, "id", None)) in names:
+            found |= {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+    return found
+
+
+def test_trl_knows_the_losses_that_are_listed():
+    assert set(grpo_config.LOSS_TYPES) == compared_with(trl.GRPOTrainer._compute_loss, {"loss_type"})
+    assert set(dpo.LOSS_TYPES) == compared_with(trl.DPOTrainer._compute_loss, {"loss_type"})

@@ -3,22 +3,23 @@ The arguments of recipes, beside those of TRL's configurations, and how they are
 file.
 """
 
-import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
-import yaml
 from accelerate.utils import parse_flag_from_env
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from ..errors import UserError
 from ..pipelines.dpo_then_ppo import DPOThenPPO
+from .parsing import CONFIG, RecipeParser, config_file, read_config, words_of
+from .program import Parser, preparing
 
 
 # TRL's defaults are made for GPUs.
@@ -216,13 +217,6 @@ class ParsedArguments(NamedTuple):
     mixture: DatasetMixtureConfig
 
 
-class _Parser(TrlParser):
-    """Reports an argument that can't be read on one line: the usage of a recipe is hundreds of lines long."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parse_arguments(
     script_class: type, config_class: type, argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
 ) -> ParsedArguments:
@@ -247,17 +241,22 @@ def parse_arguments(
         UserError: if no model is named, an argument doesn't exist, or a configuration refuses its values.
     """
     classes: Any = (script_class, config_class, ModelConfig, DatasetMixtureConfig)
-    parser = _Parser(classes)
+    parser = RecipeParser(classes)
     has_accelerator = torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     if not has_accelerator:
         parser.set_defaults(**WITHOUT_ACCELERATOR)
     parser.set_defaults(**(defaults or {}))
-    try:
-        parsed = ParsedArguments(*parser.parse_args_and_config(argv))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    script_args, training_args, model_args, _ = parsed
-    script_args.config_file = config_file(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    file, words = config_file(argv), words_of(argv)
+    if file is not None:
+        read_config(file)
+        words[words.index(CONFIG) + 1] = str(file)
+    with preparing():
+        parsed = ParsedArguments(*parser.parse_args_and_config(words))
+    script_args, training_args = parsed.script, parsed.training
+    model_args: Any = parsed.model
+    script_args.config_file = file
+    model_args.lora_target_modules = _module_names(model_args.lora_target_modules)
     if model_args.model_name_or_path is None:
         raise UserError("--model_name_or_path is missing. Give the Hub id or the folder of the model to train.")
     if training_args.hub_token is not None:
@@ -272,10 +271,13 @@ def parse_arguments(
     return parsed
 
 
-def config_file(argv: list[str] | None = None) -> Path | None:
-    """The yaml file that a command line names, as TRL reads it, or `None`."""
-    argv = sys.argv[1:] if argv is None else argv
-    return Path(argv[argv.index("--config") + 1]) if "--config" in argv else None
+def _module_names(modules: str | list[str] | None) -> str | list[str] | None:
+    """
+    The modules that get an adapter. TRL makes a text of a list of one, which PEFT takes for a pattern that whole names
+    of modules must match; a single name is meant as a name.
+    """
+    is_name = isinstance(modules, str) and modules != "all-linear" and re.fullmatch(r"[\w.]+", modules)
+    return [str(modules)] if is_name else modules
 
 
 def peek(argv: list[str], name: str, choices: tuple[str, ...]) -> str:
@@ -293,13 +295,11 @@ def peek(argv: list[str], name: str, choices: tuple[str, ...]) -> str:
     Raises:
         UserError: if it is none of the choices.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for argument in ("config", name):
-        parser.add_argument(f"--{argument}")
-    given = vars(parser.parse_known_args(argv)[0])
-    found = given[name]
-    if found is None and given["config"] is not None:
-        found = yaml.safe_load(Path(given["config"]).read_text(encoding="utf-8")).get(name)
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}")
+    found = vars(parser.parse_known_args(argv)[0])[name]
+    if found is None:
+        found = read_config(config_file(argv)).get(name)
     found = choices[0] if found is None else found
     if found not in choices:
         raise UserError(f"--{name} is '{found}'. Choose one of {', '.join(choices)}.")

@@ -1,6 +1,7 @@
 """How a recipe is started: in this process, or in several through Accelerate's launcher."""
 
 import runpy
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,20 @@ def run_here(script: Path, argv: Sequence[str]) -> None:
 
 
 def run_by_accelerate(script: Path, argv: Sequence[str], options: Sequence[str]) -> None:
-    """Runs a script as `accelerate launch` does, with the launcher's own options before it."""
+    """
+    Runs a script as `accelerate launch` does, with the launcher's own options before it. If the script fails, this
+    process ends with a status and without a traceback of the launcher's: the script has said why.
+    """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    launch_command(launch_command_parser().parse_args([*options, str(script), *argv]))
+    try:
+        launch_command(launch_command_parser().parse_args([*options, str(script), *argv]))
+    except subprocess.CalledProcessError as error:  # one process
+        sys.exit(error.returncode)
+    except ChildFailedError as error:  # several
+        _, first = error.get_first_failure()
+        sys.exit(first.exitcode)
 
 
 def options_of_config(file: Path) -> list[str]:

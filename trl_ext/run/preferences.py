@@ -11,10 +11,14 @@ from trl import RewardConfig, RewardTrainer
 from ..evaluation.pairs import PAIR_ACCURACY
 from ..trainers.dpo import DPOConfig, DPOTrainer
 from .arguments import DataArguments, DPOArguments, parse_arguments
-from .loading import load_curriculum, load_data, trainer_arguments
+from .loading import check_models, load_curriculum, load_data, trainer_arguments
 from .measuring import pair_accuracy, score_completions
+from .program import preparing, program
 from .publishing import publish, write_results
 from .training import train_and_save
+
+
+PAIRS = ("chosen", "rejected")  # columns that every form of pairs has
 
 
 def as_policies_are_scored(data: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -46,6 +50,7 @@ def as_policies_are_scored(data: Mapping[str, Any], tokenizer: Any) -> dict[str,
     }
 
 
+@program
 def train_reward_model(argv: list[str] | None = None) -> RewardTrainer:
     """
     The whole of `recipes/reward.py`.
@@ -58,12 +63,15 @@ def train_reward_model(argv: list[str] | None = None) -> RewardTrainer:
         [`~trl.RewardTrainer`]: after training.
     """
     started = time.monotonic()
-    arguments = parse_arguments(DataArguments, RewardConfig, argv)
-    # The head is trained, and saved, with the adapter
-    model_args = replace(arguments.model, lora_task_type="SEQ_CLS")
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
-    data = as_policies_are_scored(load_data(arguments.script, arguments.mixture), tokenizer)
-    trainer = RewardTrainer(**trainer_arguments(arguments.script, arguments.training, model_args, data))
+    with preparing():
+        arguments = parse_arguments(DataArguments, RewardConfig, argv)
+        # The head is trained, and saved, with the adapter
+        model_args = replace(arguments.model, lora_task_type="SEQ_CLS")
+        data = load_data(arguments.script, arguments.mixture, PAIRS)
+        check_models(arguments.script, model_args)
+        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+        data = as_policies_are_scored(data, tokenizer)
+        trainer = RewardTrainer(**trainer_arguments(arguments.script, arguments.training, model_args, data))
     train_and_save(trainer)
     if trainer.is_world_process_zero() and (measured := pair_accuracy(trainer)):
         write_results(trainer, arguments, measured, time.monotonic() - started)
@@ -74,6 +82,7 @@ def train_reward_model(argv: list[str] | None = None) -> RewardTrainer:
     return trainer
 
 
+@program
 def train_dpo(argv: list[str] | None = None) -> DPOTrainer:
     """
     The whole of `recipes/dpo.py`.
@@ -86,13 +95,15 @@ def train_dpo(argv: list[str] | None = None) -> DPOTrainer:
         [`DPOTrainer`]: after training.
     """
     started = time.monotonic()
-    arguments = parse_arguments(DPOArguments, DPOConfig, argv)
-    script_args = arguments.script
-    data = load_data(script_args, arguments.mixture)
-    trainer = DPOTrainer(
-        **trainer_arguments(script_args, arguments.training, arguments.model, data),
-        curriculum=load_curriculum(script_args.curriculum, script_args.curriculum_column),
-    )
+    with preparing():
+        arguments = parse_arguments(DPOArguments, DPOConfig, argv)
+        script_args = arguments.script
+        data = load_data(script_args, arguments.mixture, PAIRS)
+        check_models(script_args, arguments.model)
+        trainer = DPOTrainer(
+            **trainer_arguments(script_args, arguments.training, arguments.model, data),
+            curriculum=load_curriculum(script_args.curriculum, script_args.curriculum_column),
+        )
     before = score_completions(trainer, script_args, data)
     train_and_save(trainer, script_args.health_checks)
     after = score_completions(trainer, script_args, data)

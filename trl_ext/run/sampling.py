@@ -12,11 +12,13 @@ from ..preferences.pairs import make_pairs
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.grpo_config import GRPOConfig
 from .arguments import FilterArguments, PairArguments, ParsedArguments, parse_arguments
-from .loading import get_split, load_data, load_reward_funcs, trainer_arguments
+from .loading import check_models, load_data, load_reward_funcs, trainer_arguments
 from .measuring import prompts_at_once
+from .program import preparing, program
 from .publishing import leave
 
 
+@program
 def sample_pairs(argv: list[str] | None = None) -> Dataset:
     """
     The whole of `recipes/make_pairs.py`.
@@ -28,14 +30,15 @@ def sample_pairs(argv: list[str] | None = None) -> Dataset:
     Returns:
         [`~datasets.Dataset`]: the pairs, which are also in the output folder.
     """
-    arguments = parse_arguments(PairArguments, GRPOConfig, argv)
-    script_args, training_args = arguments.script, arguments.training
-    split, output = script_args.dataset_train_split, Path(training_args.output_dir)
-    data = load_data(script_args, arguments.mixture)
-    prompts = get_split(data, split, "dataset_train_split")
-    if script_args.max_prompts is not None:
-        prompts = prompts.shuffle(seed=training_args.seed).take(script_args.max_prompts)
-    trainer = _sampler(arguments, data)
+    with preparing():
+        arguments = parse_arguments(PairArguments, GRPOConfig, argv)
+        script_args, training_args = arguments.script, arguments.training
+        split, output = script_args.dataset_train_split, Path(training_args.output_dir)
+        data = load_data(script_args, arguments.mixture)
+        prompts = data[split]
+        if script_args.max_prompts is not None:
+            prompts = prompts.shuffle(seed=training_args.seed).take(script_args.max_prompts)
+        trainer = _sampler(arguments, data)
     pairs, report = make_pairs(
         trainer,
         prompts,
@@ -54,6 +57,7 @@ def sample_pairs(argv: list[str] | None = None) -> Dataset:
     return pairs
 
 
+@program
 def filter_prompts(argv: list[str] | None = None) -> Dataset:
     """
     The whole of `recipes/filter_prompts.py`.
@@ -65,11 +69,12 @@ def filter_prompts(argv: list[str] | None = None) -> Dataset:
     Returns:
         [`~datasets.Dataset`]: the prompts that are kept, which are also in the output folder.
     """
-    arguments = parse_arguments(FilterArguments, GRPOConfig, argv)
-    script_args, training_args = arguments.script, arguments.training
-    split, output = script_args.dataset_train_split, Path(training_args.output_dir)
-    data = load_data(script_args, arguments.mixture)
-    trainer = _sampler(arguments, data)
+    with preparing():
+        arguments = parse_arguments(FilterArguments, GRPOConfig, argv)
+        script_args, training_args = arguments.script, arguments.training
+        split, output = script_args.dataset_train_split, Path(training_args.output_dir)
+        data = load_data(script_args, arguments.mixture)
+        trainer = _sampler(arguments, data)
     rated = pass_rates(
         trainer,
         data[split],
@@ -88,6 +93,7 @@ def filter_prompts(argv: list[str] | None = None) -> Dataset:
 
 def _sampler(arguments: ParsedArguments, data: Any) -> GRPOTrainer:
     rewards: Any = load_reward_funcs(arguments.script, arguments.training)
+    check_models(arguments.script, arguments.model)
     return GRPOTrainer(
         reward_funcs=rewards, **trainer_arguments(arguments.script, arguments.training, arguments.model, data)
     )

@@ -22,6 +22,7 @@ from ..trainers.dpo import DPOConfig
 from ..trainers.grpo import GRPOTrainer
 from .arguments import METHODS, HybridArguments, ParsedArguments, PolicyArguments, as_mapping, parse_arguments, peek
 from .loading import (
+    check_models,
     get_split,
     load_curriculum,
     load_data,
@@ -30,6 +31,8 @@ from .loading import (
     shared_model_settings,
 )
 from .measuring import held_out_rows
+from .parsing import RecipeParser, nearest
+from .program import preparing, program
 from .publishing import SUMMARY, command_line, config_text, leave, on_the_hub
 from .training import watch
 
@@ -45,6 +48,7 @@ SCHEDULE_SETTINGS = (
 )
 
 
+@program
 def train_dpo_then_ppo(argv: list[str] | None = None) -> DPOThenPPO:
     """
     The whole of `recipes/dpo_then_ppo.py`.
@@ -57,29 +61,31 @@ def train_dpo_then_ppo(argv: list[str] | None = None) -> DPOThenPPO:
         [`DPOThenPPO`]: after its last stage.
     """
     argv = sys.argv[1:] if argv is None else argv
-    method = peek(argv, "method", METHODS)
-    config, trainer = getattr(trl_ext, f"{method}Config"), getattr(trl_ext, f"{method}Trainer")
-    arguments = parse_arguments(HybridArguments, config, argv)
-    script_args, training_args, model_args, mixture_args = arguments
-    data = load_data(script_args, mixture_args)
-    rewards = load_reward_funcs(script_args, training_args, learned=[IMPLICIT_REWARD])
-    further = {"reward_funcs": rewards, **(ppo_arguments(script_args, rewards) if method == "PPO" else {})}
-    further["curriculum"] = load_curriculum(script_args.curriculum, script_args.curriculum_column)
-    schedule = DPOThenPPO(
-        model_args.model_name_or_path,
-        further.pop("reward_funcs"),
-        get_split(data, script_args.dataset_train_split, "dataset_train_split"),
-        output_dir=training_args.output_dir,
-        policy_args=training_args,
-        policy_trainer=trainer,
-        policy_kwargs=further,
-        **preference_stage(script_args, training_args, data),
-        peft_config=get_peft_config(model_args),
-        model_init_kwargs=shared_model_settings(training_args, model_args),
-        held_out=held_out_rows(data, script_args),
-        prepare=lambda _, trainer: _watch_stage(trainer, script_args),
-        **{name: getattr(script_args, name) for name in SCHEDULE_SETTINGS},
-    )
+    with preparing():
+        method = peek(argv, "method", METHODS)
+        config, trainer = getattr(trl_ext, f"{method}Config"), getattr(trl_ext, f"{method}Trainer")
+        arguments = parse_arguments(HybridArguments, config, argv)
+        script_args, training_args, model_args, mixture_args = arguments
+        data = load_data(script_args, mixture_args)
+        check_models(script_args, model_args)
+        rewards = load_reward_funcs(script_args, training_args, learned=[IMPLICIT_REWARD])
+        further = {"reward_funcs": rewards, **(ppo_arguments(script_args, rewards) if method == "PPO" else {})}
+        further["curriculum"] = load_curriculum(script_args.curriculum, script_args.curriculum_column)
+        schedule = DPOThenPPO(
+            model_args.model_name_or_path,
+            further.pop("reward_funcs"),
+            get_split(data, script_args.dataset_train_split, "dataset_train_split"),
+            output_dir=training_args.output_dir,
+            policy_args=training_args,
+            policy_trainer=trainer,
+            policy_kwargs=further,
+            **preference_stage(script_args, training_args, data),
+            peft_config=get_peft_config(model_args),
+            model_init_kwargs=shared_model_settings(training_args, model_args),
+            held_out=held_out_rows(data, script_args),
+            prepare=lambda _, trainer: _watch_stage(trainer, script_args),
+            **{name: getattr(script_args, name) for name in SCHEDULE_SETTINGS},
+        )
     return train_stages(schedule, arguments, argv)
 
 
@@ -93,11 +99,20 @@ def preference_stage(script_args: HybridArguments, training_args: Any, data: Map
     dpo, pairs = as_mapping(script_args.dpo, "dpo"), as_mapping(script_args.pairs, "pairs")
     curriculum = load_curriculum(dpo.pop("curriculum", None), dpo.pop("curriculum_column", None))
     splits = {"pairs": pairs.pop("split", None), "eval_pairs": pairs.pop("eval_split", None)}
-    unknown = sorted(dpo.keys() - {f.name for f in fields(DPOConfig)})
+    names = [f.name for f in fields(DPOConfig)]
+    unknown = sorted(dpo.keys() - set(names))
     if unknown:
-        raise UserError(f"--dpo has {', '.join(unknown)}, which DPOConfig doesn't know.")
+        raise UserError(f"--dpo has {', '.join(unknown)}, which DPOConfig doesn't know.{nearest(unknown[0], names)}")
+    kinds: Any = (DPOConfig,)
+    parser = RecipeParser(kinds)
+    parser.set_defaults(**{name: getattr(training_args, name) for name in SHARED_BY_STAGES})
+    try:
+        parser.set_defaults_with_config(**dpo)
+        (dpo_args,) = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
+    except ValueError as error:
+        raise UserError(f"--dpo: {error}") from error
     return {
-        "dpo_args": DPOConfig(**{name: getattr(training_args, name) for name in SHARED_BY_STAGES} | dpo),
+        "dpo_args": dpo_args,
         "dpo_kwargs": {"curriculum": curriculum},
         "pair_settings": pairs,
         "clean": None if script_args.clean in ("none", "null") else script_args.clean,
@@ -133,7 +148,10 @@ def train_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[st
     if training_args.push_to_hub:
         hub_id = training_args.hub_model_id or folder.name
         if state.is_main_process:  # now, so that an error is reported before the training
-            hub_id = create_repo(hub_id, private=training_args.hub_private_repo, exist_ok=True).repo_id
+            try:
+                hub_id = create_repo(hub_id, private=training_args.hub_private_repo, exist_ok=True).repo_id
+            except OSError as error:
+                raise UserError(f"--push_to_hub to '{hub_id}' can't be: {error}") from error
     schedule.train()
     if state.is_main_process:
         _report_stages(schedule, arguments, argv, hub_id)

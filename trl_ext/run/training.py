@@ -11,8 +11,9 @@ from ..monitors.health import HealthChecks
 from ..monitors.progress import ProgressLines
 from ..monitors.verify import verify
 from .arguments import DataArguments, PolicyArguments, parse_arguments
-from .loading import RewardFunc, load_curriculum, load_data, load_reward_funcs, trainer_arguments
+from .loading import RewardFunc, check_models, load_curriculum, load_data, load_reward_funcs, trainer_arguments
 from .measuring import add_held_out, token_credits
+from .program import preparing, program
 from .publishing import add_results, publish, write_results
 
 
@@ -34,6 +35,7 @@ def train_and_save(trainer: Any, health_checks: bool = False) -> None:
     trainer.save_model(trainer.args.output_dir)
 
 
+@program
 def train_supervised(argv: list[str] | None = None) -> SFTTrainer:
     """
     The whole of `recipes/sft.py`.
@@ -45,14 +47,17 @@ def train_supervised(argv: list[str] | None = None) -> SFTTrainer:
     Returns:
         [`~trl.SFTTrainer`]: after training.
     """
-    arguments = parse_arguments(DataArguments, SFTConfig, argv)
-    data = load_data(arguments.script, arguments.mixture)
-    trainer = SFTTrainer(**trainer_arguments(arguments.script, arguments.training, arguments.model, data))
+    with preparing():
+        arguments = parse_arguments(DataArguments, SFTConfig, argv)
+        data = load_data(arguments.script, arguments.mixture)
+        check_models(arguments.script, arguments.model)
+        trainer = SFTTrainer(**trainer_arguments(arguments.script, arguments.training, arguments.model, data))
     train_and_save(trainer)
     publish(trainer, arguments.script.dataset_name)
     return trainer
 
 
+@program
 def train_policy(
     trainer_class: type,
     config_class: type,
@@ -85,17 +90,19 @@ def train_policy(
     """
     started = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
-    arguments = parse_arguments(script_class, config_class, argv, defaults)
-    script_args = arguments.script
-    data = load_data(script_args, arguments.mixture)
-    reward_funcs = load_reward_funcs(script_args, arguments.training)
-    further = {} if further_arguments is None else further_arguments(script_args, reward_funcs)
-    trainer = trainer_class(
-        **trainer_arguments(script_args, arguments.training, arguments.model, data),
-        **{"reward_funcs": reward_funcs, **further},
-        curriculum=load_curriculum(script_args.curriculum, script_args.curriculum_column),
-    )
-    held_out = add_held_out(trainer, data, script_args)
+    with preparing():
+        arguments = parse_arguments(script_class, config_class, argv, defaults)
+        script_args = arguments.script
+        data = load_data(script_args, arguments.mixture)
+        reward_funcs = load_reward_funcs(script_args, arguments.training)
+        check_models(script_args, arguments.model)
+        further = {} if further_arguments is None else further_arguments(script_args, reward_funcs)
+        trainer = trainer_class(
+            **trainer_arguments(script_args, arguments.training, arguments.model, data),
+            **{"reward_funcs": reward_funcs, **further},
+            curriculum=load_curriculum(script_args.curriculum, script_args.curriculum_column),
+        )
+        held_out = add_held_out(trainer, data, script_args)
     if script_args.verify:
         verify(trainer)
     train_and_save(trainer, script_args.health_checks)

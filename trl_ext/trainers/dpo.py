@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self
 import trl
 from datasets import Dataset
 
-from ..errors import require
+from ..errors import require, require_one_of
 from ..rewards.implicit import IMPLICIT_REWARD, ImplicitReward
 from ..roles.trunk import REFERENCE_ADAPTER
 from .arguments import adopted, bound
@@ -39,9 +39,21 @@ class PairOrder(Protocol):
         """The rows of a data set in the order in which an epoch trains on them, each once."""
 
 
+# Losses that TRL's trainer knows
+LOSS_TYPES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+
+
 @dataclass
 class DPOConfig(trl.DPOConfig):
-    """[`~trl.DPOConfig`] with [`adopt`] and nothing else."""
+    """[`~trl.DPOConfig`] with [`adopt`], and unknown losses are refused before a model is loaded."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for loss_type in self.loss_type:
+            require_one_of("loss_type", loss_type, LOSS_TYPES)
 
     @classmethod
     def adopt(cls, args: trl.DPOConfig) -> Self:

@@ -33,6 +33,7 @@ TOKEN_NORMALIZATIONS = ("generation_batch", "mini_batch")
 # Losses that clip the ratio to 1 ± epsilon, and losses that divide by a number of tokens
 CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 TOKEN_COUNT_LOSSES = ("dapo", "cispo", "vespo")
+LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo")  # that TRL's trainer knows
 # A sequence ratio is a geometric mean over tokens: it differs from 1 by 1e-4 to 1e-3 when token ratios differ by 1e-1.
 # Clip ranges in use are well within these limits (0.1–0.3 for tokens, 2e-4–3e-3 for sequences).
 SMALLEST_TOKEN_EPSILON = 0.005
@@ -337,6 +338,7 @@ class GRPOConfig(trl.GRPOConfig):
 
     def _check_clip(self) -> None:
         """Token ratios and sequence ratios need clip ranges of different sizes."""
+        require_one_of("loss_type", self.loss_type, LOSS_TYPES)
         assert self.epsilon is not None
         if self.loss_type not in CLIPPED_LOSSES:
             return
