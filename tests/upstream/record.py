@@ -64,8 +64,12 @@ LEANED_ON = {
     "trl.trainer.grpo_trainer.GRPOTrainer.get_train_dataloader": (
         "asks `_get_train_sampler` for the order, and deals whole generation batches"
     ),
+    "trl.trainer.grpo_trainer.GRPOTrainer.get_eval_dataloader": (
+        "deals the rows of `_get_eval_sampler`, each of which stands for a completion; here to processes alike"
+    ),
     "trl.trainer.grpo_trainer.GRPOTrainer.log": (
-        "averages the lists in `_metrics`, to which ours are added, and clears them"
+        "averages the lists in `_metrics`, to which ours are added, and clears them; writes the table of `_logs` to "
+        "`completions/completions_<step>.parquet`, from where an evaluation's is moved"
     ),
     "trl.trainer.grpo_trainer.GRPOTrainer.prediction_step": (
         "evaluates through `_prepare_inputs` and `compute_loss`, where nothing may be selected"
@@ -77,6 +81,9 @@ LEANED_ON = {
         "logs `rewards/accuracies`, in training and in evaluation, with ties counted as wrong; its loss and reference "
         "are what the implicit reward is measured against"
     ),
+    "trl.trainer.dpo_trainer.DPOTrainer.evaluate": "calls `Trainer.evaluate` for each of several sets",
+    "trl.trainer.dpo_trainer.DPOTrainer.log": "adds what is in `_metrics` with the prefix `eval_`, whatever the set",
+    "trl.trainer.dpo_trainer.DPOTrainer.prediction_step": "evaluates through `_compute_loss`, with `_metrics`",
     "trl.trainer.dpo_trainer.DPOTrainer._prepare_dataset": (
         "drops rows whose prompt is too long, and keeps the column of difficulties with the others"
     ),

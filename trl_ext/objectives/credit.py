@@ -16,6 +16,10 @@ from .gae import carried_back, gae, length_adaptive_lam
 from .values import Reduce, explained_variance, only_here, whiten
 
 
+# Metrics that are means over the tokens that are credited
+MEANS_OVER_TOKENS = MEAN_VALUE, MEAN_RETURN = "val/value", "val/return"
+
+
 @dataclass(frozen=True)
 class CreditSettings:
     """
@@ -240,7 +244,7 @@ def _metrics(
     completions, scored, score, kl, penalty, tokens, value, target = reduce(sums).tolist()
     score /= max(scored, 1)
     metrics = {SCORES: score}
-    metrics |= {"val/value": value / max(tokens, 1), "val/return": target / max(tokens, 1)}
+    metrics |= {MEAN_VALUE: value / max(tokens, 1), MEAN_RETURN: target / max(tokens, 1)}
     if per_token_kl is not None:
         metrics[KL_PER_COMPLETION] = kl / completions
         metrics["objective/non_score_reward"] = -penalty / completions

@@ -1,13 +1,15 @@
 """
 Corrects TRL's metrics where TRL didn't see the rows that it reports on. If a generation batch took several rounds,
 every completion counts once. If the rows of an optimizer step were dealt to different micro-batches, a mean over
-tokens is still a mean over tokens.
+tokens is still a mean over tokens. If a data set is evaluated in several batches, its metrics are those of one.
 """
+
+import math
 
 import torch
 from trl.trainer.utils import nanstd
 
-from .exactness import ExactSavings
+from .exactness import ROW_MEAN_LOSSES, ExactSavings
 from .micro_batches import Fit
 from .rollout import ScoredRound
 
@@ -77,7 +79,8 @@ def reward_statistics(
         statistics[f"rewards/{name}/std"] = nanstd(rewards[:, i]).item()
     total = (rewards * weights.to(rewards)).nansum(dim=1)
     total[rewards.isnan().all(dim=1)] = torch.nan
-    std = nanstd(total.view(-1, num_generations), dim=1)
+    # In evaluation, TRL takes the deviation within a group of one for 0
+    std = nanstd(total.view(-1, num_generations), dim=1) if num_generations > 1 else torch.zeros_like(total)
     return statistics | {
         "reward": torch.nanmean(total).item(),
         "reward_std": nanstd(total).item(),
@@ -190,3 +193,65 @@ def restate_loss_metrics(metrics: dict[str, list[float]], fit: Fit, by_row: bool
             metrics.setdefault(COMPUTED + key, []).append(metrics[key].pop())
         if key in metrics and not metrics[key]:
             del metrics[key]
+
+
+# Other extremes, which TRL takes over tokens or sequences
+SAMPLING_EXTREMES = (
+    "sampling/sampling_logp_difference/max",
+    "sampling/importance_sampling_ratio/min",
+    "sampling/importance_sampling_ratio/max",
+)
+
+
+def token_weights(loss_type: str, by_row: bool, tokens: float) -> dict[str, float]:
+    """
+    Weights of the metrics of an evaluated batch that are means over its tokens, and of its `"loss"` if that is one.
+
+    Args:
+        loss_type (`str`):
+            TRL's `loss_type`.
+        by_row (`bool`):
+            Whether there is one importance ratio for each sequence, so that clip ratios are means over rows.
+        tokens (`float`):
+            Number of tokens in the loss.
+    """
+    means = [key for key in LOSS_MEANS if key not in ROW_MEANS and not (by_row and key in ZERO_WITHOUT_ADVANTAGE)]
+    return dict.fromkeys(means if loss_type in ROW_MEAN_LOSSES else [*means, "loss"], tokens)
+
+
+def pool_evaluation(
+    values: dict[str, list[float]],
+    rows: list[int],
+    rewards: torch.Tensor,
+    weights: torch.Tensor,
+    names: list[str],
+    num_generations: int,
+    zero_std: bool,
+) -> dict[str, float | None]:
+    """
+    Metrics of an evaluated data set that are not weighted means of those of its batches: extremes, deviations, and
+    means over what isn't a row or a token.
+
+    Args:
+        values (`dict[str, list[float]]`):
+            TRL's metrics, one value for each batch.
+        rows (`list[int]`):
+            Completions in each batch.
+        rewards (`torch.Tensor` of shape `(N, F)`):
+            Rewards of the completions of all batches, NaN = not applicable.
+        weights, names, num_generations:
+            See [`reward_statistics`].
+        zero_std (`bool`):
+            Whether `frac_reward_zero_std` is about groups.
+    """
+    pooled = {key: list(values[key]) for key in ROUND_METRICS if key in values}
+    pool_rounds(pooled, rows)
+    found = {key: of[0] for key, of in pooled.items()}
+    for key in (*LOSS_EXTREMES, *SAMPLING_EXTREMES):
+        known = [value for value in values.get(key, ()) if not math.isnan(value)]
+        if known:
+            found[key] = (min if key.endswith("min") else max)(known)
+    of_rewards = reward_statistics(rewards, weights, names, num_generations)
+    if not zero_std:
+        of_rewards.pop("frac_reward_zero_std")
+    return {key: None if math.isnan(value) else value for key, value in (found | of_rewards).items()}

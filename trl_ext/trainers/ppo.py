@@ -40,7 +40,13 @@ from transformers import PreTrainedModel
 from ..errors import require
 from ..metric_keys import KL_PER_COMPLETION, VALUE_LOSS
 from ..objectives.advantages import aggregate_rewards
-from ..objectives.credit import CreditSettings, completions_that_end, estimate_credit, token_rewards
+from ..objectives.credit import (
+    MEANS_OVER_TOKENS,
+    CreditSettings,
+    completions_that_end,
+    estimate_credit,
+    token_rewards,
+)
 from ..objectives.kl import adapted_kl_coef, kl_estimate
 from ..objectives.ppo import PPOLossSettings, ppo_loss
 from ..rewards.scaling import REWARD_SCALINGS, RunningScale
@@ -68,6 +74,7 @@ from .seams.critic import (
     reads_images,
     use_reference,
 )
+from .seams.evaluation import EvaluatedBatch
 from .step_control import NonFiniteLossError, StepControl, zero_loss
 from .trl_1_12 import completions_table, report_completions
 
@@ -440,6 +447,10 @@ class PPOTrainer(GRPOTrainer):
         metrics["val/ratio"].append(of_step["ratio"] / tokens)
         if self.args.old_kl_coef:
             metrics["policy/old_kl"].append(of_step["old_kl"] / tokens)
+
+    def complete_batch(self, batch: EvaluatedBatch, inputs: Any) -> None:
+        super().complete_batch(batch, inputs)
+        batch.weights |= dict.fromkeys(MEANS_OVER_TOKENS, batch.weights["entropy"])
 
     @property
     def skipped_steps(self) -> int:

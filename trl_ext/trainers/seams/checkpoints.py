@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...rollouts.micro_batches import Fit
 from ...rollouts.outlook import GroupStats, PromptHistory
+from .evaluation import WholeEvaluations
 from .whole_checkpoints import WholeCheckpoints
 
 
@@ -101,7 +102,7 @@ class EpochSampler(Sampler[int]):
         return len(self.sampler)
 
 
-class CheckpointSeams(WholeCheckpoints, trl.GRPOTrainer):
+class CheckpointSeams(WholeCheckpoints, WholeEvaluations, trl.GRPOTrainer):
     """
     Hooks for checkpoints, neutral here.
 

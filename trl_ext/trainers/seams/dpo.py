@@ -1,4 +1,4 @@
-"""`trl.DPOTrainer` with its private method for the order of rows wrapped, never copied."""
+"""`trl.DPOTrainer` with its private methods wrapped, never copied: the order of rows, checkpoints, evaluation."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import trl
 from torch.utils.data import Sampler
 
+from .evaluation import EvaluatedBatch, WholeEvaluations
 from .whole_checkpoints import WholeCheckpoints
 
 
@@ -38,7 +39,7 @@ class OrderSampler(Sampler[int]):
         return self.rows
 
 
-class DPOSeams(WholeCheckpoints, trl.DPOTrainer):
+class DPOSeams(WholeCheckpoints, WholeEvaluations, trl.DPOTrainer):
     """
     The hook of [`~trl_ext.DPOTrainer`], which does nothing here.
 
@@ -51,6 +52,12 @@ class DPOSeams(WholeCheckpoints, trl.DPOTrainer):
 
     def row_order(self) -> RowOrder | None:
         return None
+
+    def complete_batch(self, batch: EvaluatedBatch, inputs: Any) -> None:
+        mask = inputs["completion_mask"][..., 1:]  # (2B, T), chosen before rejected
+        chosen, rejected = (float(half.sum()) for half in mask.chunk(2))
+        by_token = {"entropy": chosen + rejected, "mean_token_accuracy": chosen}
+        batch.weights |= by_token | {"logits/chosen": chosen, "logits/rejected": rejected}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler, order = super()._get_train_sampler(train_dataset), self.row_order()

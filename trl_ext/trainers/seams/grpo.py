@@ -57,8 +57,9 @@ from ...rollouts.packing import step_slices
 from ...rollouts.prompts import TokenizedPrompt
 from ...rollouts.rollout import Generation, Rollout, ScoredRound, generation_of, rollouts_of
 from ...rollouts.selection import GroupSelection
-from ...rollouts.statistics import restate_rounds
+from ...rollouts.statistics import pool_evaluation, restate_rounds, token_weights
 from .checkpoints import CheckpointSeams
+from .evaluation import EvaluatedBatch, completions_apart, table_of_evaluation
 from .rewards_ahead import discard_rewards, generate_in_chunks, hand_rewards_to_trl, rewards_ahead_of
 
 
@@ -96,6 +97,8 @@ class GRPOSeams(CheckpointSeams):
         self._buffer_inputs: dict[str, Any] = {}  # the micro-batch in TRL's buffer of which these are a copy
         self._loss_pass: tuple[Any, ...] = ()  # tensors of the loss's pass
         self.previewed: list[dict[str, Any]] | None = None  # see `seams.probes.preview_micro_batches`
+        self._evaluated: tuple[torch.Tensor, float] | None = None  # rewards and loss tokens of a batch of evaluation
+        self._evaluated_as: str | None = None  # prefix of the evaluation that is under way
         with self._asking_for_passes(kwargs["args"]):
             super().__init__(*args, **kwargs)
         self.beta = self.args.beta
@@ -304,12 +307,13 @@ class GRPOSeams(CheckpointSeams):
             if batch.logged_prompts is not None:
                 self._relog("prompt", gather_object(batch.logged_prompts))
             if len(batch.rounds) > 1:
-                # With these settings, TRL's `frac_reward_zero_std` is about the batch that is trained on, not groups
-                by_batch = self.scale_rewards == "batch" or self.multi_objective_aggregation == "normalize_then_sum"
                 named = self.reward_weights, self.reward_func_names, self.num_generations
-                restate_rounds(self.train_metrics, batch.rounds, *named, zero_std=not by_batch)
+                restate_rounds(self.train_metrics, batch.rounds, *named, zero_std=self._compares_within_groups)
             if training:
                 self.on_rollouts(output, batch)
+            else:
+                assert batch.rewards is not None
+                self._evaluated = batch.rewards, float(output["num_items_in_batch"])
             return output
         except Exception as error:
             # Reward faults are raised on every rank. Other errors may be raised on one rank, but saving takes all
@@ -400,6 +404,51 @@ class GRPOSeams(CheckpointSeams):
         finally:
             self._loss_inputs, self._buffer_inputs = None, {}
         return self.added_loss(self.restate_loss(loss, inputs), model, inputs, outputs)
+
+    # Evaluation
+
+    @property
+    def _compares_within_groups(self) -> bool:
+        """Whether TRL's `frac_reward_zero_std` is about groups, and not about the batch."""
+        return self.scale_rewards != "batch" and self.multi_objective_aggregation != "normalize_then_sum"
+
+    @property
+    def rows_together(self) -> int:
+        return self.num_generations_eval
+
+    def complete_batch(self, batch: EvaluatedBatch, inputs: Any) -> None:
+        assert self._evaluated is not None
+        rewards, tokens = self._evaluated
+        batch.rewards = rewards[: len(rewards) // batch.copies]
+        batch.weights |= token_weights(self.loss_type, self.importance_sampling_level == "sequence", tokens)
+
+    def pool_batches(self, values: dict[str, list[float]], batches: list[EvaluatedBatch]) -> dict[str, float | None]:
+        rewards = [batch.rewards for batch in batches if batch.rewards is not None]
+        return pool_evaluation(
+            values,
+            [len(of_batch) for of_batch in rewards],
+            torch.cat(rewards),
+            self.reward_weights,
+            self.reward_func_names,
+            self.num_generations_eval,
+            zero_std=self._compares_within_groups,
+        )
+
+    @contextmanager
+    def evaluation_apart(self, metric_key_prefix: str) -> Iterator[None]:
+        before, self._evaluated_as = self._evaluated_as, metric_key_prefix
+        try:
+            with completions_apart(self):
+                yield
+        finally:
+            self._evaluated_as = before
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._evaluated_as is None or not self.log_completions:
+            super().log(logs, start_time)
+            return
+        with table_of_evaluation(self, self._evaluated_as):
+            super().log(logs, start_time)
 
     def rows_seen_in_training(self) -> Any:
         """The training set with the columns that rows from the loader have."""
