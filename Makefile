@@ -52,6 +52,7 @@ lint: setup ## ruff and mypy
 
 quickstart: setup $(SFT) ## train a tiny model to sort digits, on a CPU too: SFT, then DAPO
 	$(LAUNCH) recipes/dapo.py --config recipes/configs/quickstart_dapo.yaml $(ARGS)
+	@echo "next: 'make ppo', PPO with a learned reward on the same task; 'make hybrid', DPO and then PPO"
 
 ppo: setup $(SFT) $(REWARD_MODEL) ## the same task with a learned reward: SFT, a reward model from pairs, then PPO
 	$(LAUNCH) recipes/ppo.py --config recipes/configs/quickstart_ppo.yaml $(ARGS)

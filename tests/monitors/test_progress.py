@@ -1,6 +1,8 @@
 """Progress lines: what a person reads, word for word."""
 
 import io
+import threading
+import time
 
 import pytest
 import tiny
@@ -9,6 +11,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from trl_ext import DUPOTrainer
 from trl_ext.evaluation.held_out import HeldOut
+from trl_ext.monitors import progress
 from trl_ext.monitors.progress import ProgressLines, count
 
 
@@ -29,18 +32,29 @@ def printed():
     lines = ProgressLines(stream, clock)
     state = TrainerState(max_steps=60, global_step=0)
 
-    def feed(step: int, seconds: float, logs: dict, begin: bool = False) -> str:
+    def feed(step: int, seconds: float, logs: dict | None, begin: bool = False) -> str:
         state.global_step = step
         clock.now += seconds
         if begin:
             lines.on_train_begin(None, state, TrainerControl())
+            lines.on_train_end(None, state, TrainerControl())  # the thread has another clock
             return ""
         stream.seek(0)
         stream.truncate()
-        lines.on_log(None, state, TrainerControl(), logs=logs)
+        if logs is None:
+            lines.on_step_end(None, state, TrainerControl())
+        else:
+            lines.on_log(None, state, TrainerControl(), logs=logs)
         return stream.getvalue()
 
-    feed.state = state
+    def waited(seconds: float) -> str:
+        clock.now += seconds
+        stream.seek(0)
+        stream.truncate()
+        lines.speak_up(state)
+        return stream.getvalue()
+
+    feed.state, feed.waited = state, waited
     feed(0, 0, {}, begin=True)
     return feed
 
@@ -67,8 +81,44 @@ def test_pace_is_recent_and_time_left_is_of_the_whole_session(printed):
     assert printed(15, 10, {"reward": 0.5}) == "step 15/60 · reward 0.500 · 2.00 s/step · 1:00 left\n"
 
 
-def test_saved_compute_is_told(printed):
+def test_saved_compute_is_told_where_there_is_some(printed):
     assert "· 61% compute saved ·" in printed(12, 7.2, SELECTED | {"compute/saved": 0.614})
+    assert "saved" not in printed(14, 7.2, SELECTED | {"compute/saved": 0.0049})
+
+
+def test_the_first_step_has_a_line_and_those_after_a_silence(printed):
+    assert printed(1, 2, None) == "step  1/60 · 2.00 s/step · 1:58 left\n"
+    assert printed(2, 2, None) == ""
+    assert printed(3, 28, None) == "step  3/60 · 15.00 s/step · 10:08 left\n"  # 32 s for 3 steps, 57 to go
+    printed(40, 1000, {}, begin=True)
+    assert printed(41, 1, None).startswith("step 41/60 · 1.00 s/step")  # a resumed run's first
+
+
+def test_a_step_that_takes_long_is_told_while_it_runs(printed):
+    assert printed.waited(29) == ""
+    assert printed.waited(1) == "step  1/60 · running for 0:30\n"
+    assert printed.waited(29) == ""
+    assert printed.waited(2) == "step  1/60 · running for 1:01\n"
+    printed(1, 4, {"loss": 1.0})
+    printed(1, 0, None)
+    assert printed.waited(31) == "step  2/60 · running for 0:31\n"
+    printed.state.global_step = 60
+    assert printed.waited(31).startswith("step 60/60")  # saving, measuring
+
+
+def test_the_thread_speaks_and_ends(tmp_path):
+    stream, state = io.StringIO(), TrainerState(max_steps=60, global_step=3)
+    lines = ProgressLines(stream, silence=0.0)
+    lines.on_train_begin(None, state, TrainerControl())
+    names = [thread for thread in threading.enumerate() if thread._target is progress._speak_up]
+    assert len(names) == 1
+    stop = time.monotonic() + 10
+    while not stream.getvalue() and time.monotonic() < stop:
+        time.sleep(0.05)
+    assert stream.getvalue().startswith("step  4/60 · running for 0:0")
+    lines.on_train_end(None, state, TrainerControl())
+    names[0].join(10)
+    assert not names[0].is_alive()
 
 
 def test_copies_are_told(printed):

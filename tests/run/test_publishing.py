@@ -36,3 +36,16 @@ def test_the_yaml_file_is_read_as_it_is(tmp_path):
     (tmp_path / "a.yaml").write_text("# β\nbeta: 0.1\n", encoding="utf-8")
     assert publishing.config_text(tmp_path / "a.yaml") == "# β\nbeta: 0.1\n"
     assert publishing.config_text(None) is None
+
+
+def test_a_run_ends_with_what_it_reached(tmp_path):
+    after = {"exact_match": 0.796, "intervals": {"exact_match": [0.775, 0.817]}, "prompts": 512}
+    before = {"exact_match": 0.403, "intervals": {"exact_match": [0.367, 0.438]}, "prompts": 512}
+    line = "exact match: 0.40 (0.37 to 0.44) → 0.80 (0.78 to 0.82), 95 % intervals, 512 held out"
+    assert publishing.closing_lines({"before": before, "after": after}, tmp_path) == [line]
+    (tmp_path / "learning.png").touch()
+    pictures = f"pictures: {tmp_path / 'learning.png'}"
+    assert publishing.closing_lines({"before": before, "after": after}, tmp_path) == [line, pictures]
+    assert publishing.closing_lines({"before": None, "after": None}, tmp_path) == [pictures]
+    (only_after,) = publishing.closing_lines({"before": None, "after": after}, tmp_path / "none")
+    assert only_after.startswith("exact match: 0.80 (0.78 to 0.82), 95 %")

@@ -5,7 +5,9 @@ One readable line per log, instead of a dictionary of forty numbers.
 """
 
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, TextIO
 
@@ -20,19 +22,28 @@ from ..metric_keys import EVALUATION
 class ProgressLines(TrainerCallback):
     """
     Prints a line for each log, with what a person who waits wants to know: the step, how good the policy is, the pace,
-    and the time that is left. All numbers are still in `state.log_history` and in the trackers.
+    and the time that is left. All numbers are still in `state.log_history` and in the trackers. Between logs, the
+    first step has a line, and so has whatever takes long: a step, or a generation within a step.
 
     Args:
         stream (`TextIO`, *optional*):
             Where lines are written, by default what is the standard output at that moment.
         clock (`Callable[[], float]`, *optional*):
             Returns seconds since any origin; only differences are used.
+        silence (`float`, *optional*, defaults to `30.0`):
+            Seconds without a line after which one is printed in any case.
     """
 
-    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic, silence: float = 30.0
+    ):
         self.stream = stream
         self.clock = clock
-        self.first = self.last = (0, 0.0)  # (step, time) at the session's start, and at the last line
+        self.silence = silence
+        self.first = self.last = (0, 0.0)  # (step, time) at the session's start, and at the last line of a step
+        self.spoke = self.step_began = 0.0  # times of the last line, and of the running step's first moment
+        self.ended = threading.Event()
+        self.ended.set()
 
     @classmethod
     def instead_of_bars(cls, trainer: Any) -> "ProgressLines":
@@ -48,6 +59,33 @@ class ProgressLines(TrainerCallback):
     ) -> None:
         # A resumed run starts at the checkpoint's step, and the pace is that of this session
         self.first = self.last = (state.global_step, self.clock())
+        self.spoke = self.step_began = self.clock()
+        if state.is_world_process_zero:
+            self.ended = threading.Event()
+            arguments = (weakref.ref(self), weakref.ref(state), self.ended)
+            threading.Thread(target=_speak_up, args=arguments, daemon=True).start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.step_began = self.clock()
+        if control.should_log or not state.is_world_process_zero:
+            return
+        if state.global_step == self.first[0] + 1 or self.clock() - self.spoke >= self.silence:
+            self._print(self._step_line(state, {}))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.ended.set()
+
+    def speak_up(self, state: TrainerState) -> None:
+        """Prints which step is running, and for how long, if there was no line for a while."""
+        now = self.clock()
+        if now - self.spoke < self.silence:
+            return
+        where = f"{_step(state, min(state.global_step + 1, state.max_steps))} · running for"
+        self._print(f"{where} {_clock_face(now - self.step_began)}")
 
     def on_log(
         self,
@@ -73,7 +111,7 @@ class ProgressLines(TrainerCallback):
 
     def _step_line(self, state: TrainerState, logs: dict[str, Any]) -> str:
         step, now = state.global_step, self.clock()
-        parts = [f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}", *_facts(logs)]
+        parts = [_step(state, step), *_facts(logs)]
         # Two logs can be of one step, for example when it is evaluated
         pace = (now - self.last[1]) / max(step - self.last[0], 1)
         parts.append(f"{pace:.2f} s/step")
@@ -84,7 +122,25 @@ class ProgressLines(TrainerCallback):
         return " · ".join(parts)
 
     def _print(self, line: str) -> None:
+        self.spoke = self.clock()
         print(line, file=self.stream or sys.stdout, flush=True)
+
+
+def _speak_up(lines: Any, state: Any, ended: threading.Event) -> None:
+    """
+    In a thread of its own, which ends with the training; or, if that ends with an error, with the trainer that holds
+    what `lines` and `state` refer to.
+    """
+    while not ended.wait(1.0):
+        callback, its_state = lines(), state()
+        if callback is None or its_state is None:
+            return
+        callback.speak_up(its_state)
+        del callback, its_state
+
+
+def _step(state: TrainerState, step: int) -> str:
+    return f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}"
 
 
 def _facts(logs: dict[str, Any]) -> list[str]:
@@ -110,7 +166,7 @@ def _facts(logs: dict[str, Any]) -> list[str]:
             facts.append(f"{logs[metric_keys.GROUPS_DUPLICATED]:.0f} duplicated")
     if metric_keys.GENERATED_TOKENS in logs:
         facts.append(f"{count(logs[metric_keys.GENERATED_TOKENS])} tokens generated")
-    if logs.get(metric_keys.COMPUTE_SAVED) is not None:
+    if (logs.get(metric_keys.COMPUTE_SAVED) or 0) >= 0.01:  # where there was something to save
         facts.append(f"{float(logs[metric_keys.COMPUTE_SAVED]):.0%} compute saved")
     return facts
 

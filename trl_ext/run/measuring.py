@@ -45,18 +45,24 @@ def _choose(rows: Any, script_args: PolicyArguments) -> Any:
 
 def add_held_out(trainer: Any, data: Mapping[str, Any], script_args: PolicyArguments) -> HeldOut | None:
     """Adds a callback that measures the policy on held-out prompts, in batches as large as those of training."""
-    prompts = held_out_rows(data, script_args)
-    if prompts is None:
+    chosen = held_out_rows(data, script_args)
+    if chosen is None:
         return None
+    prompts = list(chosen)
     held_out = HeldOut(
         trainer,
-        list(prompts),
+        prompts,
         num_samples=script_args.held_out_samples,
         batch_size=prompts_at_once(trainer.args, script_args.held_out_samples),
         seed=script_args.held_out_seed,
         every=script_args.held_out_every,
     )
     trainer.add_callback(held_out)
+    trainer.accelerator.print(
+        f"Measures {len(prompts)} held-out prompts of '{script_args.dataset_test_split}' before and after "
+        f"training, {script_args.held_out_samples} completions each.",
+        flush=True,
+    )
     return held_out
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from transformers import AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
-from ..evaluation.pairs import PAIR_ACCURACY
 from ..trainers.dpo import DPOConfig, DPOTrainer
 from .arguments import DataArguments, DPOArguments, parse_arguments
 from .loading import check_models, load_curriculum, load_data, trainer_arguments
@@ -73,12 +72,10 @@ def train_reward_model(argv: list[str] | None = None) -> RewardTrainer:
         data = as_policies_are_scored(data, tokenizer)
         trainer = RewardTrainer(**trainer_arguments(arguments.script, arguments.training, model_args, data))
     train_and_save(trainer)
+    summary = None
     if trainer.is_world_process_zero() and (measured := pair_accuracy(trainer)):
-        write_results(trainer, arguments, measured, time.monotonic() - started)
-        for step, estimates in measured.items():
-            e = estimates[PAIR_ACCURACY]
-            print(f"step {step}: {e.mean:.3f} of {e.prompts} pairs right ({e.low:.3f} to {e.high:.3f})")
-    publish(trainer, arguments.script.dataset_name)
+        summary = write_results(trainer, arguments, measured, time.monotonic() - started)
+    publish(trainer, arguments.script.dataset_name, summary)
     return trainer
 
 
@@ -106,11 +103,11 @@ def train_dpo(argv: list[str] | None = None) -> DPOTrainer:
         )
     before = score_completions(trainer, script_args, data)
     train_and_save(trainer, script_args.health_checks)
-    after = score_completions(trainer, script_args, data)
+    after, summary = score_completions(trainer, script_args, data), None
     if trainer.is_world_process_zero():
         measured = pair_accuracy(trainer)
         for step, found in ((0, before), (trainer.state.global_step, after)):
             measured[step] = {**measured.get(step, {}), **found}
-        write_results(trainer, arguments, dict(sorted(measured.items())), time.monotonic() - started)
-    publish(trainer, script_args.dataset_name)
+        summary = write_results(trainer, arguments, dict(sorted(measured.items())), time.monotonic() - started)
+    publish(trainer, script_args.dataset_name, summary)
     return trainer

@@ -19,6 +19,7 @@ from .files import recipes_folder
 
 
 SUMMARY = "summary.json"
+PICTURES = ("learning.png", "tokens.png")
 
 
 def write_results(
@@ -71,28 +72,49 @@ def add_results(
     """
     folder, script_args = Path(trainer.args.output_dir), arguments.script
     title = f"{summary['method']} · {arguments.model.model_name_or_path} · {script_args.dataset_name}"
-    figure = plot_learning(trainer.state.log_history, folder / "learning.png", title)
+    figure = plot_learning(trainer.state.log_history, folder / PICTURES[0], title)
     example = next(iter(trainer.train_dataset))["prompt"]
     section = results_section(
         dict(summary),
         figure.name,
         config_text(script_args.config_file),
         example if isinstance(example, str) else None,
-        plot_tokens(credits, folder / "tokens.png", title).name if credits else None,
+        plot_tokens(credits, folder / PICTURES[1], title).name if credits else None,
     )
     trainer.card_sections.append(lambda: section)
 
 
-def publish(trainer: Any, dataset_name: str | None) -> None:
-    """Writes a card beside the model, and uploads both to the Hub if `--push_to_hub` is given."""
+def closing_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
+    """What a run ends with: how good the policy was and is, and where the pictures and all numbers are."""
+    before, after = summary["before"] or {}, summary["after"]
+    lines = []
+    for name in after["intervals"] if after else ():
+        measured = [
+            f"{part[name]:.2f} ({part['intervals'][name][0]:.2f} to {part['intervals'][name][1]:.2f})"
+            for part in (before, after)
+            if name in part
+        ]
+        lines.append(f"{name.replace('_', ' ')}: {' → '.join(measured)}, 95 % intervals, {after['prompts']} held out")
+    pictures = [str(path) for name in PICTURES if (path := folder / name).is_file()]
+    return [*lines, f"pictures: {', '.join(pictures)}"] if pictures else lines
+
+
+def publish(trainer: Any, dataset_name: str | None, summary: Mapping[str, Any] | None = None) -> None:
+    """
+    Writes a card beside the model, and uploads both to the Hub if `--push_to_hub` is given. Ends with what the
+    `summary` of the main process says.
+    """
     dataset = on_the_hub(dataset_name)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset)
     else:
         trainer.create_model_card(model_name=Path(trainer.args.output_dir).name, dataset_name=dataset)
-    trainer.accelerator.print(f"Saved to {trainer.args.output_dir}.")
+    folder = Path(trainer.args.output_dir)
+    trainer.accelerator.print(f"Saved to {folder}. How to use the model: {folder / 'README.md'}")
     if trainer.args.push_to_hub:
         trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    if summary is not None:
+        trainer.accelerator.print("\n".join(closing_lines(summary, folder)))
     leave(trainer)
 
 

@@ -178,3 +178,4 @@ def _report_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[
     for stage in summary["stages"]:
         found = f"{summary['metric']} {stage[summary['metric']]:.3f}"
         print(f"{stage['name']}: {found} ({stage['low']:.3f} to {stage['high']:.3f})")
+    print(f"pictures: {figure}")

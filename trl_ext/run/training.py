@@ -106,10 +106,10 @@ def train_policy(
     if script_args.verify:
         verify(trainer)
     train_and_save(trainer, script_args.health_checks)
-    credits = token_credits(trainer, data, script_args)
+    credits, summary = token_credits(trainer, data, script_args), None
     if trainer.is_world_process_zero():
         measured, seconds = {} if held_out is None else held_out.measured, time.monotonic() - started
         summary = write_results(trainer, arguments, measured, seconds, argv, script_args.reward_model_name_or_path)
         add_results(trainer, arguments, summary, credits)
-    publish(trainer, script_args.dataset_name)
+    publish(trainer, script_args.dataset_name, summary)
     return trainer

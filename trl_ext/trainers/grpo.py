@@ -168,9 +168,7 @@ class GRPOTrainer(CriticSeams):
         self.exact_savings = replace(exact, weigh_copies=exact.skip_dead and self.rollout_selection.mostly_copies)
         if config.fit_micro_batches:
             for reason in self.exact_savings.reasons:
-                logger.warning(
-                    f"Some of the compute that TRL spends on padding and dead rows can't be saved here: {reason}."
-                )
+                logger.warning(f"So that the gradient is exactly TRL's, {reason}.")
 
     @staticmethod
     def _add_overlong_punishment(given: dict[str, Any]) -> None:
