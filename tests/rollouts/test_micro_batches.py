@@ -9,7 +9,7 @@ import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -381,6 +381,48 @@ class TestFitWindow:
                 needed = [i for i, (_, c) in enumerate(lengths) if c and (advantages[i] or not regroup)]
                 assert sorted(found) == needed
 
+    def test_the_whole_width_stays_in_wide_batches(self, subtests):
+        """Every row keeps the columns of its own rank, and with the widest as limit no other batch is concerned."""
+        for ranks, regroup, seed in product([1, 2, 3], [True, False], range(4)):
+            with subtests.test(ranks=ranks, regroup=regroup, seed=seed):
+                of_ranks, lengths, advantages = random_window(random.Random(seed), ranks)
+                before = [as_tuple(of_rank[0]) for of_rank in of_ranks]
+                widest = max(prompt for prompt, _ in before) + max(completion for _, completion in before)
+                savings = ExactSavings(True, regroup, regroup, regroup, full_width_from=widest)
+                fitted, _ = fitted_on(of_ranks, savings)
+                found = []
+                for of_rank in fitted:
+                    for batch in of_rank:
+                        rows = [row for row in row_numbers(batch) if row >= 0]
+                        found += rows
+                        assert all(as_tuple(batch) == before[row // 12] for row in rows)
+                assert sorted(found) == [i for i, (_, c) in enumerate(lengths) if c and (advantages[i] or not regroup)]
+                narrow, _ = fitted_on(of_ranks, replace(savings, full_width_from=widest + 1))
+                assert any(as_tuple(b) != before[rank] for rank, of_rank in enumerate(narrow) for b in of_rank)
+
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_copies_with_another_padding_are_no_copies(self, ranks):
+        """Where padding changes the model's outputs, copies on ranks of other widths are computed."""
+        rows, widths = [(2, 3)], [Width(2, 3), Width(2, 5)]
+        of_ranks = [
+            [{**batch_of(rows, widths[rank], first=2 * rank + i), SOURCE_ROW: torch.tensor([7])} for i in range(2)]
+            for rank in range(ranks)
+        ]
+        _, saved = fitted_on(of_ranks, replace(EVERYTHING, full_width_from=0))
+        assert saved.merged_rows == ranks
+        assert fitted_on(of_ranks)[1].merged_rows == 2 * ranks - 1
+
+    @pytest.mark.parametrize("per_batch", [1, 2, 4])
+    def test_micro_batches_have_two_rows_where_one_is_too_few(self, per_batch, subtests):
+        for ranks, seed in product([1, 2], range(4)):
+            with subtests.test(ranks=ranks, seed=seed):
+                of_ranks, lengths, advantages = random_window(random.Random(seed), ranks, per_batch=per_batch)
+                fitted, _ = fitted_on(of_ranks, replace(EVERYTHING, fewest_rows=2))
+                sizes = {len(batch["prompt_ids"]) for of_rank in fitted for batch in of_rank}
+                assert sizes == {1} if per_batch == 1 else min(sizes) >= 2
+                found = [row for of_rank in fitted for batch in of_rank for row in row_numbers(batch) if row >= 0]
+                assert sorted(found) == [i for i, (_, c) in enumerate(lengths) if c and advantages[i]]
+
     @pytest.mark.parametrize("ranks", [1, 2])
     def test_rows_without_weight_do_nothing_to_the_loss(self, ranks):
         """They are neutral in all that enters it: ratios of 1 (a ratio of infinity times a mask of 0 is not a 0)."""
@@ -458,7 +500,8 @@ class TestFittedPass:
     @pytest.mark.parametrize("multiple", [1, 4])
     def test_the_same_values_with_zeros_in_padding(self, trim_prompts, multiple):
         forward, inputs = Forward(), self.inputs()
-        logps, entropies, aux_loss = fitted_pass(forward, trim_prompts, multiple, **inputs, compute_entropy=True)
+        savings = replace(EVERYTHING, trim_prompts=trim_prompts)
+        logps, entropies, aux_loss = fitted_pass(forward, savings, multiple, **inputs, compute_entropy=True)
         whole, halves, _ = Forward()(**inputs, compute_entropy=True)
         assert torch.equal(logps, whole) and torch.equal(entropies, halves) and aux_loss is None
         assert len(forward.calls) == 4  # seven rows in twos
@@ -471,14 +514,30 @@ class TestFittedPass:
             assert call["logits_to_keep"] % multiple == 0 or multiple == 1
             assert call["logits_to_keep"] >= 2
 
+    def test_twice_the_same_row_where_one_is_too_few(self):
+        forward, inputs = Forward(), self.inputs()
+        logps, _, _ = fitted_pass(forward, replace(EVERYTHING, fewest_rows=2), 1, **inputs)
+        assert torch.equal(logps, Forward()(**inputs)[0])
+        assert min(len(call["input_ids"]) for call in forward.calls) == 2
+        alone = Forward()
+        fitted_pass(alone, replace(EVERYTHING, fewest_rows=2), 1, **inputs | {"batch_size": 1})
+        assert {len(call["input_ids"]) for call in alone.calls} == {1}
+
+    @pytest.mark.parametrize(("columns", "calls"), [(14, 1), (15, 4)])
+    def test_the_whole_width_in_wide_batches(self, columns, calls):
+        forward, inputs = Forward(), self.inputs()
+        logps, _, _ = fitted_pass(forward, replace(EVERYTHING, full_width_from=columns), 1, **inputs)
+        assert torch.equal(logps, Forward()(**inputs)[0])
+        assert len(forward.calls) == calls
+
     def test_without_entropies(self):
-        logps, entropies, _ = fitted_pass(Forward(), True, 1, **self.inputs())
+        logps, entropies, _ = fitted_pass(Forward(), EVERYTHING, 1, **self.inputs())
         assert torch.equal(logps, Forward()(**self.inputs())[0]) and entropies is None
 
     def test_arguments_by_position_and_token_types(self):
         forward, inputs = Forward(), self.inputs()
         types = torch.arange(7 * 14).view(7, 14)
-        fitted_pass(forward, True, 1, *inputs.values(), token_type_ids=types)
+        fitted_pass(forward, EVERYTHING, 1, *inputs.values(), token_type_ids=types)
         known = {row[-1]: row for row in inputs["input_ids"][:, :6].tolist()}
         assert len(known) == 7
         for call in forward.calls:
@@ -498,7 +557,7 @@ class TestFittedPass:
     )
     def test_it_passes_on_what_it_does_not_know(self, more):
         forward, inputs = Forward(), {**self.inputs(), **more}
-        found = fitted_pass(forward, True, 1, **inputs)
+        found = fitted_pass(forward, EVERYTHING, 1, **inputs)
         assert len(forward.calls) == 1
         assert all(forward.calls[0][name] is value for name, value in inputs.items())
         assert torch.equal(found[0], Forward()(**inputs)[0])
@@ -515,8 +574,9 @@ class TestFittedPass:
         relative = has_relative_positions(trainer.model)
         with torch.no_grad():
             logps, entropies, _ = forward(*arguments, compute_entropy=True)
-            fitted = fitted_pass(forward, relative, 1, *arguments, compute_entropy=True)
-            trimmed = fitted_pass(forward, True, 1, *arguments)[0]
+            savings = replace(EVERYTHING, trim_prompts=relative)
+            fitted = fitted_pass(forward, savings, 1, *arguments, compute_entropy=True)
+            trimmed = fitted_pass(forward, EVERYTHING, 1, *arguments)[0]
         padding = mask[:, 6:] == 0
         assert padding.any() and not logps[padding].any() and not fitted[0][padding].any()
         torch.testing.assert_close(fitted[0], logps, atol=1e-5, rtol=1e-5)

@@ -204,11 +204,12 @@ def _merge_copies(joined: MicroBatch, rows: RowSummary) -> list[int]:
     policy terms of all losses of TRL are homogeneous in a positive factor on the advantage.
     """
     contributing = rows.contributes.nonzero().flatten().tolist()
-    copies: dict[tuple[int, int], list[int]] = {}
+    copies: dict[tuple[int, int, int], list[int]] = {}
     for row in contributing:
         source = int(rows.source[row])
         # If padding changes the model's outputs, rows are copies of each other only if they have the same padding
-        copies.setdefault((source if source >= 0 else -2 - row, int(rows.prompt[row])), []).append(row)
+        columns = int(rows.prompt[row]), int(rows.completion[row])
+        copies.setdefault((source if source >= 0 else -2 - row, *columns), []).append(row)
     for same in copies.values():
         if len(same) > 1:
             joined["advantages"][same[0]] *= len(same)
@@ -353,11 +354,14 @@ def fit_step(
     lists = sum(isinstance(value, list) for value in batches[0].values())
     has_images = bool(accelerator.gather(torch.tensor([lists], device=accelerator.device)).any())
     regroup = savings.regroup and not has_images
-    trim_prompts = savings.trim_prompts and not has_images
     step = _StepRows.gathered(batches, savings.skip_dead and regroup, accelerator)
     step.count_trls(saved)
-    if not trim_prompts:
-        step = replace(step, summary=step.summary._replace(prompt=step.columns[:, 0]))
+    savings = savings.for_width(step.widest.total)
+    trim_prompts = savings.trim_prompts and not has_images
+    kept = {"prompt": not trim_prompts, "completion": not savings.trim_completions}
+    for i, name in enumerate(kept):
+        if kept[name]:
+            step = replace(step, summary=step.summary._replace(**{name: step.columns[:, i]}))
     sizes = RowSizes(step.summary.prompt.tolist(), step.summary.completion.tolist(), multiple, step.widest)
     if not regroup:
         return _cut_in_place(batches, step, sizes, accelerator, saved)
@@ -367,14 +371,19 @@ def fit_step(
     computed = _merge_copies(joined, step.summary) if savings.weigh_copies else contributing
     saved.skipped_rows += len(step) - len(contributing)
     saved.merged_rows += len(contributing) - len(computed)
-    # Absolute positions count from the first column of the padding. If ranks have different padding, rows must stay.
-    same_padding = trim_prompts or len(set(step.columns[:, 0].tolist())) == 1
+    # Where padding changes the model's outputs and ranks have different padding, rows must stay on their rank
+    padding = step.columns[:, list(kept.values())]  # (N, 0) to (N, 2)
+    same_padding = bool((padding == padding[0]).all())
     homes = None if same_padding else [step.place(row)[0] for row in range(len(step))]
     dealt = deal(sizes, computed, step.ranks, step.micro_batches, homes)
-    only_fillers = Width(1 if trim_prompts else step.widest.prompt, min(FEWEST_COLUMNS, step.widest.completion))
+    only_fillers = Width(
+        step.widest.prompt if kept["prompt"] else 1,
+        step.widest.completion if kept["completion"] else min(FEWEST_COLUMNS, step.widest.completion),
+    )
+    fewest_rows = min(savings.fewest_rows, step.rows_per_batch)
     here, fitted = accelerator.process_index, []
     for i in range(step.micro_batches):
-        rows_by_rank = [of_rank[i] for of_rank in dealt]
+        rows_by_rank = [of_rank[i] + [FILLER] * (fewest_rows - len(of_rank[i])) for of_rank in dealt]
         real = [[row for row in rows if row != FILLER] for rows in rows_by_rank]
         widths = [sizes.width(rows) if rows else only_fillers for rows in real]
         step.count_ours(i, rows_by_rank, widths, saved)
@@ -403,7 +412,7 @@ def _cut_in_place(
 # Passes without gradient
 
 
-def fitted_pass(forward: Callable[..., Any], trim_prompts: bool, multiple: int, *args: Any, **kwargs: Any) -> Any:
+def fitted_pass(forward: Callable[..., Any], savings: ExactSavings, multiple: int, *args: Any, **kwargs: Any) -> Any:
     """
     TRL's pass over a whole generation batch (of the old policy or the reference), in the same number of batches as
     TRL's, but each of rows of similar length and cut to its longest row.
@@ -411,15 +420,15 @@ def fitted_pass(forward: Callable[..., Any], trim_prompts: bool, multiple: int, 
     Args:
         forward (`Callable`):
             TRL's `_get_per_token_logps_and_entropies`, bound to a trainer; `args` and `kwargs` are its arguments.
-        trim_prompts (`bool`):
-            Whether left padding may be cut.
+        savings ([`ExactSavings`]):
+            Says which padding may be cut.
         multiple (`int`):
             Prompts and completions are padded to a multiple of this.
 
     Returns:
-        What `forward` returns, with 0 in padding as TRL has it. With images, or if an auxiliary loss is asked for,
-        `forward` is called unchanged. Any tensors after TRL's three have shape `(N, T + 1)`, one column for each
-        state.
+        What `forward` returns, with 0 in padding as TRL has it. With images, if an auxiliary loss is asked for, or if
+        padding is kept on both sides, `forward` is called unchanged. Any tensors after TRL's three have shape
+        `(N, T + 1)`, one column for each state.
     """
     given = {k: v for k, v in inspect.signature(forward).bind(*args, **kwargs).arguments.items() if v is not None}
     by_row = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -428,13 +437,18 @@ def fitted_pass(forward: Callable[..., Any], trim_prompts: bool, multiple: int, 
     if not batch_size or given.keys() - known or given.get("compute_aux_loss"):
         return forward(*args, **kwargs)
     old = Width(ids.size(1) - given["logits_to_keep"], given["logits_to_keep"])
+    savings = savings.for_width(old.total)
+    if not savings.trim_completions:
+        return forward(*args, **kwargs)
     mask = given["attention_mask"]
-    prompt = _needed(mask[:, : old.prompt].flip(1)).tolist() if trim_prompts else [old.prompt] * len(ids)
+    prompt = _needed(mask[:, : old.prompt].flip(1)).tolist() if savings.trim_prompts else [old.prompt] * len(ids)
     sizes = RowSizes(prompt, _needed(mask[:, old.prompt :]).tolist(), multiple, old)
     chunks = pack(sizes, list(range(len(ids))), -(-len(ids) // batch_size))
     # Log-probabilities, entropies, auxiliary loss (`None` here), and any further tensors
     whole: list[torch.Tensor | None] = []
-    for rows in chunks:
+    for chunk in chunks:
+        # Twice the same row, where one is too few
+        rows = chunk * 2 if len(chunk) < min(savings.fewest_rows, batch_size) else chunk
         width, index = sizes.width(rows), torch.tensor(rows, device=ids.device)
         columns = slice(old.prompt - width.prompt, old.prompt + width.completion)
         cut_inputs = {name: given[name][index][:, columns] for name in by_row if name in given}

@@ -382,7 +382,7 @@ class GRPOTrainer(CriticSeams):
 
     def pass_without_loss(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.args.fit_micro_batches:
-            forward = partial(fitted_pass, forward, self.exact_savings.trim_prompts, self.columns_multiple)
+            forward = partial(fitted_pass, forward, self.exact_savings, self.columns_multiple)
         return super().pass_without_loss(forward, *args, **kwargs)
 
     def restate_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:

@@ -13,7 +13,13 @@ import torch
 import trl
 
 from ...roles.critic import critic_of
-from ...rollouts.exactness import ExactSavings, exact_savings, has_relative_positions
+from ...rollouts.exactness import (
+    ExactSavings,
+    exact_savings,
+    fewest_rows,
+    has_relative_positions,
+    needs_full_width,
+)
 from .checkpoints import random_states, set_random_states
 from .grpo import GRPOSeams
 
@@ -31,6 +37,8 @@ def savings_of(trainer: trl.GRPOTrainer) -> ExactSavings:
         aux_loss=trainer.aux_loss_enabled,
         value_loss=getattr(trainer, "has_value_loss", False),
         relative_positions=all(map(has_relative_positions, models)),
+        full_width=min(filter(None, map(needs_full_width, models)), default=None),
+        fewest_rows=max(map(fewest_rows, models)),
     )
 
 
