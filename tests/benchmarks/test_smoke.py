@@ -62,6 +62,12 @@ def test_overhead():
     assert found["ratio"] > 0
 
 
+def test_known_prompts():
+    found = last_line("known_prompts", "--prompts", 50, "--repeats", 2)
+    assert {kind: list(sizes) for kind, sizes in found.items()} == {"informed": ["50"], "curriculum": ["50"]}
+    assert all(value > 0 for sizes in found.values() for value in sizes["50"].values())
+
+
 def test_train_phase():
     found = last_line("train_phase", "--longest", 24, "--pairs", 1)
     assert found["grad_relative_error"] < 1e-4

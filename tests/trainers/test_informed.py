@@ -3,7 +3,7 @@ Informed refill draws through real training: which prompts are generated for, wh
 it knew when it goes on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -291,9 +291,9 @@ def assert_equal(one: Any, other: Any, where: str = "") -> None:
 
 def entries(state: Any) -> Iterator[tuple[Any, Any]]:
     """Keys and values of all dictionaries in a state."""
-    if isinstance(state, dict):
+    if isinstance(state, Mapping):
         yield from state.items()
-    for part in state.values() if isinstance(state, dict) else state if isinstance(state, list) else []:
+    for part in state.values() if isinstance(state, Mapping) else state if isinstance(state, list) else []:
         yield from entries(part)
 
 

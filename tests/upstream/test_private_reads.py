@@ -27,6 +27,7 @@ READERS = ("getattr", "hasattr", "setattr", "delattr")
 
 # Names that only look private, with the reason
 NOT_PRIVATE = {
+    "_make": "a documented method of named tuples",
     "_replace": "a documented method of named tuples",
     "_asdict": "a documented method of named tuples",
     "_fields": "a documented attribute of named tuples",

@@ -20,6 +20,7 @@ from ..errors import require, require_one_of
 from ..metric_keys import COMPLETION_LIMIT
 from ..rollouts.choosers import PromptChooser
 from ..rollouts.generation_batch import GenerationBatch
+from ..rollouts.ledger import Ledger
 from ..rollouts.stream import prompt_key
 from .difficulty import PASS_RATE
 
@@ -112,7 +113,7 @@ class DifficultyCurriculum(PromptChooser):
         self.success_threshold = 0.5  # `prepared` sets the trainer's
         self._column = column
         self._sorted: list[float] = []  # all numbers of the column
-        self._seen: dict[str, tuple[float, float]] = {}  # by prompt: faded failures, faded completions
+        self._seen: Ledger[str, tuple[float, ...]] = Ledger(tuple)  # by prompt: faded failures, faded completions
 
     def __repr__(self) -> str:
         names = ("schedule", "lookahead", "until", "share", "memory", "start_completion_length")
@@ -128,7 +129,8 @@ class DifficultyCurriculum(PromptChooser):
                 number, or holds the same number everywhere.
         """
         own = copy.copy(self)
-        own._seen, own.success_threshold = dict(self._seen), config.success_threshold
+        own._seen, own.success_threshold = Ledger(tuple), config.success_threshold
+        own._seen.load(self._seen.state())
         if self.column is not None:
             assert isinstance(dataset, Dataset)
             require(
@@ -295,8 +297,8 @@ class DifficultyCurriculum(PromptChooser):
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of each prompt."""
-        return {"seen": dict(self._seen)}
+        return {"seen": self._seen.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse of [`state_dict`]."""
-        self._seen = dict(state["seen"])
+        self._seen.load(state["seen"])

@@ -26,6 +26,7 @@ from datasets import Dataset
 from ..metric_keys import SELECTION
 from .choosers import PromptChooser
 from .generation_batch import GenerationBatch
+from .ledger import Ledger
 from .stream import prompt_key
 
 
@@ -108,7 +109,7 @@ class GroupStats(NamedTuple):
     constant_live: float = 0.0
 
     @classmethod
-    def of_group(cls, solved: int, tried: int, live: bool) -> "GroupStats":
+    def of_group(cls, solved: float, tried: float, live: float) -> "GroupStats":
         """Of a group with `solved` passes in `tried` completions."""
         constant = float(solved in (0, tried))
         return cls(
@@ -128,28 +129,44 @@ class PromptHistory(NamedTuple):
     The evidence of one prompt.
 
     Args:
-        tick (`int`):
+        tick (`float`):
             When the prompt was last observed. The counts are faded as of then.
-        bucket (`Bucket`):
-            The bucket to which `latest` was added.
+        bucket (`float`):
+            Number of the bucket to which its last group was added.
         solved, tried (`float`):
             Completions that passed, and all completions.
         constant, constant_live (`float`):
             Groups whose completions all passed or all failed, and how many of these were live.
-        latest (`GroupStats`):
-            The prompt's last group, which stands for the prompt in its bucket.
+        last_solved, last_tried, last_live (`float`):
+            The prompt's last group, which stands for the prompt in its bucket: passes, completions, whether it was
+            live.
     """
 
-    tick: int
-    bucket: Bucket
+    tick: float
+    bucket: float
     solved: float
     tried: float
     constant: float
     constant_live: float
-    latest: GroupStats
+    last_solved: float
+    last_tried: float
+    last_live: float
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PromptHistory":
-        return self  # immutable; the state holds one for every prompt, and is copied for every batch
+    @property
+    def latest(self) -> GroupStats:
+        """What the prompt's last group shows."""
+        return GroupStats.of_group(self.last_solved, self.last_tried, self.last_live)
+
+
+class BucketSums(NamedTuple):
+    """The [`GroupStats`] of a bucket, faded as of `tick`."""
+
+    tick: float
+    prompts: float = 0.0
+    pass_rate: float = 0.0
+    pair_rate: float = 0.0
+    constant: float = 0.0
+    constant_live: float = 0.0
 
 
 class PromptOutlook:
@@ -200,9 +217,9 @@ class PromptOutlook:
         self._now = 0
         # Inner edges of a column's bins; `None` if each value is a bin of its own
         self._edges: dict[str, list[float] | None] = {}
-        self._prompts: dict[str, PromptHistory] = {}
-        # By bucket: the tick as of which the sums are faded, and the sums
-        self._buckets: dict[Bucket, tuple[int, GroupStats]] = {}
+        self._prompts: Ledger[str, PromptHistory] = Ledger(PromptHistory._make)
+        self._numbers: Ledger[Bucket, tuple[float, ...]] = Ledger(tuple)  # of buckets
+        self._buckets: Ledger[float, BucketSums] = Ledger(BucketSums._make)  # by number
 
     # Similarity
 
@@ -241,14 +258,10 @@ class PromptOutlook:
         """Called once for each generation batch: what was observed earlier fades."""
         self._now += 1
         if self._now % SWEEP_EVERY == 0:
-            self._prompts = {k: v for k, v in self._prompts.items() if self._fade(v.tick) >= NEGLIGIBLE}
-            self._buckets = {
-                k: (tick, sums)
-                for k, (tick, sums) in self._buckets.items()
-                if self._fade(tick) * sums.prompts >= NEGLIGIBLE
-            }
+            self._prompts.keep(lambda known: self._fade(known.tick) >= NEGLIGIBLE)
+            self._buckets.keep(lambda sums: self._fade(sums.tick) * sums.prompts >= NEGLIGIBLE)
 
-    def _fade(self, tick: int) -> float:
+    def _fade(self, tick: float) -> float:
         """Weight of evidence as of `tick`. It is applied when evidence is read, so that a tick costs nothing."""
         return self.memory ** (self._now - tick)
 
@@ -274,36 +287,42 @@ class PromptOutlook:
 
     def _observe_group(self, row: dict[str, Any], solved: int, tried: int, live: bool) -> None:
         latest = GroupStats.of_group(solved, tried, live)
-        key, bucket = prompt_key(row), self._bucket(row)
-        known = self._prompts.get(key)
+        key, bucket = prompt_key(row), self._bucket_number(self._bucket(row))
+        known: PromptHistory | None = self._prompts.get(key)
         if known:
             self._add(known.bucket, -self._fade(known.tick), known.latest)
         self._add(bucket, 1.0, latest)
-        before = known or PromptHistory(self._now, bucket, 0.0, 0.0, 0.0, 0.0, GroupStats())
-        fade = self._fade(before.tick)
+        fade = self._fade(known.tick) if known else 0.0
+        solved_before, tried_before, constant_before, live_before = known[2:6] if known else (0.0,) * 4
         self._prompts[key] = PromptHistory(
             tick=self._now,
             bucket=bucket,
-            solved=fade * before.solved + solved,
-            tried=fade * before.tried + tried,
-            constant=fade * before.constant + latest.constant,
-            constant_live=fade * before.constant_live + latest.constant_live,
-            latest=latest,
+            solved=fade * solved_before + solved,
+            tried=fade * tried_before + tried,
+            constant=fade * constant_before + latest.constant,
+            constant_live=fade * live_before + latest.constant_live,
+            last_solved=solved,
+            last_tried=tried,
+            last_live=live,
         )
 
-    def _levels(self, bucket: Bucket) -> list[Bucket]:
-        """All prompts, and below them the bucket."""
-        return [EVERYTHING, bucket] if bucket else [EVERYTHING]
+    def _bucket_number(self, bucket: Bucket) -> float:
+        """The number of a bucket, a new one if there is none yet. That of all prompts is 0."""
+        for level in (EVERYTHING, bucket):
+            if level not in self._numbers:
+                self._numbers[level] = (float(len(self._numbers)),)
+        return self._numbers[bucket][0]
 
-    def _sums(self, bucket: Bucket) -> GroupStats:
-        tick, sums = self._buckets.get(bucket, (self._now, GroupStats()))
-        return GroupStats().plus(self._fade(tick), sums)
+    def _sums(self, number: float | None) -> GroupStats:
+        """The sums of a bucket, faded as of now. `None`: of one that is not known."""
+        sums: BucketSums | None = None if number is None else self._buckets.get(number)
+        return GroupStats() if sums is None else GroupStats().plus(self._fade(sums.tick), GroupStats(*sums[1:]))
 
-    def _add(self, bucket: Bucket, weight: float, stats: GroupStats) -> None:
-        for level in self._levels(bucket):
+    def _add(self, number: float, weight: float, stats: GroupStats) -> None:
+        for level in (0.0, number) if number else (0.0,):
             sums = self._sums(level).plus(weight, stats)
             # Subtracting what was added leaves rounding errors of either sign
-            self._buckets[level] = (self._now, GroupStats(*(max(0.0, value) for value in sums)))
+            self._buckets[level] = BucketSums(self._now, *(max(0.0, value) for value in sums))
 
     # Prediction
 
@@ -326,15 +345,16 @@ class PromptOutlook:
                 Data set row.
         """
         mean, second_moment, constant_live = 1 / 2, 1 / 3, 0.0
-        for level in self._levels(self._bucket(row)):
-            seen = self._sums(level)
+        bucket = self._bucket(row)
+        for level in (EVERYTHING, bucket) if bucket else (EVERYTHING,):
+            seen = self._sums(*self._numbers.get(level, (None,)))
             weight = seen.prompts + PRIOR_PROMPTS
             mean = (seen.pass_rate + PRIOR_PROMPTS * mean) / weight
             second_moment = (seen.pair_rate + PRIOR_PROMPTS * second_moment) / weight
             constant_live = (seen.constant_live + PRIOR_PROMPTS * constant_live) / (seen.constant + PRIOR_PROMPTS)
         a, b = beta_from_moments(mean, second_moment)
         if_new = self._live_probability(a, b, constant_live)
-        own = self._prompts.get(prompt_key(row))
+        own: PromptHistory | None = self._prompts.get(prompt_key(row))
         if own is None:
             return if_new
         constant_live = (own.constant_live + constant_live) / (own.constant + 1)
@@ -372,8 +392,9 @@ class PromptOutlook:
             "now": self._now,
             "generator": self._generator.get_state(),
             "edges": dict(self._edges),
-            "prompts": dict(self._prompts),
-            "buckets": dict(self._buckets),
+            "prompts": self._prompts.state(),
+            "numbers": self._numbers.state(),
+            "buckets": self._buckets.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -381,8 +402,9 @@ class PromptOutlook:
         self._now = state["now"]
         self._generator.set_state(state["generator"].cpu())
         self._edges = dict(state["edges"])
-        self._prompts = dict(state["prompts"])
-        self._buckets = dict(state["buckets"])
+        self._prompts.load(state["prompts"])
+        self._numbers.load(state["numbers"])
+        self._buckets.load(state["buckets"])
 
 
 # Half-lives of 3, 14 and 69 generation batches. How fast a policy changes depends on learning rate, updates and task.

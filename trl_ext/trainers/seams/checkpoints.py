@@ -23,8 +23,8 @@ from accelerate.utils import send_to_device
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ...rollouts.ledger import read_ledger
 from ...rollouts.micro_batches import Fit
-from ...rollouts.outlook import GroupStats, PromptHistory
 from .evaluation import WholeEvaluations
 from .whole_checkpoints import WholeCheckpoints
 
@@ -32,8 +32,8 @@ from .whole_checkpoints import WholeCheckpoints
 logger = get_logger(__name__)
 
 RUN_STATE_FILE = "trl_ext_state.pt"
-# What files of state hold beside tensors and plain values
-STATE_TYPES: list[Any] = [Fit, PromptHistory, GroupStats]
+# What files of state hold beside tensors and plain values, and what makes it
+STATE_TYPES: list[Any] = [Fit, read_ledger]
 
 
 def random_states() -> dict[str, Any]:
