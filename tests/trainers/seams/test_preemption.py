@@ -1,5 +1,6 @@
 """SIGTERM in the middle of a run, sent to processes of their own."""
 
+import ctypes
 import io
 import os
 import signal
@@ -100,3 +101,49 @@ def test_the_signal_may_interrupt_a_print(monkeypatch, capfd):
         print("step 3", flush=True)
     assert preemption.asked
     assert "training ends after this optimizer step" in capfd.readouterr().err
+
+
+class TestTheHandlerThatWasThere:
+    trainer = SimpleNamespace(add_callback=lambda callback: None, remove_callback=lambda callback: None)
+
+    @staticmethod
+    def in_c(handler: int) -> int:
+        """Sets a handler behind Python's back, as a library does. Returns the address of the earlier one."""
+        libc = ctypes.CDLL(None)
+        libc.signal.restype = ctypes.c_void_p
+        return libc.signal(int(signal.SIGTERM), ctypes.c_void_p(handler)) or 0
+
+    def test_in_python(self):
+        before = signal.signal(signal.SIGTERM, handler := lambda number, frame: None)
+        try:
+            with preemption_of(self.trainer) as preemption:
+                assert signal.getsignal(signal.SIGTERM) == preemption.handle
+            assert signal.getsignal(signal.SIGTERM) is handler
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def test_of_a_library(self):
+        ignore = 1  # SIG_IGN
+        before = self.in_c(ignore)
+        try:
+            with preemption_of(self.trainer) as preemption:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert preemption.asked
+            assert self.in_c(ignore) == ignore
+        finally:
+            self.in_c(before)
+
+    def test_from_before_python(self, monkeypatch):
+        """Of such a handler Python says only that it isn't its own."""
+        asked, real = [], signal.signal
+
+        def of_python(number: int, handler: Any) -> Any:
+            asked.append(handler)
+            real(number, handler)
+
+        monkeypatch.setattr(signal, "signal", of_python)
+        before = signal.getsignal(signal.SIGTERM)
+        with preemption_of(self.trainer) as preemption:
+            pass
+        assert asked == [preemption.handle, signal.SIG_DFL]
+        real(signal.SIGTERM, before)

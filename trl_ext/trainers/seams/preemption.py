@@ -4,11 +4,12 @@ way, on all processes after the same one, with a checkpoint; then the process en
 nothing that comes after `train` takes the run for finished. A second signal ends the process at once.
 """
 
+import ctypes
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -96,16 +97,32 @@ class Preemption(TrainerCallback):
 
 
 @contextmanager
+def _handling(number: int, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within this context, `handler` takes a signal; afterwards whatever took it before, also if that is no Python."""
+    before = ctypes.create_string_buffer(1024)  # more than `struct sigaction` has anywhere
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if libc is not None:
+        libc.sigaction(int(number), None, before)
+    # `None` for a handler that was there before Python. Of one that a library has set since, Python knows nothing
+    known = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL if known is None else known)
+        if libc is not None:
+            libc.sigaction(int(number), before, None)
+
+
+@contextmanager
 def preemption_of(trainer: Any) -> Iterator[Preemption]:
     """Handle SIGTERM while a trainer trains, if its process lets this thread handle signals."""
     preemption = Preemption(trainer)
     if threading.current_thread() is not threading.main_thread():
         yield preemption
         return
-    before = signal.signal(signal.SIGTERM, preemption.handle)
     trainer.add_callback(preemption)
     try:
-        yield preemption
+        with _handling(signal.SIGTERM, preemption.handle):
+            yield preemption
     finally:
         trainer.remove_callback(preemption)
-        signal.signal(signal.SIGTERM, before)
