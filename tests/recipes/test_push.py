@@ -1,140 +1,48 @@
-"""`--push_to_hub`: the real client against a Hub of this test's own, on this machine."""
+"""`--push_to_hub`: the real client against a Hub of the tests' own, on this machine."""
 
-import base64
-import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import sort_digits
+from hub import running_hub
 
 
 pytestmark = pytest.mark.train
 ROOT = Path(sort_digits.__file__).parents[2]
 
 
-@dataclass
-class Hub:
-    """What a repository received: small files in commits, large ones by their hash."""
-
-    created: list[dict] = field(default_factory=list)
-    files: dict[str, bytes] = field(default_factory=dict)
-    objects: dict[str, bytes] = field(default_factory=dict)
-    tokens: set[str | None] = field(default_factory=set)
-    strange: list[str] = field(default_factory=list)
-
-
-class Handler(BaseHTTPRequestHandler):
-    """The part of the Hub's interface that an upload uses."""
-
-    hub: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
-    def answer(self, content: object, status: int = 200) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def do_POST(self) -> None:
-        self.hub.tokens.add(self.headers.get("Authorization"))
-        path, sent = self.path.split("?")[0], self.body()
-        host = f"http://{self.headers['Host']}"
-        if path == "/api/repos/create":
-            self.hub.created.append(json.loads(sent))
-            self.answer({"url": f"{host}/someone/tiny", "id": "someone/tiny"})
-        elif path == "/api/validate-yaml":
-            self.answer({"errors": [], "warnings": []})
-        elif "/preupload/" in path:
-            modes = [
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if file["size"] > 100_000 else "regular",
-                    "shouldIgnore": False,
-                }
-                for file in json.loads(sent)["files"]
-            ]
-            self.answer({"files": modes})
-        elif path.endswith("/info/lfs/objects/batch"):
-            objects = [
-                {**wanted, "actions": {"upload": {"href": f"{host}/lfs/{wanted['oid']}"}}}
-                for wanted in json.loads(sent)["objects"]
-            ]
-            self.answer({"transfer": "basic", "objects": objects})
-        elif "/commit/" in path:
-            for line in sent.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    self.hub.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-                elif entry["key"] == "lfsFile":
-                    self.hub.files[entry["value"]["path"]] = self.hub.objects[entry["value"]["oid"]]
-            self.answer({"commitUrl": f"{host}/someone/tiny/commit/1", "commitOid": "1" * 40, "success": True})
-        else:
-            self.unknown()
-
-    def do_PUT(self) -> None:
-        self.hub.objects[self.path.rpartition("/")[2]] = self.body()
-        self.answer({})
-
-    def do_GET(self) -> None:
-        if self.path.startswith("/api/models/someone/tiny"):
-            self.answer({"id": "someone/tiny", "sha": "0" * 40, "siblings": []})
-        elif self.path.startswith("/api/whoami"):
-            self.answer({"name": "someone", "type": "user", "orgs": []})
-        else:
-            self.unknown()
-
-    def do_HEAD(self) -> None:
-        self.answer({}, status=404)
-
-    def unknown(self) -> None:
-        self.hub.strange.append(f"{self.command} {self.path}")
-        self.answer({"error": "unknown"}, status=404)
+@pytest.fixture
+def hub():
+    with running_hub() as running:
+        yield running
 
 
 @pytest.fixture
-def hub():
-    """A running Hub and its address."""
-    handler = type("HubHandler", (Handler,), {"hub": Hub()})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield handler.hub, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-
-
-@pytest.mark.slow
-def test_the_whole_report_reaches_the_hub(hub, tmp_path):
-    received, address = hub
+def command(tmp_path):
+    """Arguments of a short run with a push."""
     tokenizer = sort_digits.build_tokenizer()
     sort_digits.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "init")
     tokenizer.save_pretrained(tmp_path / "init")
     sort_digits.build_data("N", tokenizer, 0, 8, 64, 16).save_to_disk(tmp_path / "data")
-    command = [
-        *(sys.executable, "recipes/dapo.py", "--config", "recipes/configs/quickstart_dapo.yaml"),
+    return [
+        *("--config", "recipes/configs/quickstart_dapo.yaml"),
         *("--model_name_or_path", str(tmp_path / "init"), "--dataset_name", str(tmp_path / "data")),
         *("--reward_funcs", "tests/tiny.py:first_token_even", "--held_out_prompts", "4"),
         *("--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--per_device_train_batch_size", "16"),
-        *("--push_to_hub", "--hub_model_id", "someone/tiny", "--hub_token", "hf_from_the_command_line"),
+        *("--push_to_hub", "--hub_model_id", "someone/tiny"),
     ]
-    environment = {
+
+
+@pytest.fixture
+def environment(hub, tmp_path):
+    return {
         **os.environ,
-        "HF_ENDPOINT": address,
+        "HF_ENDPOINT": hub[1],
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -142,12 +50,25 @@ def test_the_whole_report_reaches_the_hub(hub, tmp_path):
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "no_proxy": "127.0.0.1",
     }
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "Pushed to https://huggingface.co/someone/tiny" in run.stdout
+
+
+def run(command, environment):
+    """In an interpreter of its own: the Hub's client reads its address when it is imported."""
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_the_whole_report_reaches_the_hub(hub, command, environment, tmp_path):
+    received, _ = hub
+    done = run(["recipes/dapo.py", *command, "--hub_token", "hf_from_the_command_line"], environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Pushed to https://huggingface.co/someone/tiny" in done.stdout
     assert received.strange == []
     assert received.created[0]["name"] == "tiny"
     assert received.tokens == {"Bearer hf_from_the_command_line"}
+    assert received.commits == 2  # of the last checkpoint and of the whole; none for a model without its report
 
     names = {"README.md", "learning.png", "summary.json", "model.safetensors", "config.json", "tokenizer.json"}
     assert names <= set(received.files)
@@ -158,3 +79,34 @@ def test_the_whole_report_reaches_the_hub(hub, tmp_path):
     assert 'model="someone/tiny"' in card
     assert "training_args.bin" in received.files
     assert not [name for name, content in received.files.items() if b"hf_from_the_command_line" in content]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["refused", "silent"])
+def test_a_push_that_fails_costs_the_push_alone(fault, hub, command, environment, tmp_path):
+    """Checkpoints are pushed in training, too: by the same Hub, which is out of order from the start."""
+    received, _ = hub
+    received.refusing, received.silent = fault == "refused", threading.Event() if fault == "silent" else None
+    environment["HF_TOKEN"] = "hf_of_the_environment"
+    saving = ["--push_timeout", "2", "--save_strategy", "steps", "--save_steps", "1"]
+    done = run(["recipes/dapo.py", *command, *saving], environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert "Pushed to" not in done.stdout and received.files == {} and received.commits >= 2
+    names = {"README.md", "learning.png", "summary.json", "model.safetensors", "checkpoint-1"}
+    assert names <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert "## Results" in (tmp_path / "out/README.md").read_text()
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Not pushed to someone/tiny (")]
+    assert ("Timeout" if fault == "silent" else "500") in line
+    assert "A checkpoint was not pushed to someone/tiny" in done.stderr
+
+    # The command that the line ends with
+    if received.silent is not None:
+        received.silent.set()
+    received.refusing = False
+    program, *arguments = shlex.split(line.partition("upload it with: ")[2])
+    assert program == "hf"
+    again = run(["-m", "huggingface_hub.cli.hf", *arguments], environment)
+    assert again.returncode == 0, again.stderr
+    assert received.files["summary.json"] == (tmp_path / "out/summary.json").read_bytes()
+    assert not [name for name in received.files if name.startswith(("checkpoint", "_"))]

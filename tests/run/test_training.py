@@ -28,8 +28,8 @@ class Trainer:
     def train(self, resume_from_checkpoint: Any) -> None:
         self.done.append(resume_from_checkpoint)
 
-    def save_model(self, folder: str) -> None:
-        self.done.append(folder)
+    def save_model(self, folder: str, _internal_call: bool) -> None:
+        self.done.append((folder, _internal_call))
 
 
 @pytest.mark.parametrize(
@@ -38,4 +38,4 @@ class Trainer:
 def test_where_training_resumes(given, taken):
     trainer = Trainer(given)
     train_and_save(trainer)
-    assert trainer.done == ["ProgressLines", taken, "out"]  # saved at once
+    assert trainer.done == ["ProgressLines", taken, ("out", True)]  # saved at once, and not pushed yet

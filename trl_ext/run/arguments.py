@@ -18,6 +18,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from ..errors import UserError
 from ..pipelines.dpo_then_ppo import DPOThenPPO
+from .hub import limit_silence
 from .parsing import CONFIG, RecipeParser, config_file, read_config, words_of
 from .program import Parser, preparing
 
@@ -40,6 +41,8 @@ class DataArguments(ScriptArguments):
             `path/to/file.py:function`. It takes a row and returns the columns to add or replace.
         cpu_threads (`int`, *optional*):
             Threads PyTorch computes with when there is no accelerator. Tiny models are fastest with 1.
+        push_timeout (`float`, *optional*, defaults to `120.0`):
+            With `push_to_hub`: seconds after which a request to the Hub that gets no answer has failed.
 
     `config_file` is the yaml file that the arguments were read from, `None` if there was none. The files that it names
     may lie beside it.
@@ -50,6 +53,9 @@ class DataArguments(ScriptArguments):
     )
     cpu_threads: int | None = field(
         default=None, metadata={"help": "Threads PyTorch computes with when there is no accelerator."}
+    )
+    push_timeout: float = field(
+        default=120.0, metadata={"help": "Seconds after which a request to the Hub without an answer has failed."}
     )
     config_file: Path | None = field(default=None, init=False)  # no argument
 
@@ -262,6 +268,8 @@ def parse_arguments(
     if training_args.hub_token is not None:
         # The trainer saves its arguments beside the model and pushes them: the token must not be among them
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
+    if training_args.push_to_hub:
+        limit_silence(script_args.push_timeout)
     if not has_accelerator:
         if script_args.cpu_threads is not None:
             torch.set_num_threads(script_args.cpu_threads)

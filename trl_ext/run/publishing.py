@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..evaluation.credit import TokenCredit
 from ..evaluation.held_out import Estimate
@@ -16,10 +17,13 @@ from ..reports.plots import plot_learning, plot_tokens
 from ..reports.summary import summarize, write_summary
 from .arguments import ParsedArguments
 from .files import recipes_folder
+from .hub import uploading
 
 
 SUMMARY = "summary.json"
 PICTURES = ("learning.png", "tokens.png")
+# What trainers leave out of an upload
+NOT_PUSHED = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
 
 
 def write_results(
@@ -105,14 +109,12 @@ def publish(trainer: Any, dataset_name: str | None, summary: Mapping[str, Any] |
     `summary` of the main process says.
     """
     dataset = on_the_hub(dataset_name)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset)
-    else:
-        trainer.create_model_card(model_name=Path(trainer.args.output_dir).name, dataset_name=dataset)
     folder = Path(trainer.args.output_dir)
+    trainer.create_model_card(model_name=folder.name, dataset_name=dataset)
     trainer.accelerator.print(f"Saved to {folder}. How to use the model: {folder / 'README.md'}")
     if trainer.args.push_to_hub:
-        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
+        with uploading(folder, trainer.hub_model_id, NOT_PUSHED, trainer.args.hub_revision):
+            trainer.push_to_hub(dataset_name=dataset)
     if summary is not None:
         trainer.accelerator.print("\n".join(closing_lines(summary, folder)))
     leave(trainer)

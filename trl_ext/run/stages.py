@@ -21,6 +21,7 @@ from ..rewards.implicit import IMPLICIT_REWARD
 from ..trainers.dpo import DPOConfig
 from ..trainers.grpo import GRPOTrainer
 from .arguments import METHODS, HybridArguments, ParsedArguments, PolicyArguments, as_mapping, parse_arguments, peek
+from .hub import uploading
 from .loading import (
     check_models,
     get_split,
@@ -42,6 +43,8 @@ SHARED_BY_STAGES = (
     *("output_dir", "use_cpu", "bf16", "fp16", "gradient_checkpointing", "gradient_checkpointing_kwargs", "seed"),
     *("report_to", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm"),
 )
+# What an upload leaves out: the stages' own folders
+NOT_PUSHED = ("round_*", "start*")
 SCHEDULE_SETTINGS = (
     *("reference", "rounds", "accuracy_threshold", "accuracy_logs"),
     *("held_out_samples", "held_out_every", "held_out_seed"),
@@ -155,11 +158,10 @@ def train_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[st
     schedule.train()
     if state.is_main_process:
         _report_stages(schedule, arguments, argv, hub_id)
-        if training_args.push_to_hub:
-            assert hub_id is not None
-            commit = upload_folder(repo_id=hub_id, folder_path=folder, ignore_patterns=["round_*", "start*"])
-            print(f"Pushed to {commit.repo_url}.")
     state.print(f"Saved to {folder}.")
+    if hub_id is not None and state.is_main_process:
+        with uploading(folder, hub_id, NOT_PUSHED):
+            upload_folder(repo_id=hub_id, folder_path=folder, ignore_patterns=list(NOT_PUSHED))
     leave()
     return schedule
 

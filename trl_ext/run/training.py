@@ -10,6 +10,7 @@ from trl import SFTConfig, SFTTrainer
 from ..monitors.health import HealthChecks
 from ..monitors.progress import ProgressLines
 from ..monitors.verify import verify
+from ..trainers.seams.pushes import save_without_push
 from .arguments import DataArguments, PolicyArguments, parse_arguments
 from .loading import RewardFunc, check_models, load_curriculum, load_data, load_reward_funcs, trainer_arguments
 from .measuring import add_held_out, token_credits
@@ -32,7 +33,7 @@ def train_and_save(trainer: Any, health_checks: bool = False) -> None:
     watch(trainer, health_checks)
     checkpoint = trainer.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint))
-    trainer.save_model(trainer.args.output_dir)
+    save_without_push(trainer)
 
 
 @program

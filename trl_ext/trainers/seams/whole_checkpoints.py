@@ -33,6 +33,7 @@ from ...redaction import without_secrets
 from ...roles.critic import critic_of
 from ...roles.quantized import keep_weights_trainable
 from .preemption import preemption_of
+from .pushes import push_of_checkpoint, wait_for_pushes
 
 
 logger = get_logger(__name__)
@@ -427,7 +428,11 @@ class WholeCheckpoints(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._aside is None:
-            with without_secrets(self.args):
+            with without_secrets(self.args), push_of_checkpoint(self):
                 super()._push_from_checkpoint(checkpoint_folder)
         else:  # when it is in its place: the upload goes on in the background
             self._to_push = os.path.basename(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        wait_for_pushes(self)
+        super()._finish_current_push()
