@@ -31,7 +31,7 @@ SUMMARY = {
 
 
 def test_results_as_a_table():
-    card = results_section(SUMMARY, "learning.png", "max_steps: 120\nhub_token: hf_abc\n", "s3142=")
+    card = results_section(SUMMARY, "learning.png", "max_steps: 120\nhub_token: hf_abc\n")
     assert card.startswith("## Results\n")
     assert "Held-out prompts (512, 2048 sampled completions), before and after 120 optimizer steps" in card
     assert "| exact_match | 0.336 (0.304 to 0.368) | 0.765 (0.740 to 0.790) | 0.429 (0.400 to 0.460) |" in card
@@ -39,7 +39,6 @@ def test_results_as_a_table():
     assert "| tokens generated | 160k |" in card
     assert "| padding and dead rows not computed | 61% |" in card
     assert "| parameters | 109,248 trained of 109,248 |" in card
-    assert 'tokenizer("s3142=", return_tensors="pt")' in card
     assert "```yaml\nmax_steps: 120\nhub_token: ***\n```" in card
     assert "--config a.yaml --hub_token ***" in card
     assert "hf_abc" not in card
@@ -84,7 +83,7 @@ def test_a_run_without_evaluation_says_so():
 
 def test_the_section_stands_in_the_model_card(tmp_path):
     trainer = tiny.trainer(DAPOTrainer, tmp_path)
-    trainer.card_sections.append(lambda: results_section(SUMMARY))
+    trainer.card.sections.append(lambda: results_section(SUMMARY))
     trainer.create_model_card(model_name="tiny")
     trainer.create_model_card(model_name="tiny")  # as saving, and then pushing, do
     card = (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -60,10 +60,11 @@ def test_the_card_has_a_row_a_stage(stages: list[StageResult], tmp_path: Path) -
     assert rows[0] == "| stage | right | length | optimizer steps | tokens generated | seconds |"
     assert rows[4] == "| ppo | 0.520 (0.470 to 0.570) | 7.000 (6.000 to 8.000) | 4 | 50 | 10 |"
     assert len(rows) == 7 and "hf_secret" not in section
-    write_stages_card(tmp_path, section, summary, "org/base", None, "me/mine")
+    write_stages_card(tmp_path, section, summary, "org/base", None, "me/mine", tokenizer=None, example="s31=")
     card = (tmp_path / "README.md").read_text()
     assert "base_model: org/base" in card and "- dpo\n- ppo\n" in card and card.endswith(section)
-    assert 'model="me/mine"' in card
+    assert 'model="me/mine"' in card and 'generator("s31="' in card
+    assert "library_name: peft" in card and "type: right" in card and "value: 0.62" in card  # the last stage's
 
 
 def test_all_stages_share_one_axis(stages: list[StageResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,7 +279,7 @@ class TestRollOut:
 class TestCard:
     def test_sections_follow_trls_card(self, tmp_path):
         trainer = tiny.trainer(GRPOTrainer, tmp_path, tiny.hashed)
-        trainer.card_sections.append(lambda: "## What it cost\n\nNothing.")
+        trainer.card.sections.append(lambda: "## What it cost\n\nNothing.")
         trainer.create_model_card(model_name="tiny")
         card = (tmp_path / "README.md").read_text()
         assert card.endswith("## What it cost\n\nNothing.\n")

@@ -3,7 +3,6 @@ What a run adds to the model card that TRL writes: the results with their interv
 the command and configuration that repeat it.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,13 @@ from trl.trainer.utils import generate_model_card
 from ..evaluation.pairs import PAIR_ACCURACY
 from ..monitors.progress import count
 from ..redaction import redact
-from ..trainers.cards import name_what_has_no_hub_id
+from ..trainers.cards import CARD, CardFacts, as_written, base_of, completed
 
 
 def results_section(
     summary: dict[str, Any],
     figure: str | None = None,
     config: str | None = None,
-    example_prompt: str | None = None,
     token_figure: str | None = None,
 ) -> str:
     """
@@ -33,9 +31,6 @@ def results_section(
         config (`str`, *optional*):
             Text of the yaml file the run was launched with. Access tokens in it, and in the command line, are replaced
             by `***`.
-        example_prompt (`str`, *optional*):
-            A plain-text prompt, to show how the model is used. Models with a chat template need none: TRL's own card
-            shows their use.
         token_figure (`str`, *optional*):
             Path of the figure of single completions, token by token.
 
@@ -49,8 +44,6 @@ def results_section(
     if token_figure is not None:
         parts.append(f"![two completions, token by token: value, advantage, probability]({token_figure})")
     parts.append(_costs(summary))
-    if example_prompt is not None:
-        parts += ["### Ask it", _usage(example_prompt)]
     return "\n\n".join([*parts, *_repeat(summary, config)]) + "\n"
 
 
@@ -96,6 +89,9 @@ def write_stages_card(
     base_model: str,
     dataset: str | None,
     hub_id: str | None = None,
+    *,
+    tokenizer: Any,
+    example: str,
 ) -> None:
     """
     Writes `README.md`: TRL's model card, then `section`.
@@ -113,10 +109,14 @@ def write_stages_card(
             Hub id of the data.
         hub_id (`str`, *optional*):
             Hub id under which the model is published. `None`: it isn't published.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Of the model.
+        example (`str`):
+            A prompt, for a model without a chat template.
     """
     name = Path(folder).name if hub_id is None else hub_id.split("/")[-1]
     methods = list(dict.fromkeys(stage["name"].split()[0] for stage in summary["stages"][1:]))
-    linked = None if Path(base_model).exists() else base_model
+    linked = base_of(base_model) if Path(base_model).exists() else base_model
     card: Any = generate_model_card(
         linked,
         name,
@@ -130,9 +130,17 @@ def write_stages_card(
         paper_title="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
         paper_id="2305.18290",
     )
-    card.data.library_name = "peft"  # what is published is an adapter
-    text = name_what_has_no_hub_id(str(card), name)
-    (Path(folder) / "README.md").write_text(f"{text.rstrip()}\n\n{section}", encoding="utf-8")
+    last = summary["stages"][-1] if summary["stages"] else {}
+    facts = CardFacts(
+        hub_id or as_written(Path(folder)),
+        adapter=True,
+        chat=getattr(tokenizer, "chat_template", None) is not None,
+        example=example,
+        base_model=linked,
+        metrics={metric: last[metric] for metric in last.get("intervals", ())},
+    )
+    text = completed(str(card), facts)
+    (Path(folder) / CARD).write_text(f"{text.rstrip()}\n\n{section}", encoding="utf-8")
 
 
 def _repeat(summary: dict[str, Any], config: str | None) -> list[str]:
@@ -216,15 +224,3 @@ def _critic(critic: dict[str, float]) -> dict[str, str]:
     if "kl" in critic:
         rows["KL to the reference, at the end"] = f"{critic['kl']:.2f} nats per completion"
     return rows
-
-
-def _usage(prompt: str) -> str:
-    return (
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
-        f'inputs = tokenizer({json.dumps(prompt)}, return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))\n"
-        "```"
-    )

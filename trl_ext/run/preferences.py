@@ -3,17 +3,20 @@
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import AutoTokenizer
-from trl import RewardConfig, RewardTrainer
+from trl import RewardConfig
 
+from ..reports.card import results_section
 from ..trainers.dpo import DPOConfig, DPOTrainer
 from .arguments import DataArguments, DPOArguments, parse_arguments
 from .loading import check_models, load_curriculum, load_data, trainer_arguments
 from .measuring import pair_accuracy, score_completions
 from .program import preparing, program
 from .publishing import publish, write_results
+from .supervised import RewardTrainer
 from .training import train_and_save
 
 
@@ -75,6 +78,7 @@ def train_reward_model(argv: list[str] | None = None) -> RewardTrainer:
     summary = None
     if trainer.is_world_process_zero() and (measured := pair_accuracy(trainer)):
         summary = write_results(trainer, arguments, measured, time.monotonic() - started)
+        trainer.card.sections.append(partial(results_section, summary))
     publish(trainer, arguments.script.dataset_name, summary)
     return trainer
 
@@ -109,5 +113,6 @@ def train_dpo(argv: list[str] | None = None) -> DPOTrainer:
         for step, found in ((0, before), (trainer.state.global_step, after)):
             measured[step] = {**measured.get(step, {}), **found}
         summary = write_results(trainer, arguments, dict(sorted(measured.items())), time.monotonic() - started)
+        trainer.card.sections.append(partial(results_section, summary))
     publish(trainer, script_args.dataset_name, summary)
     return trainer

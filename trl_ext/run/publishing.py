@@ -64,6 +64,8 @@ def write_results(
         reward_model=reward_model,
     )
     write_summary(summary, Path(trainer.args.output_dir) / SUMMARY)
+    after = summary["after"] or {}
+    trainer.card.metrics |= {metric: after[metric] for metric in after.get("intervals", ())}
     return summary
 
 
@@ -77,15 +79,13 @@ def add_results(
     folder, script_args = Path(trainer.args.output_dir), arguments.script
     title = f"{summary['method']} · {arguments.model.model_name_or_path} · {script_args.dataset_name}"
     figure = plot_learning(trainer.state.log_history, folder / PICTURES[0], title)
-    example = next(iter(trainer.train_dataset))["prompt"]
     section = results_section(
         dict(summary),
         figure.name,
         config_text(script_args.config_file),
-        example if isinstance(example, str) else None,
         plot_tokens(credits, folder / PICTURES[1], title).name if credits else None,
     )
-    trainer.card_sections.append(lambda: section)
+    trainer.card.sections.append(lambda: section)
 
 
 def closing_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:

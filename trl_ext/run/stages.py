@@ -18,6 +18,7 @@ from ..reports.card import stages_section, write_stages_card
 from ..reports.plots import plot_stages
 from ..reports.summary import summarize_stages, write_summary
 from ..rewards.implicit import IMPLICIT_REWARD
+from ..trainers.cards import example_of
 from ..trainers.dpo import DPOConfig
 from ..trainers.grpo import GRPOTrainer
 from .arguments import METHODS, HybridArguments, ParsedArguments, PolicyArguments, as_mapping, parse_arguments, peek
@@ -176,7 +177,9 @@ def _report_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[
     write_summary(summary, folder / SUMMARY)
     figure = plot_stages(schedule.stages, folder / "stages.png", f"{method} · {model} · {dataset}")
     section = stages_section(summary, figure.name, config_text(script_args.config_file))
-    write_stages_card(folder, section, summary, str(model), on_the_hub(dataset), hub_id)
+    example, tokenizer = example_of(schedule.train_dataset, schedule.tokenizer), schedule.tokenizer
+    shown = {"tokenizer": tokenizer, "example": example}
+    write_stages_card(folder, section, summary, str(model), on_the_hub(dataset), hub_id, **shown)
     for stage in summary["stages"]:
         found = f"{summary['metric']} {stage[summary['metric']]:.3f}"
         print(f"{stage['name']}: {found} ({stage['low']:.3f} to {stage['high']:.3f})")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from ..monitors.health import HealthChecks
 from ..monitors.progress import ProgressLines
@@ -16,6 +16,7 @@ from .loading import RewardFunc, check_models, load_curriculum, load_data, load_
 from .measuring import add_held_out, token_credits
 from .program import preparing, program
 from .publishing import add_results, publish, write_results
+from .supervised import SFTTrainer
 
 
 def watch(trainer: Any, health_checks: bool = False) -> None:

@@ -23,6 +23,7 @@ from ..errors import require, require_one_of
 from ..rewards.implicit import IMPLICIT_REWARD, ImplicitReward
 from ..roles.trunk import REFERENCE_ADAPTER
 from .arguments import adopted, bound
+from .cards import CardAdditions, complete_card
 from .seams.dpo import DPOSeams, RowOrder
 
 
@@ -105,7 +106,13 @@ class DPOTrainer(DPOSeams):
         given = bound(trl.DPOTrainer, self, args, kwargs)
         self._check_curriculum(given["args"], curriculum, given.get("train_dataset"))
         self.curriculum = curriculum
+        self.card = CardAdditions()
         super().__init__(**given)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's model card with what is wrong in it put right, followed by what `self.card` adds."""
+        super().create_model_card(*args, **kwargs)
+        complete_card(self, self.card)
 
     @staticmethod
     def _check_curriculum(config: DPOConfig, curriculum: Any, dataset: Any) -> None:

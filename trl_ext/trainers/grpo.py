@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -43,7 +42,7 @@ from ..rollouts.selection import (
 from ..rollouts.statistics import restate_loss_metrics
 from ..rollouts.stream import PromptStream, prompt_key
 from .arguments import bound, model_name
-from .cards import name_what_has_no_hub_id
+from .cards import CardAdditions, complete_card
 from .data_checks import check_curriculum, check_data, check_images, check_outcome_names, check_reward_models
 from .grpo_config import GRPOConfig
 from .seams.critic import CriticSeams
@@ -140,7 +139,7 @@ class GRPOTrainer(CriticSeams):
         self.selects = self.rollout_selection.fill is not None
         self.estimator = ESTIMATORS[config.advantage_estimator]
         self.level = IMPORTANCE_LEVELS[config.importance_sampling_level]
-        self.card_sections: list[Callable[[], str]] = []
+        self.card = CardAdditions()
         self.counters, self.saved_compute = Counters(), SavedCompute()
         self._acceptance = AcceptanceRate()
         self._baseline: float | None = None
@@ -450,14 +449,9 @@ class GRPOTrainer(CriticSeams):
                 observer.load_state_dict(state[observer.key])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's model card, followed by what `self.card_sections` return (Markdown)."""
+        """TRL's model card with what is wrong in it put right, followed by what `self.card` adds."""
         super().create_model_card(*args, **kwargs)
-        if not self.is_world_process_zero():
-            return
-        card = Path(str(self.args.output_dir)) / "README.md"
-        text = name_what_has_no_hub_id(card.read_text(encoding="utf-8"), card.parent.name)
-        sections = [section() for section in self.card_sections]
-        card.write_text("\n\n".join([text.rstrip(), *sections]) + "\n", encoding="utf-8")
+        complete_card(self, self.card)
 
     # Rollouts without training
 
