@@ -15,6 +15,7 @@ EVALUATION = "eval_"  # before the key of what is measured in evaluation
 # Logged by PPO, under the names of TRL 1.12's PPO
 KL_PER_COMPLETION = "objective/kl"  # to the reference, mean over completions
 SCORES = "objective/scores"
+NON_SCORE_REWARD = "objective/non_score_reward"
 VALUE_LOSS = "loss/value_avg"
 EXPLAINED_VARIANCE = "val/explained_variance"
 

@@ -128,12 +128,29 @@ def test_the_kl_is_subtracted_from_the_reward_of_each_token():
     assert credit.returns.tolist() == [[-0.5, 0.0, 0.0, 0.0], [1.0, 1.0, -1.0, -1.0], [1.0, 0.0, 0.0, 0.0]]
     assert metrics["objective/kl"] == pytest.approx(7 / 3)
     assert metrics["objective/non_score_reward"] == pytest.approx(-3.5 / 3)
-    assert metrics["objective/rlhf_reward"] == pytest.approx(5 / 3 - 3.5 / 3)
 
 
 def test_without_a_reference_nothing_is_said_of_it():
     _, metrics = credited(rewards=REWARDS, kl_coef=0.5)
-    assert metrics.keys() == {"objective/scores", "val/value", "val/return", "val/explained_variance"}
+    assert metrics.keys() == {"val/value", "val/return", "val/explained_variance"}
+
+
+def test_where_every_completion_is_left_out_there_is_nothing_to_measure():
+    nothing = torch.zeros(2, 3)
+    credit, metrics = estimate_credit(
+        nothing,
+        nothing,
+        torch.ones(2, 4),
+        nothing.long(),
+        nothing.long(),
+        torch.tensor([False, False]),
+        torch.tensor([1.0, 0.0]),
+        replace(PLAIN, whiten_advantages=True, whiten_rewards=True, kl_coef=0.1),
+    )
+    assert credit.completions == 0
+    assert not credit.advantages.any() and not credit.returns.any() and not credit.mask.any()
+    assert math.isnan(metrics["objective/kl"]) and math.isnan(metrics["objective/non_score_reward"])
+    assert metrics["val/value"] == metrics["val/return"] == 0.0
 
 
 def test_tokens_of_an_environment_are_crossed():
@@ -149,7 +166,6 @@ def test_a_completion_that_nothing_scored_teaches_nothing():
     credit, metrics = credited(rewards=REWARDS, values=VALUES, scores=scores, whiten_advantages=True)
     assert not credit.advantages[1].any() and not credit.mask[1].any()
     assert torch.equal(credit.returns[1], credit.values[1])
-    assert metrics["objective/scores"] == 2.0  # the mean of the others
     # Whitened over the four tokens of the other two: 0.5, 0.75, 1 and 3
     parts = [0.5, 0.75, 1.0, 3.0]
     mean, deviation = statistics.fmean(parts), statistics.stdev(parts)

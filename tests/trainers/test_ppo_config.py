@@ -120,6 +120,10 @@ REFUSED = {
         {"bootstrap_truncated": True, "mask_truncated_completions": True},
         "bootstrap_truncated=True says what truncated completions are worth",
     ),
+    "penalty of nothing": (
+        {"missing_eos_penalty": 1.0, "mask_truncated_completions": True},
+        r"missing_eos_penalty=1\.0 punishes truncated completions, mask_truncated_completions=True leaves them out",
+    ),
     "estimator": ({"advantage_estimator": "group"}, "advantage_estimator='group' is unknown. Choose one of 'gae'"),
     "critic": ({"critic": "none"}, "critic='none' is unknown. Choose one of 'head', 'model'"),
     "head of a model": ({"critic": "model", "critic_head": "mlp"}, "critic_head='mlp' has no effect"),

@@ -6,12 +6,14 @@ its own reward.
 """
 
 import asyncio
+import math
 import re
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from comparing import Gradients
 
 from trl_ext import GRPOTrainer, PPOTrainer, RewardFunctionError
 from trl_ext.rewards.steps import StepRewards
@@ -230,3 +232,47 @@ def test_a_reward_by_step_is_logged_as_its_sum(tmp_path):
     sums = [float(StepRewards(a_step(ids))) for ids, _ in rewards_by_token(trainer)]
     (log,) = tiny.history(trainer)
     assert log["reward"] == log["objective/scores"] == pytest.approx(sum(sums) / len(sums))
+
+
+# Truncated completions that are left out
+
+
+def cut_off_at(step: int | None) -> Any:
+    """A rollout function: about half of the completions end, and none does in the generation batch of `step`."""
+
+    def rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        completions = [[4 + (3 * i + trainer.state.global_step) % 20, 5 + i] for i in range(len(prompts))]
+        for ids in completions[::2] if trainer.state.global_step != step else []:
+            ids[-1] = 2
+        prompt_ids = trainer.processing_class(text=prompts)["input_ids"]
+        return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
+
+    return rollouts
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+def test_where_every_completion_is_cut_off_no_step_moves_the_policy(tmp_path, late):
+    gradients = Gradients()
+    sizes = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1} if late else {}
+    trainer = tiny.trainer(
+        tiny.recorded(PPOTrainer),
+        tmp_path,
+        tiny.hashed,
+        {"rollout_func": cut_off_at(1), "callbacks": [gradients], "ref_model": tiny.stopping(3)},
+        **{"mask_truncated_completions": True, "num_generations": 1, "num_iterations": 1, "max_steps": 3},
+        **{"kl_target": 0.5, "kl_rule": "ppo", "whiten_rewards": True, **sizes},
+    )
+    assert trainer.may_credit_late is late
+    trainer.train()
+    moved = [any(grad.abs().max() > 0 for grad in step.values()) for step in gradients.steps]
+    assert moved == [True, False, True]
+    logs = tiny.history(trainer)
+    assert [log["objective/kl"] is None for log in logs] == [False, True, False]
+    assert logs[1]["loss"] == logs[1]["loss/value_avg"] == 0.0
+    coefficients = [log["objective/kl_coef"] for log in logs]
+    assert coefficients[0] != coefficients[1] == coefficients[2]  # nothing was measured in the second step
+    for log in logs:  # of all completions, those that are left out among them
+        assert log["objective/scores"] == pytest.approx(log["reward"], rel=1e-5)
+        assert all(math.isfinite(value) for value in log.values() if value is not None)
+    assert all(value.isfinite().all() for value in tiny.weights(trainer.model).values())

@@ -6,12 +6,13 @@ turns the result into advantages and returns. The trainer and the picture of cre
 these two functions.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..metric_keys import EXPLAINED_VARIANCE, KL_PER_COMPLETION, SCORES
+from ..metric_keys import EXPLAINED_VARIANCE, KL_PER_COMPLETION, NON_SCORE_REWARD
 from .gae import carried_back, gae, length_adaptive_lam
 from .values import Reduce, explained_variance, only_here, whiten
 
@@ -66,7 +67,7 @@ class Credit:
         mask (`torch.Tensor` of shape `(B, T)`):
             1 on the tokens that are credited: the policy's own, in completions that have a score.
         completions (`int`):
-            Number of completions on all ranks.
+            Number of completions on all ranks, without those that are left out (`mask_truncated_completions`).
     """
 
     advantages: torch.Tensor
@@ -202,8 +203,9 @@ def estimate_credit(
     explained = explained_variance(values, returns, credited, reduce)
     if settings.whiten_advantages:
         advantages = whiten(advantages, credited, reduce=reduce)
-    real = lengths > 0  # an empty row only fills up a micro-batch
-    completions, metrics = _metrics(scores[real], per_token_kl, credited, values, returns, settings.kl_coef, reduce)
+    # An empty row fills up a micro-batch, or is a completion that is left out
+    real = int((lengths > 0).sum())
+    completions, metrics = _metrics(real, per_token_kl, credited, values, returns, settings.kl_coef, reduce)
     credit = Credit(advantages * credited, returns, values, credited, completions)
     return credit, metrics | {EXPLAINED_VARIANCE: explained}
 
@@ -227,7 +229,7 @@ def _advantages_and_returns(
 
 
 def _metrics(
-    scores: torch.Tensor,
+    rows: int,
     per_token_kl: torch.Tensor | None,
     mask: torch.Tensor,
     values: torch.Tensor,
@@ -236,17 +238,14 @@ def _metrics(
     reduce: Reduce,
 ) -> tuple[int, dict[str, float]]:
     """Number of completions, and means over completions or tokens, of all ranks."""
-    known = ~scores.isnan()
     per_token = torch.zeros_like(values) if per_token_kl is None else per_token_kl
-    parts = [len(scores), known.sum(), scores[known].sum(), per_token.sum(), (kl_coef * per_token).sum()]
-    parts += [mask.sum(), (values * mask).sum(), (returns * mask).sum()]
+    parts = [rows, per_token.sum(), (kl_coef * per_token).sum(), mask.sum(), (values * mask).sum()]
+    parts += [(returns * mask).sum()]
     sums = torch.stack([torch.as_tensor(part, device=values.device, dtype=torch.float32) for part in parts])
-    completions, scored, score, kl, penalty, tokens, value, target = reduce(sums).tolist()
-    score /= max(scored, 1)
-    metrics = {SCORES: score}
-    metrics |= {MEAN_VALUE: value / max(tokens, 1), MEAN_RETURN: target / max(tokens, 1)}
+    completions, kl, penalty, tokens, value, target = reduce(sums).tolist()
+    metrics = {MEAN_VALUE: value / max(tokens, 1), MEAN_RETURN: target / max(tokens, 1)}
     if per_token_kl is not None:
-        metrics[KL_PER_COMPLETION] = kl / completions
-        metrics["objective/non_score_reward"] = -penalty / completions
-        metrics["objective/rlhf_reward"] = score - penalty / completions
+        # NaN, which TRL leaves out of its means, if no completion is left
+        metrics[KL_PER_COMPLETION] = kl / completions if completions else math.nan
+        metrics[NON_SCORE_REWARD] = -penalty / completions if completions else math.nan
     return int(completions), metrics

@@ -38,7 +38,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..errors import require
-from ..metric_keys import KL_PER_COMPLETION, VALUE_LOSS
+from ..metric_keys import KL_PER_COMPLETION, NON_SCORE_REWARD, SCORES, VALUE_LOSS
 from ..objectives.advantages import aggregate_rewards
 from ..objectives.credit import (
     MEANS_OVER_TOKENS,
@@ -254,14 +254,17 @@ class PPOTrainer(GRPOTrainer):
             {column: reward.steps for column, reward in by_column.items()} for by_column in self.batch.step_rewards
         ]
         scores = aggregate_rewards(rewards, self.reward_weights, "sum_then_normalize", 1)  # (B,)
+        of_all = self.accelerator.gather(scores)
         output["scores"] = scores
+        # Kept, because rows without a token in the loss are gone when tokens are credited late
+        output["mean_score"] = torch.nanmean(of_all)
         output["token_rewards"] = token_rewards(
             rewards,
             self.reward_weights,
             step_rewards,
             output["completion_mask"],
             self._ended(output),
-            deviation=self.reward_deviation(self.accelerator.gather(scores), training),
+            deviation=self.reward_deviation(of_all, training),
             clip=args.reward_clip,
             missing_eos_penalty=args.missing_eos_penalty,
         )
@@ -285,7 +288,7 @@ class PPOTrainer(GRPOTrainer):
         Put advantages, returns and old values into `output`, from its token rewards and from `state_values`
         `(B, T + 1)`, before each token and after the last. Returns the mean advantage of each row.
         """
-        scores, earned = output.pop("scores"), output.pop("token_rewards")
+        scores, earned, mean_score = (output.pop(name) for name in ("scores", "token_rewards", "mean_score"))
         mask = output["completion_mask"] * output.get("tool_mask", 1)  # (B, T)
         credit, metrics = estimate_credit(
             earned,
@@ -299,7 +302,9 @@ class PPOTrainer(GRPOTrainer):
             self._sum,
         )
         output |= {"advantages": credit.advantages, "old_values": credit.values, "returns": credit.returns}
+        metrics[SCORES] = float(mean_score)
         if self.needs_reference:
+            metrics["objective/rlhf_reward"] = metrics[SCORES] + metrics[NON_SCORE_REWARD]
             metrics["objective/kl_coef"] = self.kl_coef or self.beta
         log = metrics_of(self, training)
         for name, value in metrics.items():

@@ -236,6 +236,11 @@ class PPOConfig(TRL112Arguments):
             "bootstrap_truncated=True says what truncated completions are worth, mask_truncated_completions=True "
             "leaves them out. Set one of them.",
         )
+        require(
+            not (self.missing_eos_penalty is not None and self.mask_truncated_completions),
+            f"missing_eos_penalty={self.missing_eos_penalty} punishes truncated completions, "
+            "mask_truncated_completions=True leaves them out, so that it has no effect. Set one of them.",
+        )
 
     def _check_critic(self) -> None:
         chosen = critic_class(self.critic)
