@@ -12,11 +12,20 @@ from trl_ext.rollouts.selection import (
     GroupSelection,
     census,
     has_variance,
+    only_scored,
     outcome_rewards,
 )
 
 
 NAN = math.nan
+
+
+def test_a_row_without_an_outcome_has_no_reward():
+    rewards = torch.tensor([[1.0, NAN, 0.5], [NAN, NAN, 0.5], [NAN, 2.0, NAN]])
+    kept = torch.tensor([[1.0, NAN, 0.5], [NAN, NAN, NAN], [NAN, 2.0, NAN]])
+    found = only_scored(rewards, torch.tensor([True, True, False]))
+    assert torch.equal(found.isnan(), kept.isnan()) and torch.equal(found.nan_to_num(), kept.nan_to_num())
+    assert only_scored(rewards, torch.tensor([False] * 3)) is rewards
 
 
 class TestHasVariance:

@@ -4,6 +4,7 @@ half-written one is an error at construction.
 """
 
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import tiny
@@ -114,3 +115,65 @@ def test_terms_of_the_loss_are_known(tmp_path):
         PPOConfig(**tiny.cpu_settings(tmp_path, loss_terms={"squares": 1.0}))
     with pytest.raises(ValueError, match="loss_terms names 'positive_nll', whose weight is positive_nll_coef"):
         PPOConfig(**tiny.cpu_settings(tmp_path, loss_terms='{"positive_nll": 1.0}'))
+
+
+def of_two_tokens(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Completions that are told apart by their first token, 4 to 7 within a group, and are never overlong."""
+    completions = [[4 + i % 4, 2] for i in range(len(prompts))]
+    prompt_ids = trainer.processing_class(text=prompts)["input_ids"]
+    return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
+
+
+def one_is_not_judged(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+    return [(1.0, 1.0, None, 0.0)[ids[0] - 4] for ids in completion_ids]
+
+
+def of_form(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    return [0.25 * (ids[0] - 4) for ids in completion_ids]
+
+
+ESTIMATED: dict[str, tuple[type, dict[str, Any]]] = {
+    "group": (GRPOTrainer, {}),
+    "batch": (GRPOTrainer, {"scale_rewards": "batch"}),
+    "normalised": (GRPOTrainer, {"multi_objective_aggregation": "normalize_then_sum"}),
+    "leave_one_out": (GRPOTrainer, {"advantage_estimator": "leave_one_out"}),
+    "refill": (GRPOTrainer, {"rollout_selection": "refill"}),
+    "gae": (PPOTrainer, {"num_iterations": 1, "whiten_rewards": True}),
+}
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("case", ESTIMATED)
+def test_a_punishment_for_length_is_no_score(tmp_path, case):
+    """With DAPO's punishment, advantages are what they are without it where nothing is overlong."""
+    trainer_class, settings = ESTIMATED[case]
+    advantages = []
+    for cache in (0, 1):
+        trainer = tiny.trained(
+            trainer_class,
+            tmp_path,
+            one_is_not_judged,
+            {"rollout_func": of_two_tokens},
+            **{"soft_punish_cache": cache, "max_steps": 1, **settings},
+        )
+        assert len(trainer.reward_funcs) == 1 + cache
+        advantages.append(trainer.batches[0].output["advantages"].view(4, 4, -1))
+    assert torch.equal(*advantages)
+    assert not advantages[1][:, 2].any() and advantages[1][:, 0].any()
+    if case == "group":  # among 1, 1 and 0
+        assert advantages[1][0].flatten().tolist() == pytest.approx([0.5773, 0.5773, 0.0, -1.1545], abs=1e-3)
+
+
+@pytest.mark.parametrize("estimator", ["group", "reinforce"])
+def test_what_is_an_outcome_says_what_is_scored(tmp_path, estimator):
+    settings = {"outcome_reward_funcs": ["one_is_not_judged"], "advantage_estimator": estimator, "max_steps": 1}
+    arguments = {"rollout_func": of_two_tokens}
+    trainer = tiny.trained(GRPOTrainer, tmp_path, [one_is_not_judged, of_form], arguments, **settings)
+    advantages = trainer.batches[0].output["advantages"].view(4, 4)
+    assert not advantages[:, 2].any()
+    totals = torch.tensor([1.0, 1.25, 0.75])
+    by_group = (totals - totals.mean()) / (totals.std() + 1e-4)
+    expected = by_group if estimator == "group" else totals
+    assert torch.allclose(advantages[:, [0, 1, 3]], expected.expand(4, 3), atol=1e-5)
+    (log,) = tiny.history(trainer)
+    assert log["reward"] == pytest.approx(1.0) and log["rewards/of_form/mean"] == pytest.approx(1 / 3)

@@ -189,16 +189,16 @@ def estimate_credit(
         `tuple[Credit, dict[str, float]]`: the credit, and metrics over all ranks under TRL 1.12's names.
     """
     lengths, scored = completion_mask.sum(dim=1), ~scores.isnan().unsqueeze(1)
+    credited = mask * scored
     penalised = token_rewards if per_token_kl is None else token_rewards - settings.kl_coef * per_token_kl
     earned = penalised * completion_mask
     if settings.whiten_rewards:
-        earned = whiten(carried_back(earned, mask), mask, shift_mean=False, reduce=reduce)
+        earned = whiten(carried_back(earned, mask), credited, shift_mean=False, reduce=reduce)
     values = state_values[:, :-1] * mask
     last_values = None
     if settings.bootstrap_truncated:
         last_values = state_values.gather(1, lengths.unsqueeze(1)).squeeze(1) * ~ended
     advantages, returns = _advantages_and_returns(earned, values, mask, last_values, settings)
-    credited = mask * scored
     returns = torch.where(scored, returns, values)
     explained = explained_variance(values, returns, credited, reduce)
     if settings.whiten_advantages:

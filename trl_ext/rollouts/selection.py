@@ -42,6 +42,26 @@ def outcome_rewards(rewards: torch.Tensor, weights: torch.Tensor, is_outcome: to
     return total.masked_fill(outcome.isnan().all(dim=1), torch.nan)
 
 
+def only_scored(rewards: torch.Tensor, is_outcome: torch.Tensor) -> torch.Tensor:
+    """
+    Rewards in which a completion that no outcome function can score has no reward at all. A punishment for its length
+    would otherwise be its whole reward, and 0 that of a wrong answer.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, F)`):
+            Rewards of N completions by F functions, NaN = not applicable.
+        is_outcome (`torch.Tensor` of shape `(F,)`):
+            For each function, whether it is an outcome function. If none is, the rewards stay as they are.
+
+    Returns:
+        `torch.Tensor` of shape `(N, F)`.
+    """
+    if not is_outcome.any():
+        return rewards
+    unscored = rewards[:, is_outcome].isnan().all(dim=1)
+    return rewards.masked_fill(unscored.unsqueeze(1), torch.nan)
+
+
 def has_variance(outcome: torch.Tensor) -> torch.Tensor:
     """
     Which groups are live: those whose largest outcome reward is larger than their smallest by more than rounding. NaN

@@ -37,6 +37,7 @@ from ..rollouts.selection import (
     GroupSelection,
     census,
     has_variance,
+    only_scored,
     outcome_rewards,
 )
 from ..rollouts.statistics import restate_loss_metrics
@@ -260,6 +261,9 @@ class GRPOTrainer(CriticSeams):
             `torch.Tensor` of shape `(N / num_generations, num_generations)`.
         """
         return outcome_rewards(rewards, self.reward_weights, self.is_outcome).view(-1, num_generations)
+
+    def judged(self, rewards: torch.Tensor) -> torch.Tensor:
+        return only_scored(rewards, self.is_outcome)
 
     def select_groups(self) -> GroupSelection:
         first = self.batch.rounds[0]

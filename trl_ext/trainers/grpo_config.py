@@ -67,9 +67,9 @@ class GRPOConfig(trl.GRPOConfig):
             Share of the prompts, in [0, 1], that `"informed"` chooses at random, so that no prompt is given up for
             good.
         outcome_reward_funcs (`list[str]`, *optional*):
-            Names of the reward functions, as in the logs, that decide whether a group has variance and whether a
-            completion is solved. `None`: all functions except TRL's soft overlong punishment, which only shapes
-            rewards.
+            Names of the reward functions, as in the logs, that decide whether a group has variance, whether a
+            completion is solved, and whether it can be scored: if all of them return `None` for it, it has no reward
+            and no advantage. `None`: all functions except TRL's soft overlong punishment, which only shapes rewards.
         success_threshold (`float`, *optional*, defaults to `0.5`):
             Smallest outcome reward with which a completion counts as solved, in metrics and pass rates.
         advantage_estimator (`str`, *optional*, defaults to `"group"`):

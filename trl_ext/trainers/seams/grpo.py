@@ -155,6 +155,10 @@ class GRPOSeams(CheckpointSeams):
         """Select groups from `self.batch.rounds`, which has one round. [`score_round`] generates further ones."""
         raise NotImplementedError
 
+    def judged(self, rewards: torch.Tensor) -> torch.Tensor:
+        """The rewards `(N, F)` of all ranks as they count, from those that the functions returned."""
+        return rewards
+
     def estimate_advantages(self, rewards: torch.Tensor, training: bool) -> torch.Tensor | None:
         """Advantages `(N,)` from the rewards `(N, F)` of all ranks. `None`: TRL's advantages are used."""
         return None
@@ -284,8 +288,9 @@ class GRPOSeams(CheckpointSeams):
             assert batch.rewards is not None
             return batch.rewards
         hand_rewards_to_trl(self)
-        rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
-        raise_reward_faults(rewards, self.reward_funcs, self.reward_func_names)
+        returned: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+        raise_reward_faults(returned, self.reward_funcs, self.reward_func_names)
+        rewards = self.judged(returned)
         guarded = {i: func for i, func in enumerate(self.reward_funcs) if isinstance(func, RewardGuard)}
         batch.step_rewards = [
             {column: value for column, value in zip(guarded, values, strict=True) if is_by_step(value)}
