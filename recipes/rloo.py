@@ -1,14 +1,13 @@
 """
 RLOO (https://huggingface.co/papers/2402.14740): plain policy gradient, where the baseline of a completion is the mean
-reward of the other completions of its prompt.
+reward of the other completions of its prompt, and the KL to the reference is part of the reward.
 
 ```shell
 accelerate launch recipes/rloo.py --config recipes/configs/rloo_qwen2.5_0.5b_gsm8k.yaml
 ```
 
-It is `recipes/grpo.py` with a different `--advantage_estimator`; the KL to the reference is TRL's `--beta`. With one
-update a generation, as is the default, no ratio is clipped. See `trl_ext.run.arguments.PolicyArguments` for data,
-rewards and held-out evaluation.
+`--beta` weighs the KL. With one update a generation, as is the default, no ratio is clipped. See
+`trl_ext.run.arguments.PolicyArguments` for data, rewards and held-out evaluation.
 """
 
 import trl_ext
@@ -16,4 +15,4 @@ from trl_ext.run.training import train_policy
 
 
 if __name__ == "__main__":
-    train_policy(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, defaults={"advantage_estimator": "leave_one_out"})
+    train_policy(trl_ext.RLOOTrainer, trl_ext.RLOOConfig)

@@ -29,6 +29,7 @@ CASES = {
     "GSPOConfig": "config(GSPOConfig)",
     "PPOConfig": "config(PPOConfig)",
     "DPOConfig": "config(DPOConfig)",
+    "RLOOConfig": "config(RLOOConfig, reward_clip_range=[0, 1])",
     # What these have to say is logged where a configuration is made
     "GRPOConfig with TRL's clip": 'config(GRPOConfig, importance_sampling_level="sequence")',
     "PPOConfig with a name of TRL 1.12": "config(PPOConfig, num_ppo_epochs=2)",
@@ -38,6 +39,12 @@ CASES = {
     "DUPOTrainer": "tiny.trainer(DUPOTrainer, 'out')",
     "GSPOTrainer": "tiny.trainer(GSPOTrainer, 'out')",
     "GSPOTrainer by token": "tiny.trainer(GSPOTrainer, 'out', importance_sampling_level='sequence_token')",
+    "RLOOTrainer": "tiny.trainer(RLOOTrainer, 'out', beta=0.0)",
+    "RLOOTrainer with TRL's configuration": """
+import trl
+arguments = {"train_dataset": tiny.prompts(), "processing_class": tiny.tokenizer()}
+RLOOTrainer(tiny.stopping(), tiny.low_ids, args=trl.RLOOConfig(**tiny.cpu_settings("out", beta=0.0)), **arguments)
+""",
     "PPOTrainer": "tiny.trainer(PPOTrainer, 'out')",
     "PPOTrainer with a value model": "tiny.trainer(PPOTrainer, 'out', arguments={'value_model': tiny.classifier()})",
     "DPOTrainer": """

@@ -19,6 +19,7 @@ from .trainers.grpo import GRPOTrainer
 from .trainers.grpo_config import GRPOConfig
 from .trainers.gspo import GSPOConfig, GSPOTrainer
 from .trainers.ppo import NonFiniteLossError, PPOConfig, PPOTrainer
+from .trainers.rloo import RLOOConfig, RLOOTrainer
 
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "ObjectiveSchedule",
     "PPOConfig",
     "PPOTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
     "RewardConstraint",
     "RewardFunctionError",
     "RewardObjectives",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from comparing import largest_relative_error
-from distributed.worker import CASES, FIT_CASES, PPO_CASES
+from distributed.worker import CASES, FIT_CASES, PPO_CASES, RLOO_CASES
 from processes import run
 
 
@@ -116,6 +116,19 @@ def test_metrics_of_the_loss_do_not_depend_on_who_computes_a_row(results: Any, c
                 assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-6), key
                 compared += 1
     assert compared >= 4
+
+
+@pytest.mark.parametrize("case", RLOO_CASES)
+def test_rloo_has_trls_gradient_on_one_process_and_two(results: Any, case: str) -> None:
+    for key in ((1, 0), (2, 0), (2, 1)):
+        theirs, ours = results[key][f"rloo_{case}_theirs"], results[key][f"rloo_{case}_ours"]
+        assert ours["completions"] == theirs["completions"]
+        assert largest_relative_error(ours["gradients"], theirs["gradients"]) <= 1e-5
+        assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-3, abs=1e-6)
+        assert ours["clipped"] > 0 and theirs["clipped"] > 0
+    first, second = (results[2, rank][f"rloo_{case}_ours"] for rank in (0, 1))
+    assert first["completions"] != second["completions"]
+    assert all(map(torch.equal, first["gradients"], second["gradients"]))
 
 
 @pytest.mark.parametrize("case", PPO_CASES)

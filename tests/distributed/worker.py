@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -83,6 +84,13 @@ FIT_CASES: dict[str, dict[str, Any]] = {
     "kl": {"loss_type": "grpo", "beta": 0.1},
     "copies": {"loss_type": "dapo", "rollout_selection": "duplicate"},
     "mostly_dead": {"loss_type": "dapo", "rare": True},
+}
+
+# RLOO: TRL's gradient, on one process and on two
+RLOO_CASES: dict[str, dict[str, Any]] = {
+    "kl": {"beta": 0.1, "epsilon": 0.05},
+    "normalized_lora": {"beta": 0.1, "normalize_advantages": True, "adapted": True, "num_generations": 8},
+    "without_kl": {"beta": 0.0, "num_iterations": 2, "epsilon": 0.05},
 }
 
 # PPO: the same step from the same rollouts, on one process and on two
@@ -200,6 +208,47 @@ def fit(case: dict[str, Any], output_dir: Path, processes: int, fitted: bool) ->
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return {"gradients": gradients.vectors, "saved": trainer.saved_compute, "logs": logs}
+
+
+def rloo(case: dict[str, Any], output_dir: Path, processes: int, trainer_class: Any) -> dict[str, Any]:
+    """Two steps on 32 sampled rows each. Each process samples with its own seed, TRL's trainer as ours."""
+    settings, gradients, reward = dict(case), Gradients(), tiny.Remembering(tiny.hashed)
+    config_class = trl_ext.RLOOConfig if issubclass(trainer_class, trl_ext.RLOOTrainer) else trl.RLOOConfig
+    adapted = settings.pop("adapted", False)
+    config = config_class(
+        **tiny.cpu_settings(
+            output_dir,
+            **{
+                "per_device_train_batch_size": 8 // processes,
+                "gradient_accumulation_steps": 2,
+                "steps_per_generation": 4,
+                "optim": "sgd",
+                "lr_scheduler_type": "constant",
+                "learning_rate": 3e-2,
+                "max_steps": 2,
+                "max_completion_length": 12,
+                "model_init_kwargs": {"dtype": torch.float64},  # see `tests/trainers/test_rloo.py`
+                **settings,
+            },
+        )
+    )
+    trainer = trainer_class(
+        model=str(output_dir.with_name("stopping")),
+        reward_funcs=reward,
+        args=config,
+        train_dataset=tiny.ragged(),
+        processing_class=tiny.tokenizer(),
+        callbacks=[gradients],
+        peft_config=tiny.lora() if adapted else None,
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return {
+        "gradients": gradients.vectors,
+        "completions": [ids for call in reward.calls for ids in call.completion_ids],
+        "clipped": sum(log["clip_ratio/region_mean"] for log in logs),
+        "kl": [log["kl"] for log in logs if "kl" in log],
+    }
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
@@ -387,6 +436,11 @@ if __name__ == "__main__":
             results[f"fit_{name}_{fitted}"] = fit(
                 case, results_dir / f"out_fit_{name}_{fitted}_{world}", world, fitted
             )
+    if world == 1:  # the launch that comes first
+        tiny.stopping().save_pretrained(results_dir / "stopping")
+    for name, case in RLOO_CASES.items():
+        for whose, method in {"theirs": trl.RLOOTrainer, "ours": trl_ext.RLOOTrainer}.items():
+            results[f"rloo_{name}_{whose}"] = rloo(case, results_dir / f"out_rloo_{name}_{world}", world, method)
     for name, case in PPO_CASES.items():
         results[f"ppo_{name}"] = ppo(case, results_dir / f"out_ppo_{name}_{world}", world)
     whole = results_dir / f"out_whole_{world}"

@@ -13,7 +13,15 @@ import torch
 from engines.vllm_stub import SamplingParams, StubLLM
 from trl.generation import vllm_generation
 
-from trl_ext import DAPOTrainer, DifficultyCurriculum, DUPOTrainer, GRPOTrainer, GSPOTrainer, PPOTrainer
+from trl_ext import (
+    DAPOTrainer,
+    DifficultyCurriculum,
+    DUPOTrainer,
+    GRPOTrainer,
+    GSPOTrainer,
+    PPOTrainer,
+    RLOOTrainer,
+)
 
 
 pytestmark = pytest.mark.train
@@ -63,6 +71,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "DAPO": (DAPOTrainer, {}, dict),
     "DUPO": (DUPOTrainer, {}, dict),
     "GSPO": (GSPOTrainer, {"updates_per_generation": 2, "max_steps": 4}, dict),
+    "RLOO": (RLOOTrainer, {"beta": 0.1, "vllm_importance_sampling_correction": True}, dict),
     "PPO, head": (PPOTrainer, {"num_iterations": 1, "critic_learning_rate": 0.1}, dict),
     "PPO, model": (PPOTrainer, {"num_iterations": 1, "critic": "model"}, dict),
     "PPO, head and LoRA": (PPOTrainer, {"num_iterations": 1}, lambda: {"peft_config": tiny.lora()}),

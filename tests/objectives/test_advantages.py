@@ -10,6 +10,7 @@ from trl_ext.objectives.advantages import (
     STD_EPSILON,
     aggregate_rewards,
     leave_one_out,
+    normalize_advantages,
     reinforce,
     scale_advantages,
     updated_baseline,
@@ -41,7 +42,7 @@ def slow_leave_one_out(rewards: list[float], size: int) -> list[float]:
         for i, reward in enumerate(group):
             others = known(group[:i] + group[i + 1 :])
             applies = not math.isnan(reward) and others
-            advantages.append(reward - statistics.fmean(others) if applies else 0.0)
+            advantages.append(reward - statistics.fmean(others) if applies else NAN)
     return advantages
 
 
@@ -62,15 +63,16 @@ class TestLeaveOneOut:
     def test_by_hand(self):
         # Group 1: rewards 1, 0, 0, 3. Means of the others: (0+0+3)/3 = 1, (1+0+3)/3 = 4/3 twice, (1+0+0)/3 = 1/3.
         # Advantages: 1 − 1 = 0, 0 − 4/3 twice, 3 − 1/3 = 8/3; they sum to 0.
-        # Group 2: 2, n/a, 0, 4. The second gets 0; the others' means are (0+4)/2 = 2, (2+4)/2 = 3, (2+0)/2 = 1.
+        # Group 2: 2, n/a, 0, 4. The second gets none; the others' means are (0+4)/2 = 2, (2+4)/2 = 3, (2+0)/2 = 1.
         rewards = torch.tensor([1.0, 0.0, 0.0, 3.0, 2.0, NAN, 0.0, 4.0])
-        expected = torch.tensor([0.0, -4 / 3, -4 / 3, 8 / 3, 0.0, 0.0, -3.0, 3.0])
-        torch.testing.assert_close(leave_one_out(rewards, 4), expected)
+        expected = torch.tensor([0.0, -4 / 3, -4 / 3, 8 / 3, 0.0, NAN, -3.0, 3.0])
+        torch.testing.assert_close(leave_one_out(rewards, 4), expected, equal_nan=True)
 
     @pytest.mark.parametrize("seed", range(5))
     def test_slow_twin(self, seed):
         rewards = random_rewards(seed)
-        torch.testing.assert_close(leave_one_out(rewards, 4), torch.tensor(slow_leave_one_out(rewards.tolist(), 4)))
+        slow = torch.tensor(slow_leave_one_out(rewards.tolist(), 4))
+        torch.testing.assert_close(leave_one_out(rewards, 4), slow, equal_nan=True)
 
     def test_is_the_centred_reward_times_g_over_g_minus_1(self):
         # R_i − (S − R_i)/(G − 1) = (G·R_i − S)/(G − 1) = G/(G − 1) · (R_i − S/G)
@@ -81,21 +83,23 @@ class TestLeaveOneOut:
     def test_equal_rewards_give_zero(self):
         assert leave_one_out(torch.tensor([0.7] * 4 + [-2.0] * 4), 4).abs().max() < 1e-6
 
-    def test_one_or_no_reward_in_a_group_gives_zero(self):
-        assert leave_one_out(torch.tensor([NAN, 5.0, NAN, NAN, NAN, NAN, NAN, NAN]), 4).tolist() == [0.0] * 8
+    def test_one_or_no_reward_in_a_group_gives_none(self):
+        assert leave_one_out(torch.tensor([NAN, 5.0, NAN, NAN, NAN, NAN, NAN, NAN]), 4).isnan().all()
 
     def test_groups_do_not_see_each_other(self):
         rewards = random_rewards(3)
         changed = rewards.clone()
         changed[4:] = 17.0
-        assert torch.equal(leave_one_out(rewards, 4)[:4], leave_one_out(changed, 4)[:4])
+        first, second = leave_one_out(rewards, 4)[:4], leave_one_out(changed, 4)[:4]
+        assert first.isfinite().any()
+        torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
 
 
 class TestReinforce:
     def test_by_hand(self):
         rewards = torch.tensor([1.0, NAN, -2.0])
-        assert reinforce(rewards).tolist() == [1.0, 0.0, -2.0]
-        assert reinforce(rewards, baseline=0.5).tolist() == [0.5, 0.0, -2.5]
+        assert reinforce(rewards).tolist() == pytest.approx([1.0, NAN, -2.0], nan_ok=True)
+        assert reinforce(rewards, baseline=0.5).tolist() == pytest.approx([0.5, NAN, -2.5], nan_ok=True)
 
     def test_equal_rewards_at_the_baseline_give_zero(self):
         assert reinforce(torch.full((4,), 0.25), baseline=0.25).tolist() == [0.0] * 4
@@ -151,16 +155,33 @@ class TestScaleAdvantages:
             for values, group in zip(over, groups_of(advantages.tolist(), 4), strict=True)
             for advantage in group
         ]
-        torch.testing.assert_close(scale_advantages(advantages, rewards, scale, 4), torch.tensor(slow))
+        scaled = scale_advantages(advantages, rewards, scale, 4)
+        torch.testing.assert_close(scaled, torch.tensor(slow), equal_nan=True)
 
-    def test_a_group_with_one_reward_stays_finite(self):
+    def test_a_group_with_one_reward_is_not_scaled(self):
         rewards = torch.tensor([NAN, 2.0, NAN, NAN, NAN, NAN])
-        scaled = scale_advantages(leave_one_out(rewards, 3), rewards, "group", 3)
-        assert scaled.tolist() == [0.0] * 6
+        scaled = scale_advantages(reinforce(rewards, 0.5), rewards, "group", 3)
+        assert scaled.tolist() == pytest.approx([NAN, 1.5, NAN, NAN, NAN, NAN], nan_ok=True)
 
     def test_guard_is_trls(self):
         # TRL writes it as a literal: scaled advantages of ours and its own compare only if it is the same
         assert STD_EPSILON == 1e-4
+
+
+class TestNormalizeAdvantages:
+    def test_by_hand(self):
+        # Of 1, 2 and 6 the mean is 3 and the sample deviation sqrt((4 + 1 + 9)/2) = sqrt(7); n/a counts in neither
+        unit = 1 / (math.sqrt(7) + 1e-4)
+        found = normalize_advantages(torch.tensor([1.0, 2.0, NAN, 6.0]))
+        torch.testing.assert_close(found, torch.tensor([-2 * unit, -unit, NAN, 3 * unit]), equal_nan=True)
+
+    def test_mean_and_deviation(self):
+        found = normalize_advantages(leave_one_out(random_rewards(2), 4))
+        assert statistics.fmean(known(found.tolist())) == pytest.approx(0, abs=1e-6)
+        assert slow_deviation(found.tolist()) == pytest.approx(1, rel=1e-3)
+
+    def test_equal_advantages_are_zero(self):
+        assert normalize_advantages(torch.tensor([2.0, 2.0, 2.0])).tolist() == [0.0] * 3
 
 
 class TestAggregateRewards:

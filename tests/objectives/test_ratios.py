@@ -1,6 +1,6 @@
 """
-GSPO-token's ratio (https://huggingface.co/papers/2507.18071, eq. 7, 13, 14) in pure torch. That TRL's loss on it is
-GSPO is tested on the real trainer, in tests/trainers/test_gspo.py.
+GSPO-token's ratio (https://huggingface.co/papers/2507.18071, eq. 7, 13, 14) and the ratio of a whole sequence in pure
+torch. That TRL's loss on them is GSPO and RLOO is tested on real trainers, in tests/trainers/.
 """
 
 import math
@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from trl_ext.objectives.ratios import mean_log_ratio, sequence_token_old_logps
+from trl_ext.objectives.ratios import mean_log_ratio, sequence_product_old_logps, sequence_token_old_logps
 
 
 def batch(seed: int = 0, rows: int = 5, columns: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -154,3 +154,42 @@ def test_clip_does_nothing_at_ratio_one():
     assert torch.equal(*gradients)
     # and it is the plain policy gradient
     torch.testing.assert_close(gradients[0], advantages * mask / mask.sum(dim=1, keepdim=True) / len(mask))
+
+
+class TestSequenceProduct:
+    def test_by_hand(self):
+        # Row 1: log r = (−1 + 1.5) + (−2 + 1) = −0.5, the third token is masked. Row 2: −1 + 4. Row 3: no token.
+        logps = torch.tensor([[-1.0, -2.0, -3.0], [-9.0, -1.0, -9.0], [-1.0, -1.0, -1.0]])
+        old = torch.tensor([[-1.5, -1.0, -9.0], [-1.0, -4.0, -1.0], [-2.0, -2.0, -2.0]])
+        mask = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 0]])
+        found = sequence_product_old_logps(logps, old, mask)
+        expected = torch.tensor([[-0.5, -1.5, -2.5], [-12.0, -4.0, -12.0], [-1.0, -1.0, -1.0]])
+        torch.testing.assert_close(found, expected)
+        # TRL's mean over tokens of logp − these is log r
+        torch.testing.assert_close(mean_log_ratio(logps, found, mask), torch.tensor([[-0.5], [3.0], [0.0]]))
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_value_and_gradient_are_those_of_the_whole_sequence(self, seed):
+        # r = Π_t π(o_t)/π_old(o_t), the |o|-th power of GSPO's ratio; ∂r/∂logp_t = r on every token of the sequence
+        logps, old, mask = batch(seed)
+        lengths = mask.sum(dim=1)
+        slow = torch.tensor(slow_sequence_ratios(logps, old, mask)) ** lengths
+        ratio = mean_log_ratio(logps, sequence_product_old_logps(logps, old, mask), mask).exp().squeeze(1)
+        torch.testing.assert_close(ratio.detach(), slow)
+        gradient = torch.autograd.grad(ratio.sum(), logps)[0]
+        torch.testing.assert_close(gradient, slow.unsqueeze(1) * mask)
+
+    def test_is_one_before_an_update(self):
+        logps, _, mask = batch()
+        assert torch.equal(sequence_product_old_logps(logps, logps.detach(), mask), logps)
+
+    def test_padding_content_does_not_matter(self):
+        logps, old, mask = batch()
+        padded, padded_old = logps.detach().clone(), old.clone()
+        padded[mask == 0], padded_old[mask == 0] = -55.0, 1234.0
+        kept = mask.bool()
+        first, second = (
+            sequence_product_old_logps(logps, old, mask),
+            sequence_product_old_logps(padded, padded_old, mask),
+        )
+        assert torch.equal(first[kept], second[kept])

@@ -13,8 +13,10 @@ from trl_ext.run.catalogue import list_recipes
 
 RECIPES = quickstart.RECIPES
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
-CONFIG_CLASSES = {name.lower(): getattr(trl_ext, f"{name}Config") for name in ("GRPO", "DAPO", "DUPO", "GSPO", "PPO")}
-CONFIG_CLASSES |= {"rloo": trl_ext.GRPOConfig, "reinforce": trl_ext.GRPOConfig}
+CONFIG_CLASSES = {
+    name.lower(): getattr(trl_ext, f"{name}Config") for name in ("GRPO", "RLOO", "DAPO", "DUPO", "GSPO", "PPO")
+}
+CONFIG_CLASSES |= {"reinforce": trl_ext.GRPOConfig}
 # With arguments of their own
 SUPERVISED = {
     "pairs": (arguments.PairArguments, trl_ext.GRPOConfig),

@@ -159,7 +159,7 @@ def test_ppo_from_pairs_to_pictures(task, reward_model):
 @pytest.mark.parametrize(
     ("recipe", "estimator"), [("rloo", "leave_one_out"), ("reinforce", "reinforce")], ids=["rloo", "reinforce"]
 )
-def test_recipes_that_are_grpo_with_another_baseline(recipe, estimator, task, monkeypatch):
+def test_recipes_with_another_baseline(recipe, estimator, task, monkeypatch):
     made = []
     init = trl_ext.GRPOTrainer.__init__
 
@@ -168,13 +168,16 @@ def test_recipes_that_are_grpo_with_another_baseline(recipe, estimator, task, mo
         made.append(self)
 
     monkeypatch.setattr(trl_ext.GRPOTrainer, "__init__", remembered)
-    argv = quickstart.arguments("sft", task, "sft", recipe)[2:]  # GRPO has other arguments than the quickstart's DAPO
+    argv = quickstart.arguments("sft", task, "sft", recipe)[
+        2:
+    ]  # these have other arguments than the quickstart's DAPO
     argv += ["--reward_funcs", *REWARDS, "--max_completion_length", "14", "--held_out_prompts", "0"]
     quickstart.start(
         recipe, [*argv, "--max_steps", "2", "--per_device_train_batch_size", "16", "--learning_rate", "1e-3"]
     )
     (trainer,) = made
     assert trainer.args.advantage_estimator == estimator
+    assert isinstance(trainer, trl_ext.RLOOTrainer) == (recipe == "rloo")
     assert trainer.state.global_step == 2
     assert (task / recipe / "model.safetensors").is_file()
 

@@ -204,6 +204,11 @@ class TestRestateLossMetrics:
         new = pytest.approx(5 * 0.2 * 2 / 6)
         assert metrics == {"kl": [7.0, new], "clip_ratio/low_mean": [0.5, new], "entropy": [3.0, new]}
 
+    def test_a_kl_that_is_not_the_losss_stays(self):
+        metrics = {"kl": [0.25], "entropy": [0.2]}
+        restate_loss_metrics(metrics, self.whole[0], False, self.keeping, loss_has_kl=False)
+        assert metrics == {"kl": [0.25], "entropy": [pytest.approx(5 * 0.2 * 2 / 6)]}
+
     def test_equals_a_recount(self, subtests):
         """Random tokens dealt at random: whatever the deal, the mean is that over all."""
         for seed in range(10):

@@ -59,7 +59,7 @@ LEANED_ON = {
         "takes a quantile over a micro-batch and all ranks: no regrouping with it"
     ),
     "trl.trainer.grpo_trainer.GRPOTrainer.get_off_policy_mask": (
-        "measures drift from `sampling_per_token_logps`, which stay the real ones under GSPO-token"
+        "measures drift from `sampling_per_token_logps`, which stay the real ones when the old ones are replaced"
     ),
     "trl.trainer.grpo_trainer.GRPOTrainer.get_train_dataloader": (
         "asks `_get_train_sampler` for the order, and deals whole generation batches"
@@ -76,6 +76,16 @@ LEANED_ON = {
     ),
     "trl.trainer.grpo_trainer.GRPOTrainer.training_step": (
         "counts `_step` up once a micro-batch, after the loss: what a checkpoint stores of it depends on that"
+    ),
+    "trl.trainer.rloo_config.RLOOConfig": "`RLOOConfig` has every argument by its name and with its default",
+    "trl.trainer.rloo_trainer.RLOOTrainer.__init__": (
+        "says which arguments a script may pass, that `epsilon_high` is `epsilon` by default, what the reference is"
+    ),
+    "trl.trainer.rloo_trainer.RLOOTrainer._compute_loss": (
+        "is a mean over completions, with the clipped ratio of a whole one: `sequence_product` and `loss_type='grpo'`"
+    ),
+    "trl.trainer.rloo_trainer.RLOOTrainer._generate_and_score_completions": (
+        "clips rewards, subtracts the KL of a completion, leaves one out, and normalises, in this order; logs `kl`"
     ),
     "trl.trainer.dpo_trainer.DPOTrainer._compute_loss": (
         "logs `rewards/accuracies`, in training and in evaluation, with ties counted as wrong; its loss and reference "

@@ -2,8 +2,8 @@
 Advantages from one reward for each completion. `ESTIMATORS` is the table of advantage estimators.
 
 The group-relative advantage of GRPO is computed by TRL itself. All functions here expect the `num_generations`
-completions of a group next to each other. They treat NaN as TRL does: a reward of NaN means "not applicable" and gives
-an advantage of 0.
+completions of a group next to each other. They treat NaN as TRL does: a reward of NaN means "not applicable". Its
+advantage is NaN too, so that it counts in no mean and no deviation; the trainer makes it 0 in the end.
 """
 
 import inspect
@@ -60,12 +60,13 @@ def leave_one_out(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
             Size of a group.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: 0 if the reward is NaN, and if no other completion of the group has a reward.
+        `torch.Tensor` of shape `(N,)`: NaN if the reward is NaN, and if no other completion of the group has a
+        reward.
     """
     grouped = rewards.view(-1, num_generations)  # (P, G)
     others = (~grouped.isnan()).sum(dim=1, keepdim=True) - 1
     baseline = (grouped.nansum(dim=1, keepdim=True) - grouped) / others.clamp(min=1)
-    return (grouped - baseline).masked_fill(others < 1, 0.0).nan_to_num(nan=0.0).view(-1)
+    return (grouped - baseline).masked_fill(others < 1, torch.nan).view(-1)
 
 
 def reinforce(rewards: torch.Tensor, baseline: float | None = None) -> torch.Tensor:
@@ -81,9 +82,9 @@ def reinforce(rewards: torch.Tensor, baseline: float | None = None) -> torch.Ten
             b, the running mean of the rewards of earlier batches. `None`: nothing is subtracted.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: 0 if the reward is NaN.
+        `torch.Tensor` of shape `(N,)`: NaN if the reward is NaN.
     """
-    return (rewards - (baseline or 0.0)).nan_to_num(nan=0.0)
+    return rewards - (baseline or 0.0)
 
 
 def updated_baseline(baseline: float | None, rewards: torch.Tensor, momentum: float) -> float | None:
@@ -135,6 +136,20 @@ def scale_advantages(
         std = nanstd(rewards.view(-1, num_generations), dim=1).nan_to_num(nan=0.0).repeat_interleave(num_generations)
     # If all rewards are equal there is nothing to divide by
     return torch.where(std > 0, advantages / (std + STD_EPSILON), advantages)
+
+
+def normalize_advantages(advantages: torch.Tensor) -> torch.Tensor:
+    """
+    Advantages with mean 0 and standard deviation 1 over a generation batch, as TRL's RLOO has them.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(N,)`):
+            Those of all processes. NaN is left out of the mean and the deviation.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: NaN where `advantages` is.
+    """
+    return (advantages - torch.nanmean(advantages)) / (nanstd(advantages) + STD_EPSILON)
 
 
 # Arguments that a trainer can pass to an estimator's function besides the rewards

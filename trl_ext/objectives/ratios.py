@@ -1,6 +1,6 @@
 """
-The importance ratio of GSPO-token (https://huggingface.co/papers/2507.18071, eq. 13–14), which TRL's loss doesn't
-have. `IMPORTANCE_LEVELS` is the table of importance sampling levels.
+Importance ratios that the loss of TRL's GRPO doesn't have: GSPO-token's (https://huggingface.co/papers/2507.18071, eq.
+13–14), and the ratio of a whole sequence, RLOO's. `IMPORTANCE_LEVELS` is the table of importance sampling levels.
 """
 
 from collections.abc import Callable
@@ -51,6 +51,30 @@ def sequence_token_old_logps(
     return logps - mean_log_ratio(logps, old_per_token_logps, mask)
 
 
+def sequence_product_old_logps(
+    per_token_logps: torch.Tensor, old_per_token_logps: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """
+    Old log-probabilities with which TRL's sequence ratio, a geometric mean, becomes the ratio of the whole sequence.
+
+    r_i = π_θ(o_i)/π_old(o_i) = exp(L_i) with L_i = Σ_t (logp_it − logp_old_it). The returned values are logp_it − L_i:
+    the mean over tokens of logp_it − returned_it is L_i in value and in gradient.
+
+    Args:
+        per_token_logps, old_per_token_logps, mask (`torch.Tensor` of shape `(B, T)`):
+            See [`mean_log_ratio`].
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, with the gradient of `per_token_logps`.
+    """
+    log_ratio = ((per_token_logps - old_per_token_logps) * mask).sum(dim=1, keepdim=True)
+    return per_token_logps - log_ratio
+
+
+# Sizes of a ratio: of one token, of a geometric mean over the tokens of a sequence, of their product
+RATIO_SIZES = ("token", "sequence", "product")
+
+
 @dataclass(frozen=True)
 class ImportanceLevel:
     """
@@ -58,8 +82,8 @@ class ImportanceLevel:
 
     Args:
         of (`str`):
-            `"token"` or `"sequence"`: the size of the ratio is that of a token's or of a sequence's, which decides
-            about the clip ranges that make sense.
+            `"token"`, `"sequence"` or `"product"`: the size of the ratio is that of a token's, of a geometric mean
+            over the tokens of a sequence, or of their product, which decides about the clip ranges that make sense.
         trl_level (`str`):
             Value of TRL's `importance_sampling_level` with which TRL's loss is computed.
         old_logps (`Callable`, *optional*):
@@ -75,8 +99,8 @@ class ImportanceLevel:
     old_logps: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("of", "trl_level"):
-            require_one_of(name, getattr(self, name), ("token", "sequence"))
+        require_one_of("of", self.of, RATIO_SIZES)
+        require_one_of("trl_level", self.trl_level, ("token", "sequence"))
 
 
 # A new level is an entry here and, if it needs one, a function above.
@@ -84,4 +108,5 @@ IMPORTANCE_LEVELS = {
     "token": ImportanceLevel(of="token", trl_level="token"),
     "sequence": ImportanceLevel(of="sequence", trl_level="sequence"),
     "sequence_token": ImportanceLevel(of="sequence", trl_level="token", old_logps=sequence_token_old_logps),
+    "sequence_product": ImportanceLevel(of="product", trl_level="sequence", old_logps=sequence_product_old_logps),
 }

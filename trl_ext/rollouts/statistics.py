@@ -9,6 +9,7 @@ import math
 import torch
 from trl.trainer.utils import nanstd
 
+from ..metric_keys import KL_PER_TOKEN
 from .exactness import ROW_MEAN_LOSSES, ExactSavings
 from .micro_batches import Fit
 from .rollout import ScoredRound
@@ -120,7 +121,7 @@ def restate_rounds(
 # Metrics to which TRL appends a value for every micro-batch. They are means over tokens. Clip ratios are means over
 # rows if there is one importance ratio for each sequence.
 LOSS_MEANS = (
-    "kl",
+    KL_PER_TOKEN,
     "entropy",
     *(f"clip_ratio/{which}_mean" for which in ("low", "high", "region")),
     "cispo_clip_ratio",
@@ -156,7 +157,9 @@ def _mean_over_tokens(value: float, fit: Fit, over_all: bool) -> float:
     return value * fit.tokens * fit.micro_batches / max(count, 1)
 
 
-def restate_loss_metrics(metrics: dict[str, list[float]], fit: Fit, by_row: bool, savings: ExactSavings) -> None:
+def restate_loss_metrics(
+    metrics: dict[str, list[float]], fit: Fit, by_row: bool, savings: ExactSavings, loss_has_kl: bool = True
+) -> None:
     """
     Weight the last entries of TRL's metrics of the loss. TRL logs their mean over the micro-batches of a step; with
     the weights, that is the mean over the tokens (or rows) of the step.
@@ -173,9 +176,11 @@ def restate_loss_metrics(metrics: dict[str, list[float]], fit: Fit, by_row: bool
             Whether there is one importance ratio for each sequence, so that clip ratios are means over rows.
         savings ([`ExactSavings`]):
             The savings that were used.
+        loss_has_kl (`bool`, *optional*, defaults to `True`):
+            Whether a `kl` that was logged is the loss's, and not that of a generation batch.
     """
     for key in LOSS_MEANS:
-        if not metrics.get(key):
+        if not metrics.get(key) or (key == KL_PER_TOKEN and not loss_has_kl):
             continue
         value = metrics[key].pop()
         over_all = not savings.weigh_copies and (not savings.skip_dead or key in ZERO_WITHOUT_ADVANTAGE)

@@ -313,13 +313,23 @@ class GRPOTrainer(CriticSeams):
 
     # Advantages and ratios
 
-    def estimate_advantages(self, rewards: torch.Tensor, training: bool) -> torch.Tensor | None:
+    def shaped_rewards(self, rewards: torch.Tensor, output: dict[str, Any], training: bool) -> torch.Tensor:
+        """
+        Where a method changes the rewards `(N,)` of all ranks before advantages are estimated from them. `output` are
+        TRL's tensors of this rank's rows.
+        """
+        return rewards
+
+    def estimate_advantages(
+        self, rewards: torch.Tensor, output: dict[str, Any], training: bool
+    ) -> torch.Tensor | None:
         if self.estimator.computed_by == "critic":  # advantages of tokens, set in `credit_tokens`
             return rewards.new_zeros(len(rewards))
         if self.estimator.function is None:
             return None
         num_generations = self.num_generations if training else self.num_generations_eval
         reward = aggregate_rewards(rewards, self.reward_weights, self.multi_objective_aggregation, num_generations)
+        reward = self.shaped_rewards(reward, output, training)
         available = {"num_generations": num_generations, "baseline": self._baseline}
         advantages = self.estimator.function(reward, **{name: available[name] for name in self.estimator.needs})
         momentum = self.args.reinforce_baseline_momentum
@@ -333,8 +343,10 @@ class GRPOTrainer(CriticSeams):
         if self.level.old_logps is None:
             return None
         old = inputs.get("old_per_token_logps")
-        # TRL leaves them out if the policy has not changed since it sampled
-        return self.level.old_logps(per_token_logps, per_token_logps.detach() if old is None else old, mask)
+        if old is None:  # TRL leaves them out if the policy has not changed since it sampled
+            old = per_token_logps.detach()
+        inputs.setdefault("sampling_per_token_logps", old)  # TRL's off-policy mask reads the real ones
+        return self.level.old_logps(per_token_logps, old, mask)
 
     # Micro-batches
 
@@ -393,7 +405,8 @@ class GRPOTrainer(CriticSeams):
         if fit is None:
             return loss
         by_row = self.importance_sampling_level == "sequence"
-        restate_loss_metrics(self.train_metrics, fit, by_row=by_row, savings=self.exact_savings)
+        savings, has_kl = self.exact_savings, self.beta != 0
+        restate_loss_metrics(self.train_metrics, fit, by_row=by_row, savings=savings, loss_has_kl=has_kl)
         return loss * fit.scale
 
     # Metrics, checkpoints

@@ -6,7 +6,7 @@ ignored or inexact are refused here.
 |---|---|---|
 | `rollout_selection` | `all` · `refill` (DAPO) · `duplicate` (DUPO) | `rollouts/selection.py` |
 | `advantage_estimator` | `group` · `leave_one_out` (RLOO) · `reinforce` · `gae` (PPO) | `objectives/advantages.py` |
-| `importance_sampling_level` | `token` · `sequence` (GSPO) · `sequence_token` | `objectives/ratios.py` |
+| `importance_sampling_level` | `token` · `sequence` · `sequence_token` · `sequence_product` | `objectives/ratios.py` |
 """
 
 import math
@@ -81,7 +81,8 @@ class GRPOConfig(trl.GRPOConfig):
         importance_sampling_level (`str`, *optional*, defaults to `"token"`):
             Level of the importance ratio. `"token"` and `"sequence"`: as in TRL. `"sequence_token"`: GSPO-token, which
             has the value of a sequence ratio and the gradient of a token ratio, for advantages that differ between
-            tokens.
+            tokens. `"sequence_product"`: the ratio of a whole completion, which is the product of its tokens' ratios
+            (RLOO), and not their geometric mean as with `"sequence"`.
         token_normalization (`str`, *optional*, defaults to `"generation_batch"`):
             Which tokens are counted by losses that divide by a number of tokens (`dapo`, `cispo`, `vespo`).
             `"generation_batch"`: as in TRL, those of the generation batch, scaled to one optimizer step.
@@ -167,7 +168,8 @@ class GRPOConfig(trl.GRPOConfig):
     importance_sampling_level: str = field(
         default="token",
         metadata={
-            "help": "Level of the importance ratio: 'token', 'sequence' (GSPO) or 'sequence_token' (GSPO-token)."
+            "help": "Level of the importance ratio: 'token', 'sequence' (GSPO), 'sequence_token' (GSPO-token) or "
+            "'sequence_product' (RLOO)."
         },
     )
     token_normalization: str | None = field(
@@ -245,7 +247,7 @@ class GRPOConfig(trl.GRPOConfig):
         if self.scale_rewards is None:
             self.scale_rewards = ESTIMATORS[self.advantage_estimator].scale_rewards
         self._check_clip()
-        self._check_sequence_token()
+        self._check_replaced_ratio()
         if self.use_bias_correction_kl is None:
             self.use_bias_correction_kl = self.importance_sampling_level != "sequence_token"
         self._check_overlong()
@@ -343,14 +345,15 @@ class GRPOConfig(trl.GRPOConfig):
         if self.loss_type not in CLIPPED_LOSSES:
             return
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        if IMPORTANCE_LEVELS[self.importance_sampling_level].of == "token":
+        size = IMPORTANCE_LEVELS[self.importance_sampling_level].of
+        if size == "token":
             require(
                 max(self.epsilon, high) >= SMALLEST_TOKEN_EPSILON,
                 f"epsilon={self.epsilon}, epsilon_high={high} are clip ranges for sequence ratios (GSPO), but "
                 "importance_sampling_level='token': most token ratios are outside of so narrow a range. Set "
                 "importance_sampling_level='sequence', or epsilon=0.2.",
             )
-        elif max(self.epsilon, high) > LARGEST_SEQUENCE_EPSILON:
+        elif size == "sequence" and max(self.epsilon, high) > LARGEST_SEQUENCE_EPSILON:
             problem = (
                 f"epsilon={self.epsilon}, epsilon_high={high} are clip ranges for token ratios, but "
                 f"importance_sampling_level={self.importance_sampling_level!r}: almost no sequence would be clipped. "
@@ -361,18 +364,18 @@ class GRPOConfig(trl.GRPOConfig):
                 raise ValueError(problem)
             self._notes.append(f"{problem} Training continues with this range, as in TRL.")
 
-    def _check_sequence_token(self) -> None:
-        if self.importance_sampling_level != "sequence_token":
+    def _check_replaced_ratio(self) -> None:
+        level = self.importance_sampling_level
+        if IMPORTANCE_LEVELS[level].old_logps is None:
             return
-        refused = {
-            "use_bias_correction_kl": (bool(self.use_bias_correction_kl), "False"),
-            "top_entropy_quantile": (self.top_entropy_quantile < 1.0, "1.0"),
-            "loss_type": (self.loss_type == "vespo", "'grpo'"),
-        }
+        refused = {"loss_type": (self.loss_type == "vespo", "'grpo'")}  # which computes a ratio of its own
+        if level == "sequence_token":
+            refused["use_bias_correction_kl"] = (bool(self.use_bias_correction_kl), "False")
+            refused["top_entropy_quantile"] = (self.top_entropy_quantile < 1.0, "1.0")
         for name, (wrong, remedy) in refused.items():
             require(
                 not wrong,
-                f"{name}={getattr(self, name)!r} is not exact with importance_sampling_level='sequence_token'. Set "
+                f"{name}={getattr(self, name)!r} is not exact with importance_sampling_level={level!r}. Set "
                 f"{name}={remedy}, or importance_sampling_level='sequence'.",
             )
 
@@ -444,7 +447,7 @@ class GRPOConfig(trl.GRPOConfig):
         return (
             self.rollout_selection == "all"
             and self.advantage_estimator == "group"
-            and self.importance_sampling_level != "sequence_token"
+            and IMPORTANCE_LEVELS[self.importance_sampling_level].old_logps is None
             and self.token_normalization == "generation_batch"
         )
 

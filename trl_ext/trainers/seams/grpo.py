@@ -18,7 +18,7 @@ underscore, the others are hooks. A line is called from within the line above it
           with_extras                     tensors to read besides log-probabilities
           pass_without_loss               how the batch goes through the model
         _calculate_rewards                scores the batch; if groups were selected, returns their rewards
-        estimate_advantages               gets the rewards (N, F) of all ranks
+        estimate_advantages               gets the rewards (N, F) of all ranks, and TRL's tensors of the batch
         credit_tokens                     gets TRL's tensors of the batch; advantages of tokens
         on_rollouts                       observers and metrics; then `self.batch` is dropped
       on_new_buffer                       gets TRL's micro-batches before their first use
@@ -159,8 +159,13 @@ class GRPOSeams(CheckpointSeams):
         """The rewards `(N, F)` of all ranks as they count, from those that the functions returned."""
         return rewards
 
-    def estimate_advantages(self, rewards: torch.Tensor, training: bool) -> torch.Tensor | None:
-        """Advantages `(N,)` from the rewards `(N, F)` of all ranks. `None`: TRL's advantages are used."""
+    def estimate_advantages(
+        self, rewards: torch.Tensor, output: dict[str, Any], training: bool
+    ) -> torch.Tensor | None:
+        """
+        Advantages `(N,)` from the rewards `(N, F)` of all ranks, NaN where there is none. `output` are TRL's tensors
+        of this rank's rows. `None`: TRL's advantages are used.
+        """
         return None
 
     def old_logps_for_loss(
@@ -334,12 +339,13 @@ class GRPOSeams(CheckpointSeams):
         """Put our advantages into TRL's output, give copies the advantages of their source, and credit tokens."""
         rewards, selection, training = self.batch.rewards, self.batch.selection, self.batch.training
         assert rewards is not None
-        advantages = self.estimate_advantages(rewards, training)
+        advantages = self.estimate_advantages(rewards, output, training)
         copied = selection is not None and selection.sources != list(range(len(selection.slots)))
         per_rank = len(output["advantages"])
         start = self.accelerator.process_index * per_rank
         here = slice(start, start + per_rank)
         if advantages is not None:
+            advantages = advantages.nan_to_num(nan=0.0)
             self._relog("advantages", advantages.tolist())
         elif copied:
             # TRL computed them on the batch without copies
