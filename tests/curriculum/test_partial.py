@@ -116,7 +116,7 @@ def test_another_roll_out_does_not_go_on_with_it(roll_out, tmp_path, subtests):
         "what the caller adds": (roll_out, {"depends_on": {"margin": 0.6}}),
         "weights": (RollOut(tmp_path, tiny.stopping(seed=1)), {}),
         "temperature": (RollOut(tmp_path, temperature=0.9), {}),
-        "sampling": (RollOut(tmp_path, generation_kwargs={"no_repeat_ngram_size": 2}), {}),
+        "sampling": (RollOut(tmp_path, generation_kwargs={"eos_token_id": 9}), {}),
     }
     for name, (other, arguments) in others.items():
         with subtests.test(name):

@@ -147,3 +147,21 @@ def test_a_resumed_run_hands_its_weights_to_the_engine_before_it_generates(engin
     assert engines[1].syncs == 1
     (log,) = [log for log in tiny.history(resumed) if log["step"] == 2]
     assert log[DIFFERENCE] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "settings", "ends"),
+    [
+        (GRPOTrainer, {"generation_kwargs": {"eos_token_id": 9}}, {2, 9}),
+        (GRPOTrainer, {"generation_kwargs": {"stop_token_ids": [9, 10]}}, {2, 9, 10}),
+        (PPOTrainer, {"stop_token_id": 9, "num_iterations": 1}, {9}),
+    ],
+)
+def test_the_engine_ends_completions_where_it_is_told(trainer_class, settings, ends, engines, policy, tmp_path):
+    trainer = built(trainer_class, tmp_path, policy, max_completion_length=16, **settings)
+    trainer.train()
+    found = [ids for batch in trainer.batches for ids in batch.completions]
+    assert set(trainer.eos_token_ids) == ends
+    assert all(not ends & set(ids[:-1]) and (len(ids) == 16 or ids[-1] in ends) for ids in found)
+    assert {ids[-1] for ids in found if len(ids) < 16} == ends
+    assert trainer.args.generation_kwargs == settings.get("generation_kwargs")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 @dataclass
 class SamplingParams:
-    """What TRL asks for. Only the temperature and the length differ from vLLM's defaults here."""
+    """What TRL asks for. Only temperature, length and ends differ from vLLM's defaults here."""
 
     n: int
     temperature: float
@@ -25,6 +25,8 @@ class SamplingParams:
     top_p: float
     top_k: int
     min_p: float
+    stop_token_ids: list[int] = field(default_factory=list)
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         neutral = {"n": 1, "logprobs": 0, "repetition_penalty": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -95,8 +97,8 @@ class StubLLM:
     @torch.no_grad()
     def complete(self, prompt: list[int], params: SamplingParams) -> Request:
         ids, logprobs = list(prompt), []
-        end = self.model.config.eos_token_id
-        while len(logprobs) < params.max_tokens and (not logprobs or ids[-1] != end):
+        ends = {*params.stop_token_ids} | (set() if params.ignore_eos else {self.model.config.eos_token_id})
+        while len(logprobs) < params.max_tokens and (not logprobs or ids[-1] not in ends):
             logps = (self.model(torch.tensor([ids])).logits[0, -1] / params.temperature).log_softmax(-1)
             token = int(torch.multinomial(logps.exp(), 1))
             ids.append(token)

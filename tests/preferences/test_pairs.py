@@ -211,7 +211,7 @@ def test_nothing_generated_is_lost(tmp_path):
         ValueError, match=r"partial_results` is .*partial.jsonl, which holds results of a different call"
     ):
         run(partial, num_generations=3)
-    for other in ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, {"chat_template_kwargs": {"think": False}}):
+    for other in ({"generation_kwargs": {"eos_token_id": 9}}, {"chat_template_kwargs": {"think": False}}):
         with pytest.raises(ValueError, match="holds results of a different call"):
             run(partial, settings=other)
 

@@ -440,7 +440,7 @@ def test_adopt_keeps_sizes_and_what_was_set():
             epsilon_high=0.4,
             seed=5,
             reward_weights=[1.0, 2.0],
-            generation_kwargs={"top_k": 3},
+            generation_kwargs={"eos_token_id": 3},
         )
     )
     ours = DAPOConfig.adopt(theirs)
@@ -450,7 +450,7 @@ def test_adopt_keeps_sizes_and_what_was_set():
     assert (ours.steps_per_generation, ours.num_generations, ours.max_completion_length) == (12, 8, 77)
     # Set by the user
     assert (ours.learning_rate, ours.epsilon_high, ours.seed) == (3e-5, 0.4, 5)
-    assert (ours.reward_weights, ours.generation_kwargs) == ([1.0, 2.0], {"top_k": 3})
+    assert (ours.reward_weights, ours.generation_kwargs) == ([1.0, 2.0], {"eos_token_id": 3})
     # Left at TRL's default: the method's
     assert (ours.rollout_selection, ours.epsilon, ours.loss_type) == ("refill", 0.2, "dapo")
     assert (ours.warmup_steps, ours.lr_scheduler_type) == (20, "constant_with_warmup")

@@ -325,7 +325,7 @@ def test_help_lists_none_of_them_and_the_command_line_takes_all(parser_class, tm
         assert f"--{name}" not in words and f"--{name.replace('_', '-')}" not in words
     given = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "False", "--report_to", "none"]
     (made,) = parser.parse_args_into_dataclasses([*given, "--cliprange", "0.1", "--stop-token-id", "5"])
-    assert (made.epsilon, made.generation_kwargs) == (0.1, {"eos_token_id": 5})
+    assert (made.epsilon, made.stop_token_id) == (0.1, 5)
     if parser_class is TrlParser:
         (tmp_path / "ppo.yaml").write_text("cliprange: 0.1\nnum_ppo_epochs: 2\n", encoding="utf-8")
         (made,) = parser_class(PPOConfig).parse_args_and_config([*given, "--config", str(tmp_path / "ppo.yaml")])
@@ -398,9 +398,6 @@ def test_episodes(episodes, mini_batches, epochs, steps):
 
 
 def test_tokens_that_end_a_completion():
-    assert config(stop_token_id=7).generation_kwargs == {"eos_token_id": 7}
-    assert config(stop_token_id=7, generation_kwargs={"top_p": 0.9}).generation_kwargs == {
-        "top_p": 0.9,
-        "eos_token_id": 7,
-    }
-    assert config(stop_token="eos").generation_kwargs is None
+    """What becomes of them is in `test_sampling.py`."""
+    assert config(stop_token_id=7).stop_token_id == 7
+    assert config(stop_token="eos").stop_token_id is None

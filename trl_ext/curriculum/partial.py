@@ -21,7 +21,7 @@ from ..trainers.grpo import GRPOTrainer
 
 
 # Settings of sampling: attributes of the trainer, and of its configuration
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length", "eos_token_ids")
 SAMPLING_OF_ARGS = ("generation_kwargs", "chat_template_kwargs")
 # Number of rows that are hashed together
 HASHED_ROWS = 1000

@@ -24,6 +24,7 @@ from ..objectives.ratios import IMPORTANCE_LEVELS
 from ..rollouts.outlook import REFILL_DRAWS
 from ..rollouts.selection import SELECTIONS
 from .arguments import adopted
+from .sampling import check_sampling
 
 
 logger = get_logger(__name__)
@@ -264,6 +265,7 @@ class GRPOConfig(trl.GRPOConfig):
                 "steps_per_generation (default: gradient_accumulation_steps) as a multiple of num_generations."
             ) from error
         self._check_token_normalization()
+        check_sampling(self)
         for note in self._notes:
             logger.warning(note)
 

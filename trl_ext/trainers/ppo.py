@@ -66,6 +66,7 @@ from .ppo_inputs import (
     resolved_config,
     take_over_token_ids,
 )
+from .sampling import end_completions_at
 from .seams.critic import (
     attach_critic,
     keep_reference_fresh,
@@ -216,7 +217,7 @@ class PPOTrainer(GRPOTrainer):
             self._reward_model.model = prepared(self, self._reward_model.model)
         del self._make_critic, self._own_reference, self._own_critic  # their models are held elsewhere now
         if config.stop_token_id is not None:
-            self.eos_token_ids = [config.stop_token_id]  # TRL cuts completions at it
+            end_completions_at(self, [config.stop_token_id])
         require(
             config.replay_ratio == 0 or not reads_images(self),
             "replay_ratio with images: rows of earlier batches have different numbers of them. Set replay_ratio=0.",

@@ -103,7 +103,7 @@ class TRL112Arguments(GRPOConfig):
                 self._notes.append(f"{name} has no effect: {instead}.")
         if self.num_mini_batches is not None:
             self._split_batch(self.num_mini_batches)
-        self._resolve_stop_token()
+        self._check_stop_token()
 
     def _split_batch(self, mini_batches: int) -> None:
         """Set the micro-batches of a batch, and how many of them make an optimizer step."""
@@ -128,7 +128,7 @@ class TRL112Arguments(GRPOConfig):
         )
         self.per_device_train_batch_size, self.steps_per_generation = rows // mini_batches, mini_batches
 
-    def _resolve_stop_token(self) -> None:
+    def _check_stop_token(self) -> None:
         require(
             self.stop_token in (None, "eos"),
             f"stop_token={self.stop_token!r} is unknown. Choose 'eos', or set stop_token_id.",
@@ -137,9 +137,6 @@ class TRL112Arguments(GRPOConfig):
             self.stop_token is None or self.stop_token_id is None,
             "stop_token and stop_token_id both end completions. Set one of them.",
         )
-        if self.stop_token_id is not None:
-            kwargs: Any = self.generation_kwargs
-            self.generation_kwargs = {**(kwargs or {}), "eos_token_id": self.stop_token_id}
 
 
 def completions_table(trainer: Any, dataset: Any, sampling: bool) -> dict[str, list[Any]]:

@@ -58,6 +58,7 @@ from ...rollouts.prompts import TokenizedPrompt
 from ...rollouts.rollout import Generation, Rollout, ScoredRound, generation_of, rollouts_of
 from ...rollouts.selection import GroupSelection
 from ...rollouts.statistics import pool_evaluation, restate_rounds, token_weights
+from ..sampling import end_completions_at, further_ends, sampling_as_told
 from .checkpoints import CheckpointSeams
 from .evaluation import EvaluatedBatch, completions_apart, table_of_evaluation
 from .rewards_ahead import discard_rewards, generate_in_chunks, hand_rewards_to_trl, rewards_ahead_of
@@ -102,6 +103,8 @@ class GRPOSeams(CheckpointSeams):
         with self._asking_for_passes(kwargs["args"]):
             super().__init__(*args, **kwargs)
         self.beta = self.args.beta
+        if ends := further_ends(self.args):
+            end_completions_at(self, [*self.eos_token_ids, *ends])
         # Now that TRL has named the functions and added those of environments
         self.reward_funcs = [
             func if isinstance(func, nn.Module) else guard(func, name)
@@ -219,7 +222,8 @@ class GRPOSeams(CheckpointSeams):
 
     def _generate(self, prompts: list[Any]) -> Generation:
         batch = self.batch
-        generation = generate_in_chunks(self, super()._generate, prompts)
+        with sampling_as_told(self):
+            generation = generate_in_chunks(self, super()._generate, prompts)
         if not (batch.round_only or (self.selects and self.model.training)):
             return generation
         scored = self._score(prompts, generation)
