@@ -22,7 +22,7 @@ REWARD_MODEL := runs/sort_digits/reward_model/model.safetensors
 # A module's tests stay in one process, and those that start processes follow each other (tests/conftest.py)
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup test test-fast lint quickstart ppo hybrid clean
+.PHONY: help setup test test-faults test-fast lint quickstart ppo hybrid clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,8 +42,11 @@ $(READY): pyproject.toml setup.py requirements.lock
 test: lint ## lint, then every test, on all cores (ARGS="-k gspo" for some)
 	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
+test-faults: setup ## kill runs of every trainer at random moments, and compare what they resume to (FAULTS_SEED=n)
+	$(PY) -m pytest $(PARALLEL) -m faults tests/resume $(ARGS)
+
 test-fast: setup ## the tests that take one optimizer step at most, start no processes and are not slow
-	$(PY) -m pytest $(PARALLEL) -m "not train and not distributed and not slow" $(ARGS)
+	$(PY) -m pytest $(PARALLEL) -m "not train and not distributed and not slow and not faults" $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(PY) -m ruff check

@@ -5,8 +5,9 @@ other on models this small are not started. And what the markers mean, checked w
 - `train`: takes more than one optimizer step, itself or in its fixtures. A test without the marker fails if it does.
 - `distributed`: starts several processes. `processes.start` refuses a launcher in a test without the marker.
 - `slow`: longer than about ten seconds. What was slow without the marker is listed at the end.
+- `faults`: kills processes at random moments (`make test-faults`). Not even a bare `pytest` runs it.
 
-`make test-fast` leaves out all three.
+`make test-fast` leaves out all of them.
 """
 
 import gc
@@ -132,7 +133,7 @@ def module(item: pytest.Item) -> str:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports: Iterator[Any] = (r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind))
-    slow = [r for r in reports if r.duration > SLOW and not {"slow", "distributed"} & r.keywords.keys()]
+    slow = [r for r in reports if r.duration > SLOW and not {"slow", "distributed", "faults"} & r.keywords.keys()]
     if slow:
         terminalreporter.section(f"longer than {SLOW:.0f} s, and not marked slow")
         for report in slow:

@@ -10,8 +10,8 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from trl_ext import DPOConfig, DPOTrainer, GRPOTrainer, PPOTrainer
 
@@ -86,3 +86,29 @@ def test_a_resumed_run_has_the_same_types_and_weights(tmp_path, trainer_class):
     assert {name: value.dtype for name, value in again.model.named_parameters() if "lora" in name} == types
     for name, value in tiny.weights(whole.model).items():
         assert torch.equal(tiny.weights(again.model)[name], value), name
+
+
+@pytest.mark.parametrize("start", ["policy", "adapter", "name", "value_model", "reward_model"])
+def test_a_critic_of_its_own_does_not_start_from_a_quantized_model(start, tmp_path):
+    """It would train its head alone, and couldn't be resumed."""
+    given: dict[str, Any] = {"model": base(tmp_path), "peft_config": lora()}
+    settings: dict[str, Any] = {"critic": "model"}
+    if start == "adapter":
+        given = {"model": get_peft_model(given["model"], lora())}
+    if start == "name":
+        given["model"] = str(tmp_path / "base")
+        settings["model_init_kwargs"] = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+    if start == "value_model":
+        given["value_model"] = scorer(tmp_path)
+    if start == "reward_model":
+        given["reward_model"] = scorer(tmp_path)
+        settings["critic_init"] = "reward"
+    with pytest.raises(ValueError, match=r"critic='model'\) would start from a quantized model.*critic='head'"):
+        tiny.trainer(PPOTrainer, tmp_path / "run", tiny.hashed, given, **settings)
+
+
+def scorer(folder: Path) -> Any:
+    if not (folder / "scorer").exists():
+        tiny.classifier(hidden_size=64, intermediate_size=128).save_pretrained(folder / "scorer")
+    quantized = BitsAndBytesConfig(load_in_4bit=True)
+    return AutoModelForSequenceClassification.from_pretrained(folder / "scorer", quantization_config=quantized)

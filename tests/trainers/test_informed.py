@@ -326,6 +326,18 @@ def test_neither_draws_nor_observes(halfway, beside: Callable[[Any], Any]):
 
 
 @pytest.mark.train
+def test_what_a_step_keeps_is_shared_with_what_is_known(halfway):
+    halfway._window = (None, 0)
+    halfway.begin_window()
+    kept, known = halfway._before_window["run"]["outlook"]["outlooks"], halfway.chooser.outlooks
+    for state, outlook in zip(kept, known, strict=True):
+        now = outlook.state_dict()
+        assert len(state["prompts"]) > 0
+        for name in ("prompts", "numbers", "buckets"):
+            assert all(mine is its for mine, its in zip(state[name].shards, now[name].shards, strict=True))
+
+
+@pytest.mark.train
 def test_what_is_known_are_the_prompts_that_were_trained_on(tmp_path):
     # neither those held out, which are not replaced either, nor those that were dealt and replaced
     dataset = kinds(160, every=2)

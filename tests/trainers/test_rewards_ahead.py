@@ -21,8 +21,8 @@ import pandas
 import pytest
 import tiny
 import torch
+from resume.test_trainers import assert_same_state
 from safetensors.torch import load_file
-from trainers.test_resume import assert_same_state
 from trainers.test_tools import Table, dice, last_word
 from trainers.test_tools import run as run_with_tools
 

@@ -330,6 +330,12 @@ class HeadCritic(Critic):
         return values
 
 
+QUANTIZED = (
+    "A critic of its own (critic='model') would start from a quantized model, whose layers can't learn, nor be read "
+    "from a checkpoint. Set critic='head', or pass a value_model that is not quantized."
+)
+
+
 class ModelCritic(Critic):
     """
     A model with weights of its own.
@@ -348,6 +354,7 @@ class ModelCritic(Critic):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        self._require_weights(model)
         if model.config.num_labels != 1:
             raise ValueError(
                 f"The value model has {model.config.num_labels} outputs. Load it with num_labels=1: a value is one "
@@ -361,6 +368,11 @@ class ModelCritic(Critic):
             )
         # As children of this module, so that the classification wrapper, which pools, is left out
         self._take(model.base_model, score, model.config)
+
+    @staticmethod
+    def _require_weights(model: Any) -> None:
+        """Raises `ValueError` for a quantized model, whose layers hold no weights that could learn."""
+        require(not getattr(model, "is_quantized", False), QUANTIZED)
 
     def _take(self, backbone: Any, score: nn.Linear, config: Any) -> None:
         self.backbone, self.score, self.config = backbone, score, config
@@ -376,6 +388,7 @@ class ModelCritic(Critic):
             # In float32 unless said otherwise, as TRL loads what it trains
             own: Any = config.model_init_kwargs if source is policy else None
             settings = {"dtype": torch.float32, **(own or {})}
+            require(settings.get("quantization_config") is None, QUANTIZED)  # before it is loaded
             critic = cls(AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **settings))
             if source is policy:
                 nn.init.zeros_(critic.score.weight)  # its file has no such layer
@@ -395,6 +408,7 @@ class ModelCritic(Critic):
     @classmethod
     def on_backbone_of(cls, policy: Any) -> Self:
         """A copy of a policy's backbone, adapters merged into it, with a head that starts at V = 0."""
+        cls._require_weights(policy)
         base = policy
         if hasattr(policy, "merge_and_unload"):  # its layers are the adapter's, and all but those are frozen
             base = copy.deepcopy(policy).merge_and_unload()

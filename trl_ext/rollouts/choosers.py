@@ -55,7 +55,11 @@ class RolloutObserver:
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a checkpoint must hold. It doesn't change when the observer is called again."""
+        """
+        The state that a checkpoint must hold. It doesn't change when the observer is called again. It is asked for,
+        and copied, at every optimizer step: what is known of each prompt belongs into a
+        [`~trl_ext.rollouts.ledger.Ledger`].
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

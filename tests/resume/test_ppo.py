@@ -8,7 +8,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from trainers.test_resume import assert_resumes, assert_same_state, build
+from resume.test_trainers import assert_resumes, assert_same_state, build
 from transformers import Qwen2ForSequenceClassification
 
 from trl_ext import PPOTrainer, RewardFunctionError
