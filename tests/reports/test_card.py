@@ -77,6 +77,7 @@ def test_a_run_without_evaluation_says_so():
     card = results_section(SUMMARY | missing)
     assert "without held-out evaluation" in card
     assert "tokens generated" not in card and "not computed" not in card
+    assert "not computed" not in results_section(SUMMARY | {"compute_saved": 0.001})
     assert "reward model" not in card and "critic" not in card
     assert "Train it again" not in card
 

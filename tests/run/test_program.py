@@ -85,9 +85,11 @@ def test_one_line_for_a_launch_of_two_processes(tmp_path):
         "distributed_type: MULTI_GPU\nuse_cpu: true\nmixed_precision: 'no'\nnum_processes: 2\n"
     )
     launch = ["-m", "accelerate.commands.launch", "--config_file", tmp_path / "two.yaml"]
-    process = processes.start([*launch, ROOT / "recipes/dapo.py", "--config", "none.yaml"], cwd=tmp_path)
+    # Found when the processes have met
+    wrong = ["--model_name_or_path", "m", "--dataset_name", "none.jsonl", "--output_dir", tmp_path]
+    process = processes.start([*launch, ROOT / "recipes/dapo.py", *wrong], cwd=tmp_path)
     assert process.wait() != 0
-    assert process.printed().count("dapo.py: error: --config is 'none.yaml'") == 1
+    assert process.printed().count("dapo.py: error: --dataset_name is 'none.jsonl'") == 1
 
 
 def test_a_launcher_adds_no_traceback(tmp_path, monkeypatch):

@@ -189,9 +189,9 @@ def _costs(summary: dict[str, Any]) -> str:
         "generation rounds": summary["generation_rounds"],
         "tokens generated": None if summary["generated_tokens"] is None else count(summary["generated_tokens"]),
         "tokens trained on": None if summary["trained_tokens"] is None else count(summary["trained_tokens"]),
-        "padding and dead rows not computed": None
-        if summary["compute_saved"] is None
-        else f"{summary['compute_saved']:.0%}",
+        "padding and dead rows not computed": f"{summary['compute_saved']:.0%}"
+        if (summary["compute_saved"] or 0) >= 0.01  # where there was something to save
+        else None,
         **_critic(summary["critic"] or {}),
         "wall-clock seconds": summary["seconds"],
         "machine": f"{summary['machine']['processes']} × {summary['machine']['device']}",

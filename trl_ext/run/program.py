@@ -21,8 +21,9 @@ from ..errors import UserError
 
 DEBUG = "--debug"
 STATUS = 2  # as argparse's
-# For which the processes beside the first keep quiet. A launcher ends them as soon as the first one has ended.
-OTHERS_WAIT = 10.0
+# Seconds for which the processes beside the first keep quiet. A launcher ends them when the first one has ended, which
+# takes seconds where torch was imported, and more on a busy machine.
+OTHERS_WAIT = 30.0
 
 # What argparse and Python call the kinds of values
 KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "list": "a list", "dict": "a mapping"}

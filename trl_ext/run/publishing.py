@@ -105,18 +105,18 @@ def closing_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
 
 def publish(trainer: Any, dataset_name: str | None, summary: Mapping[str, Any] | None = None) -> None:
     """
-    Writes a card beside the model, and uploads both to the Hub if `--push_to_hub` is given. Ends with what the
-    `summary` of the main process says.
+    Writes a card beside the model, says what the `summary` of the main process holds, and uploads all to the Hub if
+    `--push_to_hub` is given.
     """
     dataset = on_the_hub(dataset_name)
     folder = Path(trainer.args.output_dir)
     trainer.create_model_card(model_name=folder.name, dataset_name=dataset)
     trainer.accelerator.print(f"Saved to {folder}. How to use the model: {folder / 'README.md'}")
+    if summary is not None:
+        trainer.accelerator.print("\n".join(closing_lines(summary, folder)), flush=True)
     if trainer.args.push_to_hub:
         with uploading(folder, trainer.hub_model_id, NOT_PUSHED, trainer.args.hub_revision):
             trainer.push_to_hub(dataset_name=dataset)
-    if summary is not None:
-        trainer.accelerator.print("\n".join(closing_lines(summary, folder)))
     leave(trainer)
 
 
