@@ -120,6 +120,7 @@ PPO_CASES: dict[str, dict[str, Any]] = {
         "bootstrap_truncated": True,
         "num_iterations": 2,
     },
+    "right_ones": {"positive_nll_coef": 5.0, "success_threshold": 0.8},
     "text": {"ptx_coef": 0.5},
     "broken": {"reward": "explodes"},
     # Every process replays rows of its own

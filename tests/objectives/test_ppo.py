@@ -23,6 +23,7 @@ def batch():
         "old_values": torch.tensor([[0.0, 1.0, 9.0], [2.0, 9.0, 9.0]]),
         "returns": torch.tensor([[1.0, 3.0, -9.0], [2.0, -9.0, -9.0]]),
         "is_right": torch.tensor([1.0, 0.0]),
+        "right_share": torch.tensor(0.5),  # 2 of 4 tokens
     }
 
 
@@ -76,8 +77,17 @@ def test_the_kl_from_the_old_policy_pulls_back_to_it():
 
 def test_only_right_completions_are_made_likelier():
     loss, _, of_logps, _ = loss_of(positive_nll_coef=2.0)
-    assert loss == pytest.approx(0.25 + 0.5 * 1.125 / 4 + 2.0 * (1.5 + 2.0) / 4)
-    assert of_logps == [[-0.5, -0.5, 0.0], [0.0, 0.0, 0.0]]
+    # A mean over the two tokens of the right one
+    assert loss == pytest.approx(0.25 + 0.5 * 1.125 / 4 + 2.0 * (1.5 + 2.0) / 2)
+    assert of_logps == [[-1.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_where_no_completion_is_right_none_is_made_likelier():
+    logps, values = policy()
+    wrong = batch() | {"is_right": torch.zeros(2), "right_share": torch.tensor(0.0)}
+    settings = replace(PLAIN, positive_nll_coef=2.0)
+    loss, _ = ppo_loss(SURROGATE, logps, values, wrong, TOKENS, settings)
+    assert loss.item() == pytest.approx(0.25 + 0.5 * 1.125 / 4)
 
 
 def test_a_frozen_policy_leaves_the_value_loss_alone():

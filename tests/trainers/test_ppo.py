@@ -625,6 +625,8 @@ def test_replayed_rows_keep_what_they_were_sampled_with(tmp_path):
         assert len(seen) == len(set(seen)) == (8 if step == 0 else 16)
         tokens = sum(int(inputs["completion_mask"].sum()) for inputs in window)
         assert all(int(inputs["num_items_in_batch"]) == tokens for inputs in window)
+        right = sum(float((inputs["completion_mask"].sum(1) * inputs["is_right"]).sum()) for inputs in window)
+        assert all(float(inputs["right_share"]) == pytest.approx(right / tokens) for inputs in window)
         assert sum(born[key][0] == step for key in seen) == 8  # all new rows are among them
     assert set(ages) == {0, 1, 2}  # and none is older than two batches
 

@@ -278,8 +278,8 @@ class Twin:
             "nll": -logps.sum() * row.right,
         }
 
-    def loss(self, micro_batches: list[list[Row]], tokens: float) -> torch.Tensor:
-        """Of an optimizer step, to which each row adds its share of `tokens`."""
+    def loss(self, micro_batches: list[list[Row]], tokens: float, right: float) -> torch.Tensor:
+        """Of an optimizer step that is due this many tokens, and tokens of right completions."""
         args = self.args
         found = [[self.row_loss(row) for row in rows] for rows in micro_batches]
         rows = [row for batch in found for row in batch]
@@ -293,7 +293,8 @@ class Twin:
         if args.loss_type == "dr_grpo":
             loss = total("policy") / (len(rows) * args.max_completion_length)
         loss = loss + args.vf_coef * total("value") / tokens + args.old_kl_coef * total("old_kl") / tokens
-        loss = loss + args.positive_nll_coef * total("nll") / tokens
+        if args.positive_nll_coef:
+            loss = loss + args.positive_nll_coef * total("nll") / right
         if args.entropy_coef:  # a mean over the tokens of each micro-batch, in TRL
             means = [total("entropy", batch) / total("tokens", batch) for batch in found]
             loss = loss - args.entropy_coef * torch.stack(means).mean()
@@ -374,6 +375,7 @@ CASES = {
     "kl from the old policy": Case({"old_kl_coef": 0.5}, shows="policy/old_kl"),
     "entropy": Case({"entropy_coef": 0.05}),
     "positive nll": Case({"positive_nll_coef": 0.3}),
+    "positive nll by mini-batch": Case({"positive_nll_coef": 0.3, "token_normalization": "mini_batch"}),
     "ptx": Case(
         {"ptx_coef": 0.7},
         arguments={"ptx_dataset": Dataset.from_dict({"input_ids": [PTX]})},
@@ -472,10 +474,13 @@ def expected_steps(trainer: Any, steps: Steps, case: Case) -> list[Expected]:
             rows = rows_of(trainer.batches[step * per_step // per_generation].output)
             twin.credit(rows)
             known = {row.key: row for row in rows}
-            tokens = sum(len(row.steps) for row in rows) * per_step / args.steps_per_generation
         window = micro_batches[step * per_step : (step + 1) * per_step]
         taken = [[known[row.key] for row in batch] for batch in window]
-        loss = twin.loss(taken, tokens)
+        counted, share = rows, per_step / args.steps_per_generation
+        if args.token_normalization == "mini_batch":
+            counted, share = [row for batch in taken for row in batch], 1.0
+        tokens = sum(len(row.steps) for row in counted) * share
+        loss = twin.loss(taken, tokens, sum(len(row.steps) for row in counted if row.right) * share)
         parameters = twin.models.parameters()
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         by_row = [twin.row_loss(row) for batch in taken for row in batch]

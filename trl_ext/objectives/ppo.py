@@ -21,8 +21,11 @@ def old_policy_kl(logps: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def positive_nll(logps: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The negative log-likelihood of correct completions (VAPO, https://huggingface.co/papers/2504.05118)."""
-    return -(logps * batch["is_right"].unsqueeze(1))
+    """
+    The negative log-likelihood of correct completions (VAPO, https://huggingface.co/papers/2504.05118): a mean over
+    their tokens alone. Divided by their share of all tokens here, and by all tokens with the other terms.
+    """
+    return -(logps * batch["is_right"].unsqueeze(1)) / batch["right_share"].clamp(min=1e-12)
 
 
 # Terms that move the policy beside the surrogate: from its log-probabilities `(B, T)` and the micro-batch to a value
@@ -86,7 +89,8 @@ def ppo_loss(
             they are.
         batch (`Mapping[str, torch.Tensor]`):
             `old_per_token_logps`, `old_values`, `returns`, `completion_mask` and, if environments wrote some tokens,
-            `tool_mask`, of shape `(B, T)`; `is_right` of shape `(B,)` if there is a `positive_nll_coef`.
+            `tool_mask`, of shape `(B, T)`. If there is a `positive_nll_coef`: `is_right` of shape `(B,)`, and
+            `right_share` of shape `()`, the share of `tokens` that correct completions have.
         tokens (`torch.Tensor` of shape `()`):
             Divisor of the sums.
         settings ([`PPOLossSettings`]):

@@ -272,6 +272,8 @@ class PPOTrainer(GRPOTrainer):
         if args.positive_nll_coef:
             outcomes = self.group_outcomes(rewards, 1).squeeze(1)
             output["is_right"] = (outcomes.nan_to_num(nan=-math.inf) >= args.success_threshold).float()
+            if not training:
+                self._set_right_share([output], per_step=1)
         if not self.batch.credits_late:
             row_means = self._estimate(output, self.batch.extras[0], training)
             self._relog("advantages", self.accelerator.gather(row_means).tolist())
@@ -361,7 +363,24 @@ class PPOTrainer(GRPOTrainer):
         self._follow_old_policy()
         if self.args.replay_ratio:
             self._add_replayed(micro_batches)
+        if self.args.positive_nll_coef:
+            by_step = self.args.token_normalization == "mini_batch"
+            self._set_right_share(micro_batches, self.args.gradient_accumulation_steps if by_step else None)
         super().on_new_buffer(micro_batches)
+
+    def _set_right_share(self, micro_batches: list[dict[str, Any]], per_step: int | None) -> None:
+        """
+        Put `right_share` into micro-batches: the share of correct completions in the tokens that losses are divided
+        by, those of `per_step` micro-batches (`None`: of the generation batch) on all processes.
+        """
+        counts = []
+        for batch in micro_batches:
+            tokens = (batch["completion_mask"] * batch.get("tool_mask", 1)).sum(dim=1)  # (B,)
+            counts.append(torch.stack([(tokens * batch["is_right"]).sum(), tokens.sum().float()]))
+        per_step = per_step or len(micro_batches)
+        right, total = self._sum(torch.stack(counts).view(-1, per_step, 2).sum(dim=1)).unbind(dim=1)
+        for i, batch in enumerate(micro_batches):
+            batch["right_share"] = (right / total.clamp(min=1))[i // per_step]
 
     def _follow_old_policy(self) -> None:
         """Adapt `old_kl_coef` to the KL at the end of the generation batch that is used up."""

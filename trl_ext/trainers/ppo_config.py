@@ -92,7 +92,8 @@ class PPOConfig(TRL112Arguments):
             Wanted KL(π_old‖π_θ) at the end of a generation batch, in nats per token. `old_kl_coef` follows it by the
             rule `"ppo"`.
         positive_nll_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of the negative log-likelihood of completions that solve their prompt (VAPO's μ).
+            Weight of the negative log-likelihood of completions that solve their prompt (VAPO's μ): a mean over their
+            tokens, in the mini-batch or generation batch as `token_normalization` says.
         loss_terms (`dict[str, float]`, *optional*):
             Weights of further terms of the loss, by their names in [`~trl_ext.objectives.ppo.LOSS_TERMS`]; on the
             command line as JSON.
