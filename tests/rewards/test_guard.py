@@ -202,3 +202,31 @@ def test_ready_for_another_batch(counted, count):
         run()
     assert calls == []
     assert guarded.ready is None
+
+
+# Calls by hand
+
+
+def lengths(completions, weight=1.0, **columns):
+    if not completions:
+        raise KeyError("nothing to measure")
+    return [weight * len(completion) for completion in completions]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_call_by_hand_is_a_call_of_the_function(kind):
+    async def later(*args, **columns):
+        return lengths(*args, **columns)
+
+    guarded = guard(lengths if kind == "sync" else later, "judge")
+
+    def call(*args, **columns):
+        returned = guarded(*args, **columns)
+        return returned if kind == "sync" else asyncio.run(returned)
+
+    guarded.ready = [5.0]  # for the trainer's next call, not for this one
+    assert call(["four", "seven"]) == [4.0, 5.0]
+    assert call(["four"], 0.5) == call(completions=["four"], weight=0.5) == [2.0]
+    with pytest.raises(KeyError, match="nothing to measure"):
+        call([])
+    assert guarded.fault is None and guarded.returned == [] and guarded.ready == [5.0]

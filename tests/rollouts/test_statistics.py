@@ -101,8 +101,9 @@ def fits(tokens: list[int], rows: list[int], fillers: list[int], all_tokens: int
             all_tokens=all_tokens,
             all_rows=all_rows,
             micro_batches=len(tokens),
+            first=i == 0,
         )
-        for t, r, f in zip(tokens, rows, fillers, strict=True)
+        for i, (t, r, f) in enumerate(zip(tokens, rows, fillers, strict=True))
     ]
 
 
@@ -181,20 +182,34 @@ class TestRestateLossMetrics:
         nothing = fits([0, 0], [0, 0], fillers=[1, 1], all_tokens=9, all_rows=3)
         assert self.restated("entropy", [0.0, 0.0], self.skipping, fits=nothing) == {"computed/entropy": 0.0}
 
-    def test_extremes(self):
+    def test_extremes_are_those_of_the_step(self):
         low, high = "clip_ratio/low_min", "clip_ratio/high_max"
         # A row that was left out has a clip ratio of zero: that may be the smallest, but not the largest
-        assert self.restated(low, [0.2, 0.4], self.skipping) == pytest.approx({f"computed/{low}": 0.3})
-        assert self.restated(high, [0.2, 0.4], self.skipping) == pytest.approx({high: 0.3})
-        assert self.restated(low, [0.2, 0.4], self.keeping) == pytest.approx({low: 0.3})
-        for key in (low, high):
-            assert self.restated(key, [0.2, 0.4], self.merging) == pytest.approx({f"computed/{key}": 0.3})
+        for savings in (self.skipping, self.merging):
+            assert self.restated(low, [0.2, 0.4], savings) == {f"computed/step/{low}": 0.2}
+            assert self.restated(high, [0.2, 0.4], savings) == {f"step/{high}": 0.4}
+        assert self.restated(low, [0.2, 0.4], self.keeping) == {f"step/{low}": 0.2}
+        assert self.restated(low, [math.nan, 0.4], self.keeping) == {f"step/{low}": 0.4}
+        # With one micro-batch, they are TRL's
+        alone = fits([6], [3], [0], all_tokens=6, all_rows=3)
+        assert self.restated(high, [0.4], self.skipping, fits=alone) == {high: 0.4}
 
-    def test_the_smallest_is_not_that_of_a_row_without_weight(self):
-        # By token TRL leaves such a row out itself; by row it has a zero
-        assert self.restated("clip_ratio/low_min", [0.2, 0.0], self.skipping, by_row=True) == pytest.approx(
-            {"computed/clip_ratio/low_min": 0.2}
-        )
+    def test_each_step_has_its_own_extremes(self):
+        metrics: dict[str, list[float]] = {}
+        for value, fit in zip([0.2, 0.4, 0.3, 0.1], [*self.dealt, *self.dealt], strict=True):
+            metrics.setdefault("clip_ratio/high_max", []).append(value)
+            restate_loss_metrics(metrics, fit, False, self.skipping)
+        assert metrics == {"step/clip_ratio/high_max": [0.4, 0.3]}
+
+    @pytest.mark.parametrize(("clipped", "smallest"), [(1, 1.0), (0, 0.0)])
+    def test_the_smallest_is_not_that_of_a_row_without_weight(self, clipped, smallest):
+        # By token TRL leaves such a row out itself; by row it has a zero: of two rows, one is real
+        metrics: dict[str, list[float]] = {"clip_ratio/low_min": [], "clip_ratio/low_mean": []}
+        for low, mean, fit in zip([1.0, 0.0], [1.0, clipped / 2], self.dealt, strict=True):
+            metrics.setdefault("clip_ratio/low_min", []).append(low)
+            metrics.setdefault("clip_ratio/low_mean", []).append(mean)
+            restate_loss_metrics(metrics, fit, True, self.skipping)
+        assert metrics["computed/step/clip_ratio/low_min"] == [smallest]
 
     def test_earlier_steps_stay(self):
         metrics = {"kl": [7.0], "clip_ratio/low_mean": [0.5], "entropy": [3.0]}

@@ -313,6 +313,14 @@ class TestEnvironments:
         trainer = run(DAPOTrainer, tmp_path, None, {"environment_factory": Table}, soft_punish_cache=10, max_steps=1)
         assert trainer.reward_func_names == ["soft_overlong_punishment_reward", "Table"]
 
+    def test_an_environments_own_reward_can_be_called_by_hand(self, tmp_path):
+        trainer = run(DAPOTrainer, tmp_path, None, {"environment_factory": Table}, max_steps=1)
+        tables = [Table(), Table()]
+        for target, table in enumerate(tables):
+            table.reset(target)
+            table.rolls += [3, 2]
+        assert trainer.reward_funcs[0](environments=tables) == trainer.reward_funcs[0](tables) == [5.0, 0.0]
+
     def test_unknown_outcome_name(self, tmp_path):
         with pytest.raises(ValueError, match=r"'Tables', but the reward functions are .*Table"):
             run(DUPOTrainer, tmp_path, None, {"environment_factory": Table}, outcome_reward_funcs=["Tables"])

@@ -22,6 +22,8 @@ class RewardFunctionError(RuntimeError):
 # Stands for the reward of a function that failed. Infinity is no valid reward, and TRL gathers rewards anyway, so that
 # every rank learns of a failure on any rank without a further collective.
 FAILED = math.inf
+# What TRL passes to every reward function
+TRLS_ARGUMENTS = {"prompts", "completions", "completion_ids"}
 # How many samples are tried one by one after a function raised on a batch
 MOST_PROBES = 64
 # TRL stores rewards in float32
@@ -52,6 +54,10 @@ class RewardGuard:
     """
     Calls a reward function and checks what it returns. After a failure, the message is in `fault` and all rewards are
     [`FAILED`]; the trainer then saves what was trained and raises the error on all ranks together.
+
+    That is for calls as TRL makes them, by keyword, with `prompts`, `completions` and `completion_ids`. Any other call
+    goes to the function as it is, and what it returns or raises comes back: a trainer's `reward_funcs` can be called
+    by hand.
 
     Args:
         func (`Callable`):
@@ -153,7 +159,9 @@ class RewardGuard:
         where = f"on the whole batch, but on none of its first {tried} samples alone; here is the first"
         return self._raised(columns, error, where)
 
-    def __call__(self, **columns: Any) -> Any:
+    def __call__(self, *args: Any, **columns: Any) -> Any:
+        if args or not columns.keys() >= TRLS_ARGUMENTS:
+            return self.func(*args, **columns)
         if self.ready is not None:
             return self._take_ready(columns, self.ready)
         try:
@@ -170,7 +178,9 @@ class RewardGuard:
 class AsyncRewardGuard(RewardGuard):
     """[`RewardGuard`] for an async reward function."""
 
-    async def __call__(self, **columns: Any) -> Any:
+    async def __call__(self, *args: Any, **columns: Any) -> Any:
+        if args or not columns.keys() >= TRLS_ARGUMENTS:
+            return await self.func(*args, **columns)
         if self.ready is not None:
             return self._take_ready(columns, self.ready)
         try:

@@ -146,6 +146,8 @@ class Fit:
             The same including rows that were left out and all copies.
         micro_batches (`int`):
             Number of micro-batches that were dealt together, on each rank.
+        first (`bool`):
+            Whether this is the first of them.
     """
 
     scale: float
@@ -157,6 +159,7 @@ class Fit:
     all_tokens: int
     all_rows: int
     micro_batches: int
+    first: bool = True
 
 
 @dataclass
@@ -301,10 +304,10 @@ class _StepRows:
             saved.token_slots += len(rows) * width.total
             saved.regrouped_rows += sum(self.place(row) != (rank, i) for row in rows if row != FILLER)
 
-    def fit(self, rows_by_rank: list[list[int]], computed: list[int], loss_type: str) -> Fit:
+    def fit(self, i: int, rows_by_rank: list[list[int]], computed: list[int], loss_type: str) -> Fit:
         """
-        The [`Fit`] of a micro-batch that has these rows on the ranks, where `computed` are the rows that are computed
-        in all micro-batches of the step.
+        The [`Fit`] of micro-batch `i`, which has these rows on the ranks, where `computed` are the rows that are
+        computed in all micro-batches of the step.
         """
         real = [row for rows in rows_by_rank for row in rows if row != FILLER]
         size, tokens = len(rows_by_rank[0]), self.summary.tokens
@@ -318,6 +321,7 @@ class _StepRows:
             all_tokens=int(tokens.sum()),
             all_rows=len(self),
             micro_batches=self.micro_batches,
+            first=i == 0,
         )
 
 
@@ -388,7 +392,7 @@ def fit_step(
         widths = [sizes.width(rows) if rows else only_fillers for rows in real]
         step.count_ours(i, rows_by_rank, widths, saved)
         batch = cut(_take(joined, rows_by_rank[here]), step.widest, widths[here])
-        batch[FIT] = step.fit(rows_by_rank, computed, loss_type)
+        batch[FIT] = step.fit(i, rows_by_rank, computed, loss_type)
         fitted.append(batch)
     return fitted
 

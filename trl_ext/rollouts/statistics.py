@@ -129,13 +129,14 @@ LOSS_MEANS = (
 )
 # Those of them that are zero for a row without advantage
 ZERO_WITHOUT_ADVANTAGE = {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio"}
-# Extremes over rows. The clip ratio of a row without advantage is zero, so that leaving it out can change the minimum,
-# but not the maximum.
+# Extremes over rows
 LOSS_EXTREMES = ("clip_ratio/low_min", "clip_ratio/high_max")
 # Metrics that are means over rows even at token level, with their value for a row without a token in the loss
 ROW_MEANS = {"vespo/phi_seq_mean": 1.0}
-# Prefix of the name of a metric that is taken over the computed rows alone
+# Prefixes of the name of a metric that is taken over the computed rows alone, and over the rows of an optimizer step
+# instead of those of a micro-batch
 COMPUTED = "computed/"
+STEP = "step/"
 
 
 def _mean_over_rows(value: float, fit: Fit, of_empty_row: float, over_all: bool) -> float:
@@ -165,7 +166,8 @@ def restate_loss_metrics(
     the weights, that is the mean over the tokens (or rows) of the step.
 
     If rows were left out or copies were computed once, some metrics can't be taken over all rows. They are taken over
-    the rows that were computed, and get the prefix `computed/`.
+    the rows that were computed, and get the prefix `computed/`. Extremes are taken over the rows of the step, and get
+    the prefix `step/` if it has several micro-batches.
 
     Args:
         metrics (`dict[str, list[float]]`):
@@ -179,6 +181,8 @@ def restate_loss_metrics(
         loss_has_kl (`bool`, *optional*, defaults to `True`):
             Whether a `kl` that was logged is the loss's, and not that of a generation batch.
     """
+    if by_row and fit.fillers and metrics.get("clip_ratio/low_min"):
+        metrics["clip_ratio/low_min"][-1] = _without_fillers(metrics, fit)
     for key in LOSS_MEANS:
         if not metrics.get(key) or (key == KL_PER_TOKEN and not loss_has_kl):
             continue
@@ -192,12 +196,35 @@ def restate_loss_metrics(
         if not metrics[key]:
             del metrics[key]
     for key in LOSS_EXTREMES:
-        if by_row and fit.fillers and metrics.get(key) and key.endswith("min"):
-            metrics[key].pop()  # the 0 of a filler
-        if metrics.get(key) and (savings.weigh_copies or (savings.skip_dead and key.endswith("min"))):
-            metrics.setdefault(COMPUTED + key, []).append(metrics[key].pop())
-        if key in metrics and not metrics[key]:
-            del metrics[key]
+        if metrics.get(key):
+            _restate_extreme(metrics, key, fit, savings)
+
+
+def _without_fillers(metrics: dict[str, list[float]], fit: Fit) -> float:
+    """
+    The smallest clip ratio of a micro-batch's rows, of which each is clipped (1) or not (0); TRL's has the 0 of
+    fillers among them. It follows from the number of rows that are clipped.
+    """
+    mean = (metrics.get("clip_ratio/low_mean") or [math.nan])[-1]
+    if not fit.rows or math.isnan(mean):
+        return math.nan
+    return float(round(mean * (fit.rows + fit.fillers)) >= fit.rows)
+
+
+def _restate_extreme(metrics: dict[str, list[float]], key: str, fit: Fit, savings: ExactSavings) -> None:
+    """
+    TRL logs the mean over micro-batches of the extreme in each, which depends on how rows were dealt. What doesn't is
+    the extreme over all rows of the step: one entry for all of its micro-batches.
+    """
+    value, smallest = metrics[key].pop(), key.endswith("min")
+    if not metrics[key]:
+        del metrics[key]
+    # A row that was left out isn't clipped, which may be the smallest ratio, but not the largest
+    name = (COMPUTED if smallest and savings.skip_dead else "") + (STEP if fit.micro_batches > 1 else "") + key
+    entries = metrics.setdefault(name, [])
+    values = [value] if fit.first or not entries else [value, entries.pop()]
+    known = [number for number in values if not math.isnan(number)]  # NaN: no row with a token
+    entries.append((min if smallest else max)(known, default=math.nan))
 
 
 # Other extremes, which TRL takes over tokens or sequences
