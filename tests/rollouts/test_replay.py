@@ -148,3 +148,42 @@ def test_copies_are_told_apart_from_rows_that_are_none():
         sources = joined.get("source_row")
         # A row of the past is no copy of one of the present
         assert sources is None or sources.tolist() == [5, 5, -1, -1]
+
+
+# Resumed on a different number of processes
+
+
+def test_other_processes_share_the_rows_evenly():
+    states = []
+    for process in range(2):  # the second process has wider rows
+        buffer = ReplayBuffer(capacity=2, seed=3)
+        for batch in range(3):
+            buffer.add([micro_batch(100 * batch + 10 * process, 4, 2 + process, 3 + 2 * process)])
+        buffer.draw(1)
+        states.append(buffer.state_dict())
+    for processes in (1, 3, 4):
+        shares = []
+        for index in range(processes):
+            share = ReplayBuffer(capacity=2, seed=9)
+            share.load_share(states, index, processes)
+            shares.append(share)
+        assert len({len(share) for share in shares}) == 1
+        assert len(shares[0]) == 2 * (8 // processes)
+        drawn = [names(share.draw(len(share))) for share in shares]
+        kept = [name for rows in drawn for name in rows]
+        everything = {100 * batch + 10 * process + row for batch in (1, 2) for process in (0, 1) for row in range(4)}
+        assert len(kept) == len(set(kept)) and set(kept) <= everything
+    # The next draw is that of the first run
+    again = ReplayBuffer(capacity=2, seed=0)
+    again.load_state_dict(states[0])
+    share = ReplayBuffer(capacity=2, seed=9)
+    share.load_share(states, 0, 2)
+    assert torch.equal(share.generator.get_state(), again.generator.get_state())
+
+
+def test_fewer_rows_than_processes_are_dropped():
+    buffer = ReplayBuffer(capacity=2, seed=0)
+    buffer.add([micro_batch(0, 2, 1, 3)])
+    share = ReplayBuffer(capacity=2, seed=0)
+    share.load_share([buffer.state_dict()], 0, 3)
+    assert len(share) == 0 and share.draw(2) == []

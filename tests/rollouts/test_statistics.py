@@ -190,6 +190,9 @@ class TestRestateLossMetrics:
             assert self.restated(high, [0.2, 0.4], savings) == {f"step/{high}": 0.4}
         assert self.restated(low, [0.2, 0.4], self.keeping) == {f"step/{low}": 0.2}
         assert self.restated(low, [math.nan, 0.4], self.keeping) == {f"step/{low}": 0.4}
+        # Where nothing is computed, nothing is clipped
+        dead = fits([0], [0], [1], all_tokens=6, all_rows=3)
+        assert self.restated(high, [math.nan], self.skipping, fits=dead) == {high: 0.0}
         # With one micro-batch, they are TRL's
         alone = fits([6], [3], [0], all_tokens=6, all_rows=3)
         assert self.restated(high, [0.4], self.skipping, fits=alone) == {high: 0.4}

@@ -60,6 +60,27 @@ class ReplayBuffer:
         self.batches = state["batches"]
         self.generator.set_state(state["generator"].cpu())
 
+    def load_share(self, states: list[dict[str, Any]], index: int, processes: int) -> None:
+        """
+        Take over this process's share of the rows that a different number of processes kept. Every process gets the
+        same number of rows of each generation batch, so that all of them go on to draw at the same steps; up to
+        `processes` − 1 rows of a batch are dropped.
+
+        Args:
+            states (`list[dict]`):
+                What [`state_dict`] returned on each of the processes that kept them.
+            index, processes (`int`):
+                This process, and the number of processes now.
+        """
+        self.batches = []
+        for parts in zip(*(state["batches"] for state in states), strict=True):
+            rows = append_rows(parts[0], list(parts[1:]))
+            each = len(rows["completion_ids"]) // processes
+            if each:
+                share = slice(index * each, (index + 1) * each)
+                self.batches.append({name: value[share].clone() for name, value in rows.items()})
+        self.generator.set_state(states[0]["generator"].cpu())  # all processes draw the same places
+
 
 def _tensor(batch: MicroBatch, name: str) -> torch.Tensor:
     """A tensor of a micro-batch, with a default for those that not every generation batch has."""

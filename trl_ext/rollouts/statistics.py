@@ -219,11 +219,13 @@ def _restate_extreme(metrics: dict[str, list[float]], key: str, fit: Fit, saving
     value, smallest = metrics[key].pop(), key.endswith("min")
     if not metrics[key]:
         del metrics[key]
-    # A row that was left out isn't clipped, which may be the smallest ratio, but not the largest
+    # A row that was left out isn't clipped. Its 0 may be the smallest ratio; it is the largest only if it is alone.
     name = (COMPUTED if smallest and savings.skip_dead else "") + (STEP if fit.micro_batches > 1 else "") + key
     entries = metrics.setdefault(name, [])
     values = [value] if fit.first or not entries else [value, entries.pop()]
     known = [number for number in values if not math.isnan(number)]  # NaN: no row with a token
+    if not smallest and fit.computed_tokens < fit.all_tokens:
+        known.append(0.0)
     entries.append((min if smallest else max)(known, default=math.nan))
 
 

@@ -514,6 +514,12 @@ class PPOTrainer(GRPOTrainer):
         if "replay" in state:
             self._replay.load_state_dict(state["replay"])
 
+    def load_share_of_process_states(self, states: list[dict[str, Any]]) -> None:
+        super().load_share_of_process_states(states)
+        replays = [state["replay"] for state in states if "replay" in state]
+        if replays:
+            self._replay.load_share(replays, self.accelerator.process_index, self.accelerator.num_processes)
+
     # Completions to look at
 
     def generate_completions(self, sampling: bool = False) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import trl
 from accelerate.logging import get_logger
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -133,6 +133,9 @@ class CheckpointSeams(WholeCheckpoints, WholeEvaluations, trl.GRPOTrainer):
     def load_process_state(self, state: dict[str, Any]) -> None:
         """The reverse of [`process_state`]."""
 
+    def load_share_of_process_states(self, states: list[dict[str, Any]]) -> None:
+        """Take over this process's share of the [`process_state`] of a different number of processes."""
+
     @property
     def train_metrics(self) -> dict[str, list[float]]:
         """What TRL averages into its next log of training."""
@@ -163,8 +166,29 @@ class CheckpointSeams(WholeCheckpoints, WholeEvaluations, trl.GRPOTrainer):
     def _buffer_file(self, checkpoint: str | Path) -> str:
         return os.path.join(checkpoint, f"trl_ext_buffer_{self.accelerator.process_index}.pt")
 
-    def _process_file(self, checkpoint: str | Path) -> str:
-        return os.path.join(checkpoint, f"trl_ext_process_{self.accelerator.process_index}.pt")
+    def _process_file(self, checkpoint: str | Path, process: int | None = None) -> str:
+        index = self.accelerator.process_index if process is None else process
+        return os.path.join(checkpoint, f"trl_ext_process_{index}.pt")
+
+    def _load_process_states(self, checkpoint: str, processes: int) -> None:
+        """Load what each of so many processes wrote. Every process makes the call, and all of them raise or none."""
+        if processes == self.accelerator.num_processes:
+            if os.path.exists(self._process_file(checkpoint)):
+                self.load_process_state(read_state(self._process_file(checkpoint)))
+            return
+        files = [self._process_file(checkpoint, process) for process in range(processes)]
+        missing = [os.path.basename(file) for file in files if not os.path.exists(file)]
+        lacking: list[list[str]] = gather_object([missing])
+        if all(len(of_process) == processes for of_process in lacking):
+            return  # there was nothing to write
+        if any(lacking):
+            index, names = next((i, names) for i, names in enumerate(lacking) if names)
+            raise ValueError(
+                f"{checkpoint} was written by {processes} processes, this run has {len(lacking)}, and process "
+                f"{index} doesn't find {', '.join(names)}. Each process needs the files of all: put the checkpoint "
+                f"where every machine sees it whole, or resume on {processes} processes."
+            )
+        self.load_share_of_process_states([read_state(file) for file in files])
 
     @property
     def _layout(self) -> dict[str, int]:
@@ -192,8 +216,7 @@ class CheckpointSeams(WholeCheckpoints, WholeEvaluations, trl.GRPOTrainer):
             return
         state = saved_state(checkpoint)
         self.load_run_state(state["run"])
-        if os.path.exists(self._process_file(checkpoint)):
-            self.load_process_state(read_state(self._process_file(checkpoint)))
+        self._load_process_states(checkpoint, state["layout"]["num_processes"])
         self._metrics["train"].update(state["metrics"])
         if state["layout"] != self._layout:
             logger.warning(
