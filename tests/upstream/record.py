@@ -132,6 +132,12 @@ LEANED_ON = {
     "accelerate.state.AcceleratorState._reset_state": (
         "clears what all accelerators of a process share, and leaves the process group alone"
     ),
+    "torch.distributed.distributed_c10d._get_default_store": (
+        "returns the store of the process group, through which a process says which reward function it is in"
+    ),
+    "torch.distributed.distributed_c10d._set_pg_timeout": (
+        "limits how long a group of gloo waits: transformers doesn't pass `ddp_timeout` on under `use_cpu`"
+    ),
     "accelerate.utils.operations.gather_object": "flattens one list a process, in the order of the processes",
 }
 

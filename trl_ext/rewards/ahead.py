@@ -178,6 +178,12 @@ class RewardsAhead:
         self.faults = []
         return [self._rewards(index, calls) for index, calls in enumerate(by_func)]
 
+    @property
+    def running(self) -> list[str]:
+        """Names of the functions that are being called."""
+        with self._changed:
+            return sorted({call.guard.__name__ for call in self._running})
+
     def faults_by_function(self) -> list[float]:
         """How many calls of each function are in `faults`."""
         names = [func.__name__ for func in self.funcs]

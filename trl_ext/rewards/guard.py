@@ -19,6 +19,13 @@ class RewardFunctionError(RuntimeError):
     """A reward function raised, or returned something that can't be a reward."""
 
 
+class RewardTimeoutError(RuntimeError):
+    """
+    The reward function of another process didn't return while this one waited for it. Nothing is saved, because the
+    other process can't take part.
+    """
+
+
 # Stands for the reward of a function that failed. Infinity is no valid reward, and TRL gathers rewards anyway, so that
 # every rank learns of a failure on any rank without a further collective.
 FAILED = math.inf
@@ -72,6 +79,8 @@ class RewardGuard:
             Rewards that were computed and checked beforehand. The next call returns them without calling the function.
         returned (`list`):
             Rewards of the latest call. Some may be [`~trl_ext.rewards.steps.StepRewards`].
+        running (`bool`):
+            Whether a call is under way.
     """
 
     def __init__(self, func: Callable[..., Any], name: str) -> None:
@@ -80,6 +89,7 @@ class RewardGuard:
         self.fault: str | None = None
         self.ready: list[float | None] | None = None
         self.returned: list[Any] = []
+        self.running = False
 
     def __getattr__(self, name: str) -> Any:  # called for attributes that the guard itself lacks
         if name == "func":
@@ -164,6 +174,7 @@ class RewardGuard:
             return self.func(*args, **columns)
         if self.ready is not None:
             return self._take_ready(columns, self.ready)
+        self.running = True
         try:
             return self._checked(columns, self.func(**columns))
         except Exception as error:  # anything that the user's code raises
@@ -173,6 +184,8 @@ class RewardGuard:
                 except Exception:
                     return self._raised(columns, error, "for this sample", index)
             return self._raised_on_batch_only(columns, error)
+        finally:
+            self.running = False
 
 
 class AsyncRewardGuard(RewardGuard):
@@ -183,6 +196,7 @@ class AsyncRewardGuard(RewardGuard):
             return await self.func(*args, **columns)
         if self.ready is not None:
             return self._take_ready(columns, self.ready)
+        self.running = True
         try:
             return self._checked(columns, await self.func(**columns))
         except Exception as error:
@@ -192,6 +206,8 @@ class AsyncRewardGuard(RewardGuard):
                 except Exception:
                     return self._raised(columns, error, "for this sample", index)
             return self._raised_on_batch_only(columns, error)
+        finally:
+            self.running = False
 
 
 def guard(func: Callable[..., Any], name: str) -> RewardGuard:

@@ -62,6 +62,7 @@ from ..sampling import end_completions_at, further_ends, sampling_as_told
 from .checkpoints import CheckpointSeams
 from .evaluation import EvaluatedBatch, completions_apart, table_of_evaluation
 from .rewards_ahead import discard_rewards, generate_in_chunks, hand_rewards_to_trl, rewards_ahead_of
+from .waiting import RewardWatch
 
 
 class _RoundScored(Exception):
@@ -112,6 +113,7 @@ class GRPOSeams(CheckpointSeams):
         ]
         self.reward_guards = [func for func in self.reward_funcs if isinstance(func, RewardGuard)]
         self.rewards_ahead = rewards_ahead_of(self)
+        self.reward_watch = RewardWatch(self)
 
     @contextmanager
     def _asking_for_passes(self, holder: Any) -> Iterator[None]:
@@ -296,8 +298,9 @@ class GRPOSeams(CheckpointSeams):
         if batch.selection is not None:  # TRL asks for rewards that were computed to select groups
             assert batch.rewards is not None
             return batch.rewards
-        hand_rewards_to_trl(self)
-        returned: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+        with self.reward_watch.watching():
+            hand_rewards_to_trl(self)
+            returned: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
         raise_reward_faults(returned, self.reward_funcs, self.reward_func_names)
         rewards = self.judged(returned)
         guarded = {i: func for i, func in enumerate(self.reward_funcs) if isinstance(func, RewardGuard)}

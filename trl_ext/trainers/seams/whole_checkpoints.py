@@ -34,6 +34,7 @@ from ...roles.critic import critic_of
 from ...roles.quantized import keep_weights_trainable
 from .preemption import preemption_of
 from .pushes import push_of_checkpoint, wait_for_pushes
+from .waiting import limit_waiting
 
 
 logger = get_logger(__name__)
@@ -347,6 +348,7 @@ class WholeCheckpoints(Trainer):
     saved_step = 0  # of the last checkpoint of this process
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        limit_waiting(kwargs["args"])  # now, because processes wait for one that prepares the data
         super().__init__(*args, **kwargs)
         for model in (self.model, getattr(self, "ref_model", None)):
             if model is not None:
