@@ -20,7 +20,17 @@ from pipelines.dpo_then_ppo_worker import dpo_args, lora, policy_settings, promp
 from pipelines.runs import Looks, adapter, adapter_of, same, short
 from safetensors.torch import load_file
 
-from trl_ext import DAPOConfig, DAPOTrainer, DUPOConfig, DUPOTrainer, GSPOConfig, GSPOTrainer, PPOConfig
+from trl_ext import (
+    DAPOConfig,
+    DAPOTrainer,
+    DUPOConfig,
+    DUPOTrainer,
+    GSPOConfig,
+    GSPOTrainer,
+    PPOConfig,
+    RLOOConfig,
+    RLOOTrainer,
+)
 from trl_ext.curriculum.schedule import DifficultyCurriculum
 from trl_ext.preferences.cleaning import clean_by_margin
 from trl_ext.rewards.implicit import IMPLICIT_REWARD
@@ -207,7 +217,13 @@ class TestHandingOn:
         assert abs(expected[0]) > 1e-3
 
     @pytest.mark.parametrize(
-        ("trainer", "config"), [(DAPOTrainer, DAPOConfig), (DUPOTrainer, DUPOConfig), (GSPOTrainer, GSPOConfig)]
+        ("trainer", "config"),
+        [
+            (DAPOTrainer, DAPOConfig),
+            (DUPOTrainer, DUPOConfig),
+            (GSPOTrainer, GSPOConfig),
+            (RLOOTrainer, RLOOConfig),
+        ],
     )
     def test_other_methods(self, tmp_path: Path, trainer: Any, config: Any) -> None:
         settings = policy_settings(max_steps=1, updates_per_generation=1, warmup_steps=0)
