@@ -213,6 +213,13 @@ def test_advantages_are_those_of_the_reward_minus_the_kl(selection, estimator, t
         assert "ref_per_token_logps" not in batch.output
         copied += batch.selection is not None and batch.selection.sources != list(range(4))
     assert (copied > 0) == (selection == "duplicate")
+    # The table of completions has the slots' own, whose KL is not known where they were replaced: rewards are 0 there
+    if copied and estimator == "leave_one_out":
+        (last,) = trainer.batches[-1:]
+        own = [source == slot for slot, source in enumerate(last.selection.sources)]
+        assert not all(own)
+        logged = torch.tensor(list(trainer._logs["advantages"])).view(-1, 4)
+        assert [bool(group.any()) for group in logged] == own
     # TRL's loss has no KL of its own
     assert (trainer.beta, trainer.kl_coef, trainer.args.beta) == (0.0, 0.3, 0.3)
     kls = [log["kl"] for log in tiny.history(trainer)]
