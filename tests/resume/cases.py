@@ -32,6 +32,8 @@ from trl_ext import (
     GSPOTrainer,
     PPOConfig,
     PPOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
 )
 from trl_ext.pipelines.dpo_then_ppo import DPOThenPPO
 from trl_ext.rewards.objectives import ObjectiveSchedule, RewardConstraint, RewardObjectives
@@ -40,8 +42,8 @@ from trl_ext.rewards.objectives import ObjectiveSchedule, RewardConstraint, Rewa
 STEPS = 5
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": STEPS}
 PAIRS, PIPELINE = "DPO", "DPO then PPO"
-GROUPS = {"GRPO": GRPOTrainer, "DAPO": DAPOTrainer, "DUPO": DUPOTrainer, "GSPO": GSPOTrainer}
-CONFIGS = {"GRPO": GRPOConfig, "DAPO": DAPOConfig, "DUPO": DUPOConfig, "GSPO": GSPOConfig}
+GROUPS = {"GRPO": GRPOTrainer, "RLOO": RLOOTrainer, "DAPO": DAPOTrainer, "DUPO": DUPOTrainer, "GSPO": GSPOTrainer}
+CONFIGS = {"GRPO": GRPOConfig, "RLOO": RLOOConfig, "DAPO": DAPOConfig, "DUPO": DUPOConfig, "GSPO": GSPOConfig}
 CRITICS = {"PPO head": "head", "PPO model": "model"}
 TRAINERS = (*GROUPS, *CRITICS, PAIRS, PIPELINE)
 
@@ -87,7 +89,7 @@ FEATURES = {
     "adaptive KL": Feature(ADAPTIVE),
     "informed draws": Feature(
         {"refill_draws": "informed"},
-        {name: {"rollout_selection": "refill"} for name in ("GRPO", "GSPO", *CRITICS, PIPELINE)},
+        {name: {"rollout_selection": "refill"} for name in ("GRPO", "RLOO", "GSPO", *CRITICS, PIPELINE)},
     ),
     "half-used batches": Feature({"updates_per_generation": 2}),
     "num_iterations 2": Feature({"num_iterations": 2}),

@@ -21,6 +21,7 @@ from trl_ext.trainers.seams.whole_checkpoints import checkpoints_of
 SHORT = [
     ("GRPO", "sync_ref_model"),
     ("GRPO", "all at once"),
+    ("RLOO", "all at once"),
     ("DAPO", "informed draws"),
     ("DUPO", "half-used batches"),
     ("GSPO", "objectives"),

@@ -13,7 +13,7 @@ import torch
 from datasets import IterableDataset
 from safetensors.torch import load_file
 
-from trl_ext import DAPOTrainer, DUPOTrainer, GRPOTrainer, GSPOTrainer, RewardFunctionError, RLOOTrainer
+from trl_ext import DAPOTrainer, DUPOTrainer, GRPOTrainer, GSPOTrainer, RewardFunctionError
 from trl_ext.evaluation.held_out import HeldOut
 
 
@@ -148,13 +148,6 @@ def test_running_baseline(tmp_path):
 def test_sequence_token(tmp_path):
     settings = {"importance_sampling_level": "sequence_token", "updates_per_generation": 2}
     assert_resumes(GSPOTrainer, tmp_path, at=[1, 3], **settings)
-
-
-@pytest.mark.train
-def test_kl_in_the_reward(tmp_path):
-    settings = {"updates_per_generation": 2, "num_generations": 4, "rollout_selection": "refill", "beta": 0.1}
-    full = assert_resumes(RLOOTrainer, tmp_path, at=[1, 4], arguments=lambda: {"peft_config": tiny.lora()}, **settings)
-    assert any(log.get("kl") for log in tiny.history(full))
 
 
 @pytest.mark.train
