@@ -66,8 +66,10 @@ def measuring(trainer_class: Any) -> Any:
     return Measuring
 
 
-def run(trainer_class: Any, config_class: Any, name: str, tmp_path: Any, **more: Any) -> tuple[Any, torch.Tensor]:
-    """A trainer after one optimizer step, and the gradient of that step."""
+def run(
+    trainer_class: Any, config_class: Any, name: str, tmp_path: Any, rollout_func: Any = rollouts, **more: Any
+) -> tuple[Any, list[torch.Tensor]]:
+    """A trainer after its optimizer steps, usually one, and their gradients."""
     gradients = Gradients()
     settings = {
         "optim": "sgd",
@@ -87,7 +89,7 @@ def run(trainer_class: Any, config_class: Any, name: str, tmp_path: Any, **more:
         args=config_class(**tiny.cpu_settings(tmp_path, **settings)),
         train_dataset=tiny.ragged(16),
         processing_class=tiny.tokenizer(),
-        rollout_func=rollouts,
+        rollout_func=rollout_func,
         callbacks=[gradients],
     )
     trainer.train()
@@ -131,3 +133,29 @@ def test_narrow_batches_are_cut(name, tmp_path):
     """Prompts of up to 7 tokens, completions of up to 4: 11 columns."""
     saved = compare(name, tmp_path, max_completion_length=5)
     assert saved.token_slots < saved.token_slots_trl
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("name", ["llama_dynamic", "llama_longrope"])
+def test_several_steps_on_what_the_model_generates(name, tmp_path):
+    """`dynamic` remembers the widest batch that it saw, those of generation and other passes among them."""
+    more = {"max_steps": 4, "num_iterations": 2, "learning_rate": 1e-3, "rollout_func": None}
+    compare(name, tmp_path, **more)
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("critic", ["head", "model"])
+def test_ppo_keeps_the_width_too(critic, tmp_path):
+    settings = {"critic": critic, "kl_coef": 0.0, "num_iterations": 1}
+    runs = [
+        run(
+            trl_ext.PPOTrainer,
+            trl_ext.PPOConfig,
+            "llama_longrope",
+            tmp_path / str(fit),
+            fit_micro_batches=fit,
+            **settings,
+        )
+        for fit in (False, True)
+    ]
+    assert largest_relative_error(runs[1][1], runs[0][1]) <= TOLERANCE

@@ -129,6 +129,18 @@ LEANED_ON = {
     "transformers.trainer.Trainer._save_checkpoint": (
         "writes `checkpoint-<global_step>` under `_get_output_dir`, where ours is already"
     ),
+    "transformers.modeling_rope_utils.dynamic_rope_update": (
+        "says from which width on the angles of `dynamic` and `longrope` depend on it, and reads it off the positions"
+    ),
+    "transformers.generation.utils.GenerationMixin._prepare_generation_config": (
+        "fills in what TRL leaves open from the model's `generation_config`, which is an empty one meanwhile"
+    ),
+    "transformers.generation.continuous_batching.cb_logits_processors.ContinuousBatchingLogitsProcessorList": (
+        "leaves processors out that don't support it, among them the repetition penalty"
+    ),
+    "trl.generation.vllm_generation.VLLMGeneration.generate": (
+        "hands `generation_kwargs` to the engine, where ids of tokens are called `stop_token_ids`"
+    ),
     "accelerate.state.AcceleratorState._reset_state": (
         "clears what all accelerators of a process share, and leaves the process group alone"
     ),
