@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 import trl
 from peft import LoraConfig
 
@@ -66,12 +67,54 @@ def test_a_peft_config_stays_as_it_was(tmp_path):
 class Mine(trl.DPOConfig):
     remembered: list[int] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.beta = self.beta / 2
+        self.counted = len(self.remembered)
 
-def test_adopting_keeps_what_a_users_own_class_adds(tmp_path):
-    mine = Mine(**tiny.pair_settings(tmp_path, beta=0.4), remembered=[3])
+    @property
+    def twice(self) -> int:
+        return 2 * self.counted
+
+    def says(self, word: str) -> str:
+        return f"{word} {self.remembered}"
+
+
+def test_adopting_keeps_what_a_users_own_class_is(tmp_path):
+    mine = Mine(**tiny.pair_settings(tmp_path, beta=0.4), remembered=[3, 4])
     ours = adopted(trl_ext.DPOConfig, mine, trl.DPOConfig)
-    assert (type(ours), ours.beta, ours.remembered) == (trl_ext.DPOConfig, 0.4, [3])
+    assert isinstance(ours, trl_ext.DPOConfig) and isinstance(ours, Mine) and type(mine) is Mine
+    assert (ours.remembered, ours.counted, ours.twice, ours.says("all of")) == ([3, 4], 2, 4, "all of [3, 4]")
+    assert ours.beta == mine.beta == 0.2  # what its `__post_init__` did isn't done again
+    assert {**ours.to_dict(), **mine.to_dict()} == ours.to_dict()
     assert adopted(trl_ext.DPOConfig, ours, trl.DPOConfig) is ours
+
+
+@pytest.mark.parametrize("config_class", [trl_ext.GRPOConfig, trl_ext.DAPOConfig, trl_ext.PPOConfig])
+def test_a_users_own_class_keeps_the_methods_defaults(config_class, tmp_path):
+    @dataclass
+    class Plain(trl.GRPOConfig):
+        note: str = ""
+
+        def shout(self) -> str:
+            return self.note.upper()
+
+    ours = config_class.adopt(Plain(**tiny.cpu_settings(tmp_path), note="hm"))
+    expected = config_class.adopt(trl.GRPOConfig(**tiny.cpu_settings(tmp_path)))
+    assert ours.shout() == "HM"
+    assert {name: value for name, value in ours.to_dict().items() if name != "note"} == expected.to_dict()
+
+
+def test_a_users_own_class_survives_copies_and_files(tmp_path):
+    ours = trl_ext.DPOConfig.adopt(Mine(**tiny.pair_settings(tmp_path), remembered=[3]))
+    torch.save(ours, tmp_path / "training_args.bin")
+    for other in (
+        copy.copy(ours),
+        copy.deepcopy(ours),
+        torch.load(tmp_path / "training_args.bin", weights_only=False),
+    ):
+        assert type(other) is type(ours) and other is not ours
+        assert other.to_dict() == ours.to_dict() and other.twice == 2
 
 
 def test_adopting_takes_what_it_is_told_to(tmp_path):

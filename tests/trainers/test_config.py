@@ -215,8 +215,8 @@ def test_values_that_depend_on_others():
         ),
         (
             DAPOConfig,
-            {"importance_sampling_level": "sequence_token"},
-            ["epsilon=0.2", "importance_sampling_level='sequence_token'", "epsilon=3e-4"],
+            {"importance_sampling_level": "sequence_token", "epsilon_high": 0.3},
+            ["epsilon_high=0.3", "importance_sampling_level='sequence_token'", "epsilon=3e-4"],
         ),
         # What makes GSPO-token inexact
         (
@@ -290,11 +290,15 @@ def test_refused_by_the_configuration(config_class, changed, said):
     assert_says(error, *said)
 
 
-def test_trls_default_clip_with_a_sequence_ratio_only_warns(caplog):
-    # A script written for TRL that sets the level alone has to run as it does there
-    config = GRPOConfig(**settings(importance_sampling_level="sequence"))
-    assert config.epsilon == 0.2
+@pytest.mark.parametrize("config_class", [GRPOConfig, DAPOConfig, DUPOConfig])
+@pytest.mark.parametrize("level", ["sequence", "sequence_token"])
+def test_a_clip_range_that_was_left_alone_with_a_sequence_ratio_only_warns(config_class, level, caplog):
+    # A script written for TRL that sets the level alone has to run as it does there, and axes combine freely
+    config = config_class(**settings(importance_sampling_level=level, per_device_train_batch_size=16))
+    assert config.epsilon == 0.2 and config.importance_sampling_level == level
     assert "almost no sequence would be clipped" in caplog.text
+    adopted = config_class.adopt(trl.GRPOConfig(**settings(per_device_train_batch_size=16)))
+    assert adopted.importance_sampling_level == "token"
 
 
 # Refusals by the trainer, all before a model is loaded
@@ -383,10 +387,21 @@ def test_refill_with_an_environment_that_owns_the_data():
             model=NOWHERE,
             reward_funcs=None,
             args=small(DAPOConfig),
-            train_dataset=Dataset.from_dict({"level": list(range(8))}),
             environment_factory=Board,
         )
     assert_says(error, "rollout_selection='refill'", "environment owns the data", "rollout_selection='duplicate'")
+
+
+def test_refill_with_rows_that_only_name_an_environment():
+    with pytest.raises(ValueError) as error:
+        DAPOTrainer(
+            model=NOWHERE,
+            reward_funcs=None,
+            args=small(DAPOConfig),
+            train_dataset=Dataset.from_dict({"environment": ["a", "b"] * 4}),
+            environment_factory={"a": Board, "b": Board},
+        )
+    assert_says(error, "by the column `environment` alone", "rollout_selection='duplicate'", "such as a seed")
 
 
 class AnotherReward:
@@ -469,6 +484,29 @@ def test_adopt_changes_nothing_but_the_methods_defaults(config_class):
     for name in comparable(theirs):
         expected = theirs if name in sizes else fresh
         assert getattr(ours, name) == getattr(expected, name), name
+
+
+@pytest.mark.parametrize(
+    ("config_class", "replaced"),
+    [
+        (GRPOConfig, None),
+        (DUPOConfig, "epsilon_high=0.28 (was None)"),
+        (
+            DAPOConfig,
+            "epsilon_high=0.28 (was None), lr_scheduler_type=constant_with_warmup (was linear), warmup_steps=20 ",
+        ),
+    ],
+)
+def test_adopt_says_once_which_defaults_it_replaced(config_class, replaced, caplog):
+    # They may have been written down on purpose
+    theirs = trl.GRPOConfig(**settings(per_device_train_batch_size=16, epsilon=0.2, warmup_steps=0))
+    with caplog.at_level("WARNING"):
+        config_class.adopt(config_class.adopt(theirs))
+    said = [record.getMessage() for record in caplog.records if "defaults replace" in record.getMessage()]
+    assert len(said) == (replaced is not None)
+    if replaced:
+        assert f"{config_class.__name__}'s defaults replace those of `args`, a GRPOConfig: {replaced}" in said[0]
+        assert f"pass a {config_class.__name__}" in said[0]
 
 
 def test_adopt_keeps_vllm_and_generation_arguments():
@@ -558,7 +596,7 @@ def test_the_papers_normalisation_gives_way_where_it_does_not_apply(changed):
 def test_a_users_own_subclass_of_trls_config_is_taken_over(config_class):
     # The usual way to add arguments to a script
     config = config_class.adopt(ForeignConfig(**settings(temperature=0.7)))
-    assert type(config) is config_class
+    assert isinstance(config, config_class)
     assert config.loss_type == "sapo"  # what the subclass changed was meant
     assert config.temperature == 0.7
 

@@ -270,3 +270,11 @@ def test_a_configuration_of_trl_is_taken_over():
     assert (ours.learning_rate, ours.num_generations, ours.max_completion_length) == (5e-5, 4, 9)
     assert (ours.temperature, ours.num_iterations, ours.advantage_estimator) == (0.5, 4, "gae")
     assert ours.critic_learning_rate == pytest.approx(5e-3)
+
+
+@pytest.mark.parametrize("config_class", [trl.GRPOConfig, PPOConfig])
+def test_a_beta_that_was_set_turns_off_the_default_kl_in_the_reward(config_class):
+    # TRL's configuration has no kl_coef that a user could set to 0
+    ours = PPOConfig.adopt(config(config_class, beta=0.1))
+    assert (ours.kl_coef, ours.beta) == (0.0, 0.1)
+    assert PPOConfig.adopt(config(config_class)).kl_coef == 0.05

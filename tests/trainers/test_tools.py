@@ -271,6 +271,21 @@ class TestEnvironments:
         assert any(batch.selection.sources != [0, 1, 2, 3] for batch in trainer.batches)
 
     @pytest.mark.train
+    def test_rows_without_prompts_are_refilled_by_what_tells_them_apart(self, tmp_path):
+        data = Dataset.from_dict({"environment": ["table"] * 32, "target": range(32)})
+        arguments = {"environment_factory": {"table": Table}, "train_dataset": data}
+        trainer = run(DAPOTrainer, tmp_path, None, arguments)
+        drawn = [
+            [rollout.row["target"] for rollout in scored.rollouts[::4]]
+            for batch in trainer.batches
+            for scored in batch.rounds[1:]
+        ]
+        assert drawn  # further rounds, in which only even targets are of use
+        for batch in trainer.batches:
+            targets = [rollout.row["target"] for scored in batch.rounds for rollout in scored.rollouts[::4]]
+            assert len(set(targets)) == len(targets)
+
+    @pytest.mark.train
     def test_several_kinds(self, tmp_path):
         class Other(Table):
             def dice(self, sides: int) -> str:

@@ -195,9 +195,8 @@ class DPOThenPPO:
         self.method = method_name(policy_trainer).lower()
         check_arguments(self)
         start = self.output_dir / START
-        self._policy = SharedPolicy(
-            model, self.peft_config, self.model_init_kwargs, self.dpo_args.seed, start, self._latest_adapter
-        )
+        loading = {"trust_remote_code": self.policy_args.trust_remote_code, **self.model_init_kwargs}
+        self._policy = SharedPolicy(model, self.peft_config, loading, self.dpo_args.seed, start, self._latest_adapter)
         self.file = StageFile(self.output_dir, self._settings())
 
     @property
@@ -215,7 +214,8 @@ class DPOThenPPO:
         """The tokenizer of all stages."""
         if self.processing_class is None:
             name = self.model if isinstance(self.model, str) else self.model.config.name_or_path
-            self.processing_class = AutoTokenizer.from_pretrained(name)
+            trusted = self.policy_args.trust_remote_code
+            self.processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
         return self.processing_class
 
     @property

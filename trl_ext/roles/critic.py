@@ -387,7 +387,7 @@ class ModelCritic(Critic):
         if isinstance(source, str):
             # In float32 unless said otherwise, as TRL loads what it trains
             own: Any = config.model_init_kwargs if source is policy else None
-            settings = {"dtype": torch.float32, **(own or {})}
+            settings = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code, **(own or {})}
             require(settings.get("quantization_config") is None, QUANTIZED)  # before it is loaded
             critic = cls(AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **settings))
             if source is policy:

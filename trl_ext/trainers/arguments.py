@@ -6,7 +6,8 @@ configuration of TRL's is converted to the trainer's own class, and what TRL and
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, TypeVar
 
 from transformers import TrainingArguments
@@ -78,8 +79,9 @@ def adopted(
         config_class (`type`):
             The class of the result.
         args (`trl_class`):
-            A configuration of `config_class` itself is returned as it is. Attributes that a user's own subclass adds
-            are copied.
+            A configuration of `config_class` itself is returned as it is. If it is of a user's own subclass, the
+            result is of a class that derives from both: fields, properties, methods and attributes that were added
+            remain. Where both define the same method, it is the one of `config_class`.
         trl_class (`type`):
             TRL's class, from which `config_class` derives.
         taken (`Callable[[Any], Mapping[str, Any]]`, *optional*):
@@ -101,7 +103,24 @@ def adopted(
     else:
         arguments = taken(args)
     result = config_class(**arguments)
-    for f in fields(args):
-        if f.name not in own:
-            setattr(result, f.name, getattr(args, f.name))
+    if type(args) is not trl_class and not issubclass(config_class, type(args)):  # a user's own class
+        bases: Any = config_class, type(args)
+        result.__class__ = _joined(*bases)
+        for name, value in vars(args).items():
+            result.__dict__.setdefault(name, value)
     return result
+
+
+@cache
+def _joined(config_class: Any, users: Any) -> Any:
+    """A class that derives from both, so that a configuration keeps what a user's class adds."""
+
+    def reduce(config: Any) -> Any:  # pickle finds no class that is made in a function
+        return _new, (config_class, users), config.__dict__
+
+    names = {"__doc__": users.__doc__, "__module__": users.__module__, "__qualname__": users.__qualname__}
+    return dataclass(type(users.__name__, (config_class, users), {**names, "__reduce__": reduce}))
+
+
+def _new(config_class: Any, users: Any) -> Any:
+    return object.__new__(_joined(config_class, users))

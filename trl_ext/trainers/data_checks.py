@@ -31,9 +31,15 @@ def check_data(config: GRPOConfig, dataset: Any, environment_factory: Any) -> No
         )
     elif refills:
         require(
-            dataset is not None and (columns is None or "prompt" in columns),
+            dataset is not None,
             "rollout_selection='refill' draws new prompts from train_dataset, but here the environment owns the data. "
-            "Set rollout_selection='duplicate' (DUPO), or pass a data set with a `prompt` column.",
+            "Set rollout_selection='duplicate' (DUPO), or pass a data set.",
+        )
+        require(
+            columns is None or bool({*columns} - {"environment"}),
+            "rollout_selection='refill' draws prompts that aren't in the batch yet, and by the column `environment` "
+            "alone, nobody can tell which rows those are. Set rollout_selection='duplicate' (DUPO), or add a column "
+            "from which the environment's `reset` makes the prompt, such as a seed.",
         )
     if isinstance(dataset, Dataset):
         assert config.generation_batch_size and config.num_generations  # TRL has set and checked both
@@ -100,12 +106,12 @@ def check_images(config: GRPOConfig, dataset: Any, rollout_func: Any) -> None:
     )
 
 
-def check_reward_models(funcs: list[Any]) -> None:
+def check_reward_models(funcs: list[Any], trust_remote_code: bool) -> None:
     """Reward models give one number. `funcs` are functions, models, and ids or folders of models."""
     for func in funcs:
         model = getattr(func, "model", func)
         if isinstance(model, str):
-            kinds = _architectures(model)
+            kinds = _architectures(model, trust_remote_code)
             require(
                 not kinds or not all(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds),
                 f"The reward model {model!r} is a {' and '.join(kinds)}: as a sequence classifier it would get a head "
@@ -120,10 +126,10 @@ def check_reward_models(funcs: list[Any]) -> None:
             )
 
 
-def _architectures(model: str) -> list[str]:
+def _architectures(model: str, trust_remote_code: bool) -> list[str]:
     """The classes that a model's configuration names; empty if it can't be read before the model is loaded."""
     try:
-        return list(AutoConfig.from_pretrained(model).architectures or [])
+        return list(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).architectures or [])
     except (OSError, ValueError):  # whoever loads it will say so
         return []
 

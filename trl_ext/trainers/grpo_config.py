@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any, ClassVar, Self
 
 import trl
@@ -39,6 +40,11 @@ LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo")  # that TRL's trainer k
 # Clip ranges in use are well within these limits (0.1–0.3 for tokens, 2e-4–3e-3 for sequences).
 SMALLEST_TOKEN_EPSILON = 0.005
 LARGEST_SEQUENCE_EPSILON = 0.05
+
+
+def _shown(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as one writes them into a yaml file."""
+    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 
 @dataclass
@@ -362,7 +368,13 @@ class GRPOConfig(trl.GRPOConfig):
                 "Set epsilon=3e-4 and epsilon_high=4e-4 (GSPO), or importance_sampling_level='token'."
             )
             # A script for TRL that sets the level but no clip range has to run as it does with TRL
-            if not {"epsilon", "epsilon_high"} <= self._left_open:
+            defaults = {f.name: f.default for f in fields(self)}
+            set_by_user = [
+                name
+                for name in ("epsilon", "epsilon_high")
+                if name not in self._left_open and getattr(self, name) != defaults[name]
+            ]
+            if set_by_user:
                 raise ValueError(problem)
             self._notes.append(f"{problem} Training continues with this range, as in TRL.")
 
@@ -457,7 +469,8 @@ class GRPOConfig(trl.GRPOConfig):
     def adopt(cls, args: trl.GRPOConfig) -> Self:
         """
         Take over a configuration that was written for TRL. Values that were set are kept, and so are all sizes.
-        Arguments that have TRL's default get the default of this class.
+        Arguments that have TRL's default get the default of this class; a warning lists those that differ, because
+        nobody can tell whether they were written down on purpose.
 
         Args:
             args ([`~trl.GRPOConfig`]):
@@ -472,15 +485,29 @@ class GRPOConfig(trl.GRPOConfig):
                 f"`args` is a {type(args).__name__}, whose defaults are those of a different method. Pass a "
                 f"{cls.__name__}."
             )
-        return adopted(cls, args, trl.GRPOConfig, cls._taken)
+        result = adopted(cls, args, trl.GRPOConfig, cls._taken)
+        names = sorted(cls._differing(args))
+        before, after = (_shown({name: getattr(config, name) for name in names}) for config in (args, result))
+        changed = [f"{name}={after[name]} (was {before[name]})" for name in after if after[name] != before[name]]
+        if changed and result is not args:
+            logger.warning(
+                f"{cls.__name__}'s defaults replace those of `args`, a {type(args).__name__}: {', '.join(changed)}. "
+                f"To set one of these, pass a {cls.__name__}."
+            )
+        return result
+
+    @classmethod
+    def _differing(cls, args: trl.GRPOConfig) -> set[str]:
+        """Arguments of `args` whose default is a different one in this class."""
+        parents = {f.name: f.default for f in fields(GRPOConfig if isinstance(args, GRPOConfig) else trl.GRPOConfig)}
+        return {f.name for f in fields(cls) if f.init and f.name in parents and f.default != parents[f.name]}
 
     @classmethod
     def _taken(cls, args: trl.GRPOConfig) -> dict[str, Any]:
         """The arguments that [`adopt`] takes over: what the user set, as far as that can be told, and all sizes."""
-        own = {f.name: f for f in fields(cls)}
         parents = {f.name: f for f in fields(GRPOConfig if isinstance(args, GRPOConfig) else trl.GRPOConfig)}
-        names = {name for name in own.keys() & parents.keys() if own[name].init}
-        changed = {name for name in names if own[name].default != parents[name].default}
+        names = {f.name for f in fields(cls) if f.init} & parents.keys()
+        changed = cls._differing(args)
         left_open: set[str] = getattr(args, "_left_open", set()) - set(cls._sizes)
         taken = {
             name: getattr(args, name)

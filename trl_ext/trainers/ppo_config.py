@@ -70,9 +70,9 @@ class PPOConfig(TRL112Arguments):
             Largest magnitude of the reward of a token, after scaling. `None`: no limit.
         missing_eos_penalty (`float`, *optional*):
             Subtracted from the score of completions without end-of-sequence token, after scaling and clipping.
-        kl_coef (`float`, *optional*, defaults to `0.05`):
+        kl_coef (`float`, *optional*):
             Weight of the KL to the reference in the reward: samples of π_θ estimate KL(π_θ‖π_ref). 0: no such term.
-            TRL's `beta` puts the same divergence, by k3, into the loss.
+            `None`: 0.05, or 0 if `beta` is set, which puts the same divergence, by k3, into the loss.
         kl_estimator (`str`, *optional*, defaults to `"k1"`):
             `"k1"`, `"k2"` or `"k3"`, see [`~trl_ext.objectives.kl.kl_estimate`].
         kl_rule (`str`, *optional*):
@@ -149,7 +149,9 @@ class PPOConfig(TRL112Arguments):
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Subtracted from the score of completions that don't end."}
     )
-    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL to the reference in the reward."})
+    kl_coef: float | None = field(
+        default=None, metadata={"help": "Weight of the KL to the reference in the reward. None: 0.05, or 0 with beta."}
+    )
     kl_estimator: str = field(default="k1", metadata={"help": "'k1', 'k2' or 'k3'."})
     kl_rule: str | None = field(
         default=None,
@@ -261,6 +263,8 @@ class PPOConfig(TRL112Arguments):
         )
 
     def _check_kl(self) -> None:
+        if self.kl_coef is None:
+            self.kl_coef = 0.0 if self.beta else 0.05
         require_one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         for name in ("kl_coef", "old_kl_coef"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0.")
