@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import trl
 import yaml
@@ -73,3 +74,9 @@ def test_zero_3_hands_an_adapter_from_stage_to_stage(tmp_path: Path) -> None:
         log = json.loads((tmp_path / f"round_{round_}/ppo/trainer_state.json").read_text())["log_history"]
         kl = [entry["objective/kl"] for entry in log if "objective/kl" in entry]
         assert abs(kl[0]) < 1e-5 < abs(kl[-1])
+
+
+def test_zero_3_refuses_a_reference_that_is_not_the_policy(tmp_path: Path) -> None:
+    """Spread over processes, the policy can't be copied: what TRL loads again is compared with it."""
+    tiny.qwen2().save_pretrained(tmp_path / "model")
+    start(tmp_path, 3, WORKER.with_name("reference_worker.py"), tmp_path)

@@ -106,7 +106,6 @@ REFUSED = {
     (PAIRS, "all at once"): UNKNOWN,
     (PAIRS, "objectives"): "RewardObjectives needs a trainer of trl_ext",  # no reward functions
     ("DUPO", "informed draws"): "refill_draws='informed' has no effect with rollout_selection='duplicate'",
-    **{(name, "LoRA and sync_ref_model"): "while using a PEFT model" for name in (*GROUPS, PAIRS)},  # TRL's own
     (PIPELINE, "plain"): "`peft_config` is missing: what DPO hands to the next stage is an adapter",
 }
 # What a different column has as well. The pipeline always has an adapter

@@ -30,6 +30,7 @@ SHORT = [
     ("PPO model", "all at once"),
     ("DPO", "LoRA, eval and curriculum"),
     ("DPO", "sync_ref_model"),
+    ("DPO", "LoRA and sync_ref_model"),
 ]
 
 

@@ -22,6 +22,7 @@ from processes import run
 
 import trl_ext
 from trl_ext.curriculum.schedule import DifficultyCurriculum
+from trl_ext.trainers.dpo import SMOOTHED_LOSSES
 from trl_ext.trainers.seams.whole_checkpoints import MANIFEST
 
 
@@ -189,11 +190,49 @@ def test_a_configuration_of_trls_is_taken_over(tmp_path):
 
     mine = Mine(**settings(tmp_path, beta=0.3, loss_type=["ipo"], warmup_steps=3, max_length=None))
     adopted = trl_ext.DPOConfig.adopt(mine)
-    assert type(adopted) is trl_ext.DPOConfig
+    assert isinstance(adopted, trl_ext.DPOConfig) and isinstance(adopted, Mine)
     assert {k: v for k, v in adopted.to_dict().items() if k in mine.to_dict()} == mine.to_dict()
     assert trl_ext.DPOConfig.adopt(adopted) is adopted
     with pytest.raises(TypeError, match=r"must be a DPOConfig or a trl\.DPOConfig, not SFTConfig"):
         trl_ext.DPOConfig.adopt(trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"label_smoothing": 0.1},
+            r"label_smoothing=0\.1 has no effect with loss_type=\['sigmoid'\]\. Set loss_type='robust'",
+        ),
+        ({"label_smoothing": 0.1, "loss_type": ["ipo", "sft"]}, r"has no effect with loss_type=\['ipo', 'sft'\]"),
+        ({"label_smoothing": 0.7, "loss_type": "robust"}, r"label_smoothing=0\.7 .* must lie in \[0, 0\.5\)"),
+        ({"label_smoothing": -0.1, "loss_type": "aot"}, r"label_smoothing=-0\.1 .* must lie in \[0, 0\.5\)"),
+    ],
+)
+def test_a_label_smoothing_without_effect(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trl_ext.DPOConfig(**settings(tmp_path, **arguments))
+    with pytest.raises(ValueError, match=message):
+        trl_ext.DPOConfig.adopt(trl.DPOConfig(**settings(tmp_path, **arguments)))
+
+
+def test_the_losses_that_read_the_label_smoothing_are_trls(tmp_path):
+    trainer = trl.DPOTrainer(
+        tiny.qwen2(),
+        tiny.qwen2(1),
+        args=trl.DPOConfig(**settings(tmp_path)),
+        train_dataset=pairs(),
+        processing_class=tiny.tokenizer(),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    reads = set()
+    for loss in (name for case in CASES.values() for name in case.settings.get("loss_type", ["sigmoid"])):
+        trainer.loss_types, losses = [loss], []
+        for trainer.label_smoothing in (0.1, 0.2):
+            with torch.no_grad():
+                losses.append(trainer.compute_loss(trainer.model, batch).item())
+        reads |= {loss} if losses[0] != losses[1] else set()
+    assert reads == set(SMOOTHED_LOSSES)
 
 
 def test_without_a_configuration_it_makes_its_own(monkeypatch, tmp_path, saved):

@@ -14,7 +14,7 @@ import tiny
 import torch
 import trl
 from comparing import Gradients, largest_relative_error
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import trl_ext
@@ -40,6 +40,12 @@ def lora(tmp_path: Any) -> dict[str, Any]:
         r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, init_lora_weights=False
     )
     return {"peft_config": config}
+
+
+def adapted(tmp_path: Any) -> dict[str, Any]:
+    """A policy that comes with an adapter, of which TRL, too, keeps a copy for the reference."""
+    torch.manual_seed(4)
+    return {"model": get_peft_model(tiny.stopping(), lora(tmp_path)["peft_config"])}
 
 
 def experts(tmp_path: Any) -> dict[str, Any]:
@@ -129,7 +135,7 @@ CASES = {
     "one_row": Case({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "steps_per_generation": 16}),
     "multiple": Case({"pad_to_multiple_of": 4}),
     "lora": Case(arguments=lora),
-    "lora_kl": Case({"beta": 0.1}, lora, saves=KEEP_ALL, shows="kl"),
+    "lora_kl": Case({"beta": 0.1}, adapted, saves=KEEP_ALL, shows="kl"),
     "absolute_positions": Case(arguments=lambda tmp_path: {"model": stopping_gpt2()}),
     "absolute_positions_kl": Case({"beta": 0.1}, lambda tmp_path: saved_gpt2(tmp_path), saves=KEEP_ALL, shows="kl"),
 }

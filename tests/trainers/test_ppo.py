@@ -690,16 +690,19 @@ def test_the_reference_of_an_adapter_is_refreshed(critic, tmp_path):
     assert kls[1] != 0 and kls[3] != 0
 
 
-def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path):
-    trainer = run(tmp_path, arguments={"peft_config": lora()}, max_steps=1, kl_coef=0.5, lam=1.0)
-    (batch,), base = trainer.batches, tiny.stopping()
+@pytest.mark.train
+def test_the_reference_of_an_adapter_without_effect_is_the_model_without_it(tmp_path):
+    arguments = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
+    trainer = run(tmp_path, arguments=arguments, max_steps=2, learning_rate=3e-2, kl_coef=0.5, lam=1.0)
+    batch, base = trainer.batches[1], tiny.stopping()
     total = 0.0
     for row, (prompt, ids) in enumerate(zip(batch.prompts, batch.completions, strict=True)):
         logits = base(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         reference = logits.log_softmax(dim=-1).gather(1, torch.tensor(ids).unsqueeze(1)).sum()
         total += (batch.output["old_per_token_logps"][row, : len(ids)].sum() - reference).item()
-    assert tiny.history(trainer)[0]["objective/kl"] == pytest.approx(total / 8, rel=1e-4)
-    assert abs(total) > 1e-2
+    kls = [log["objective/kl"] for log in tiny.history(trainer)]
+    assert kls == [pytest.approx(0, abs=1e-6), pytest.approx(total / 8, rel=1e-4)]
+    assert abs(total) > 1e-2 and list(trainer.model.peft_config) == ["default"]
 
 
 @pytest.mark.train

@@ -113,6 +113,9 @@ LEANED_ON = {
     "trl.rewards.other_rewards._SoftOverlongPunishment": (
         "its `__name__` is how the shaping reward is told from outcome rewards, its arguments are DAPO's eq. 13"
     ),
+    "transformers.configuration_utils.PreTrainedConfig._attn_implementation": (
+        "a reference that is loaded gets the attention of a policy in memory"
+    ),
     "transformers.trainer.Trainer._inner_training_loop": (
         "loads `state` before `_load_optimizer_and_scheduler`, and builds the loader once, not once an epoch"
     ),

@@ -24,6 +24,7 @@ from ..rewards.implicit import IMPLICIT_REWARD, ImplicitReward
 from ..roles.trunk import REFERENCE_ADAPTER
 from .arguments import adopted, bound
 from .cards import CardAdditions, complete_card
+from .references import check_reference
 from .seams.dpo import DPOSeams, RowOrder
 
 
@@ -45,16 +46,34 @@ LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
+# Losses that read `label_smoothing`
+SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 
 @dataclass
 class DPOConfig(trl.DPOConfig):
-    """[`~trl.DPOConfig`] with [`adopt`], and unknown losses are refused before a model is loaded."""
+    """
+    [`~trl.DPOConfig`] with [`adopt`]. Unknown losses, and a `label_smoothing` without effect or out of its range, are
+    refused before a model is loaded.
+
+    Raises:
+        ValueError: for an unknown loss, or if no loss reads `label_smoothing`, or it is no probability below ½.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for loss_type in self.loss_type:
             require_one_of("loss_type", loss_type, LOSS_TYPES)
+        require(
+            0 <= self.label_smoothing < 0.5,
+            f"label_smoothing={self.label_smoothing} is the probability that a label is wrong, and must lie in "
+            "[0, 0.5). A usual value is 0.1.",
+        )
+        require(
+            self.label_smoothing == 0 or bool({*self.loss_type} & {*SMOOTHED_LOSSES}),
+            f"label_smoothing={self.label_smoothing} has no effect with loss_type={self.loss_type}. Set "
+            "loss_type='robust', which corrects for that share of wrong labels, or leave label_smoothing out.",
+        )
 
     @classmethod
     def adopt(cls, args: trl.DPOConfig) -> Self:
@@ -107,6 +126,7 @@ class DPOTrainer(DPOSeams):
         self._check_curriculum(given["args"], curriculum, given.get("train_dataset"))
         self.curriculum = curriculum
         self.card = CardAdditions()
+        check_reference(given, given.get("ref_model"), wanted=True)
         super().__init__(**given)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

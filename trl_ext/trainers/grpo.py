@@ -46,6 +46,7 @@ from .arguments import bound, model_name
 from .cards import CardAdditions, complete_card
 from .data_checks import check_curriculum, check_data, check_images, check_outcome_names, check_reward_models
 from .grpo_config import GRPOConfig
+from .references import check_reference
 from .seams.critic import CriticSeams
 from .seams.probes import savings_of, without_trace
 
@@ -120,6 +121,7 @@ class GRPOTrainer(CriticSeams):
         check_data(config, given.get("train_dataset"), given.get("environment_factory"))
         check_images(config, given.get("train_dataset"), given.get("rollout_func"))
         check_curriculum(config, curriculum, given)
+        check_reference(given, self.given_reference, self.needs_reference or config.beta != 0.0)
         require(
             config.generation_chunks == 1 or not (given.get("tools") or given.get("environment_factory")),
             f"generation_chunks={config.generation_chunks} can't be used with tools or environments, because TRL "
@@ -132,7 +134,7 @@ class GRPOTrainer(CriticSeams):
         self.observers: list[RolloutObserver] = [self.chooser]
         funcs = given.get("reward_funcs")
         given["reward_funcs"] = [] if funcs is None else list(funcs) if isinstance(funcs, list) else [funcs]
-        check_reward_models(given["reward_funcs"])
+        check_reward_models(given["reward_funcs"], config.trust_remote_code)
         self._add_overlong_punishment(given)
         if given.get("environment_factory") is None:
             check_outcome_names(config, [reward_name(func) for func in given["reward_funcs"]])

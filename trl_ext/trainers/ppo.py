@@ -25,8 +25,6 @@ Where what is:
 
 import math
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -62,20 +60,14 @@ from .ppo_inputs import (
     add_reward_model,
     check_models,
     check_ptx,
-    reference_of,
     resolved_config,
     take_over_token_ids,
 )
+from .references import check_reference
 from .sampling import end_completions_at
-from .seams.critic import (
-    attach_critic,
-    keep_reference_fresh,
-    metrics_of,
-    prepared,
-    reads_images,
-    use_reference,
-)
+from .seams.critic import attach_critic, metrics_of, reads_images
 from .seams.evaluation import EvaluatedBatch
+from .seams.references import prepared
 from .step_control import NonFiniteLossError, StepControl, zero_loss
 from .trl_1_12 import completions_table, report_completions
 
@@ -103,8 +95,8 @@ class PPOTrainer(GRPOTrainer):
             A sequence classification model with one output, as one more reward function. It reads the policy's token
             ids if the data set holds `input_ids`. Otherwise it reads text with the policy's tokenizer: plain text,
             without the end-of-sequence token that TRL's reward trainer appends (`recipes/reward.py` doesn't).
-        ref_model ([`~transformers.PreTrainedModel`], *optional*):
-            The reference. Default: the policy as it is now; with PEFT, the policy without the adapter that is trained.
+        ref_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
+            The reference. Default: the policy as it is now.
         value_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
             A sequence classification model with one output, from which the critic starts; sets `critic="model"`.
         ptx_dataset ([`~datasets.Dataset`], *optional*):
@@ -144,7 +136,7 @@ class PPOTrainer(GRPOTrainer):
         self,
         *args: Any,
         reward_model: PreTrainedModel | str | None = None,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: PreTrainedModel | str | None = None,
         value_model: PreTrainedModel | str | None = None,
         ptx_dataset: Dataset | None = None,
         data_collator: Any = None,
@@ -157,6 +149,8 @@ class PPOTrainer(GRPOTrainer):
         if data_collator is not None:
             logger.warning("data_collator has no effect: prompts are not padded before generation.")
         given["args"] = config = resolved_config(config, value_model)
+        self.needs_reference, self.given_reference = bool(config.kl_coef or config.beta), ref_model
+        check_reference(given, ref_model, self.needs_reference)
         check_models(config, given["model"], ref_model, value_model, reward_model)
         require(
             (given.get("optimizers") or (None, None))[1] is None,
@@ -167,8 +161,6 @@ class PPOTrainer(GRPOTrainer):
         on_ids = take_over_token_ids(given)
         self._reward_model = None if reward_model is None else add_reward_model(given, reward_model, on_ids)
         self._set_up_run(config, ptx_dataset)
-        self.needs_reference = config.kl_coef > 0 or config.beta > 0
-        self._own_reference = reference_of(given, ref_model) if self.needs_reference else None
         kind = critic_class(config.critic)
         self._make_critic = partial(kind.for_policy, config=config, value_model=value_model, reward_model=reward_model)
         self._own_critic = self._make_critic(given["model"]) if kind.built_before_trl else None
@@ -177,7 +169,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _set_up_run(self, config: PPOConfig, ptx_dataset: Dataset | None) -> None:
         """Creates the state that changes during training."""
-        self.kl_coef = config.kl_coef
+        self.kl_coef = config.kl_coef or 0.0
         self.old_kl_coef = config.old_kl_coef
         self.step_control = StepControl(self)
         self._reward_scale = RunningScale()
@@ -186,36 +178,13 @@ class PPOTrainer(GRPOTrainer):
         self._sums: torch.Tensor | None = None  # of the optimizer step that is being accumulated
         self._ptx = None if ptx_dataset is None else PromptStream(ptx_dataset, config.seed)
 
-    @contextmanager
-    def _asking_for_passes(self, holder: Any) -> Iterator[None]:
-        before = holder.args.sync_ref_model if holder is self else holder.sync_ref_model
-        with super()._asking_for_passes(holder):
-            if holder is self:
-                yield
-                return
-            # TRL refuses to refresh adapters, and it would load a reference that is in memory already
-            holder.sync_ref_model = False
-            holder.beta = 0.0 if self._own_reference is not None else holder.beta
-            try:
-                yield
-            finally:
-                holder.sync_ref_model = before
-
     def _set_up_roles(self, config: GRPOConfig) -> None:
         assert isinstance(config, PPOConfig)
         critic: Critic = self._make_critic(self.model) if self._own_critic is None else self._own_critic
         attach_critic(self, critic)
-        if self._own_reference is not None:
-            use_reference(self, self._own_reference)
-        if config.sync_ref_model:
-            require(
-                self.needs_reference,
-                "sync_ref_model=True with kl_coef=0 and beta=0: there is no reference to refresh. Set one of them.",
-            )
-            keep_reference_fresh(self)
         if self._reward_model is not None:
             self._reward_model.model = prepared(self, self._reward_model.model)
-        del self._make_critic, self._own_reference, self._own_critic  # their models are held elsewhere now
+        del self._make_critic, self._own_critic  # their models are held elsewhere now
         if config.stop_token_id is not None:
             end_completions_at(self, [config.stop_token_id])
         require(

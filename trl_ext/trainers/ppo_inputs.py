@@ -3,7 +3,6 @@ What the user passes to [`PPOTrainer`]: models and data sets that are refused be
 the form in which TRL's trainer takes it.
 """
 
-import copy
 from typing import Any
 
 from datasets import Dataset
@@ -38,15 +37,6 @@ def check_models(config: PPOConfig, policy: Any, ref_model: Any, value_model: An
     `None`.
     """
     require(
-        ref_model is None or ref_model is not policy,
-        "`model` and `ref_model` are the same object, so that the reference would be trained. Leave out ref_model: "
-        "the policy as it is now is the default.",
-    )
-    require(
-        ref_model is None or config.kl_coef > 0 or config.beta > 0,
-        "ref_model has no effect with kl_coef=0 and beta=0. Set one of them, or leave ref_model out.",
-    )
-    require(
         value_model is None or value_model is not reward_model or isinstance(value_model, str),
         "`reward_model` and `value_model` are the same object, so that the reward would be trained. Load it twice, or "
         "leave out value_model and set critic='model', critic_init='reward'.",
@@ -55,9 +45,9 @@ def check_models(config: PPOConfig, policy: Any, ref_model: Any, value_model: An
         config.critic_init != "reward" or reward_model is not None,
         "critic_init='reward' needs a reward_model to copy. Pass one, or set critic_init='policy'.",
     )
-    vocabulary = _vocabulary(policy)
+    vocabulary = _vocabulary(policy, config.trust_remote_code)
     for other, name in ((value_model, "value_model"), (ref_model, "ref_model")):
-        size = None if other is None else _vocabulary(other)
+        size = None if other is None else _vocabulary(other, config.trust_remote_code)
         require(
             size is None or vocabulary is None or size == vocabulary,
             f"The policy has a vocabulary of {vocabulary} tokens, {name} one of {size}: they can't read the same "
@@ -67,12 +57,12 @@ def check_models(config: PPOConfig, policy: Any, ref_model: Any, value_model: An
     require(outputs == 1, f"value_model has {outputs} outputs. Load it with num_labels=1: a value is one number.")
 
 
-def _vocabulary(model: Any) -> int | None:
+def _vocabulary(model: Any, trust_remote_code: bool) -> int | None:
     """Size of the vocabulary of a model or of the model by that name; `None` if it can't be known before loading."""
     if isinstance(model, str):
         try:
-            config: Any = AutoConfig.from_pretrained(model)
-        except OSError:  # whoever loads it will say so
+            config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError):  # whoever loads it will say so
             return None
     else:
         config = getattr(model, "config", None)
@@ -101,7 +91,8 @@ def tokenizer_of(given: dict[str, Any]) -> Any:
     if given.get("processing_class") is None:
         policy = given["model"]
         given["processing_class"] = AutoTokenizer.from_pretrained(
-            policy if isinstance(policy, str) else policy.config.name_or_path
+            policy if isinstance(policy, str) else policy.config.name_or_path,
+            trust_remote_code=given["args"].trust_remote_code,
         )
     processor = given["processing_class"]
     return getattr(processor, "tokenizer", processor)
@@ -159,20 +150,11 @@ def add_reward_model(given: dict[str, Any], model: PreTrainedModel | str, on_ids
     tokenizer, reader = tokenizer_of(given), None
     if on_ids:
         if isinstance(model, str):
-            model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                model, num_labels=1, trust_remote_code=given["args"].trust_remote_code
+            )
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         reader = RewardModelOnIds(model, model_name(model), pad, given["args"].per_device_train_batch_size)
     given["reward_funcs"] = [*funcs, reader or model]
     given["reward_processing_classes"] = [*classes, None if isinstance(model, str) else tokenizer]
     return reader
-
-
-def reference_of(given: dict[str, Any], ref_model: Any) -> Any:
-    """The reference, if TRL can't load or make it itself: the user's, or a copy of a policy that is in memory."""
-    policy = given["model"]
-    adapted = hasattr(policy, "peft_config") or given.get("peft_config")
-    if ref_model is not None or isinstance(policy, str) or adapted:
-        return ref_model
-    if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
-        return None  # ZeRO-3 has sharded it while loading: TRL loads it again
-    return copy.deepcopy(policy)

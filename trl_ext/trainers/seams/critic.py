@@ -1,12 +1,12 @@
 """
 What a policy with a critic needs of the private methods of TRL and transformers: values from TRL's own forward passes,
-parameter groups, files of two models, and a reference that the user brings or that is refreshed.
+parameter groups, and files of two models.
 
 Without a critic, every override here does exactly what its parent does.
 
 When what happens:
 
-- construction: TRL wraps the policy; then [`attach_critic`], [`use_reference`], [`keep_reference_fresh`] are called;
+- construction: TRL wraps the policy, and the reference is there; then [`attach_critic`] is called;
 - a pass over a generation batch or a micro-batch: `with_extras` adds the values to what TRL's pass returns;
 - `training_step`: the fused head works on small tiles on a CPU;
 - first step: `create_optimizer` gives the critic its own learning rate;
@@ -24,16 +24,11 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from torch import nn
-from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.kernels import chunked_logprob
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+from trl.trainer.utils import disable_dropout_in_model
 
 from ...roles.critic import CRITIC, Critic, LastColumns, base_model_of, without_critic
-from ...roles.trunk import ADAPTER, REFERENCE_ADAPTER
 from .grpo import GRPOSeams
 
 
@@ -87,7 +82,7 @@ def attach_critic(trainer: Any, critic: Critic) -> None:
     if trainer.args.disable_dropout:
         disable_dropout_in_model(critic)
     critic.attach(base_model_of(trainer.model))
-    if trainer.ref_model is not None:  # which TRL loaded
+    if trainer.ref_model is not None:
         LastColumns(trainer.accelerator.unwrap_model(trainer.ref_model))
     if trainer.use_vllm:
         synchronise = trainer.vllm_generation.sync_weights
@@ -98,67 +93,6 @@ def attach_critic(trainer: Any, critic: Critic) -> None:
                 return synchronise(*args, **kwargs)
 
         trainer.vllm_generation.sync_weights = without_values
-
-
-def prepared(trainer: Any, model: nn.Module) -> Any:
-    """A model that isn't trained, on this process's device and sharded as the backend does it."""
-    model.requires_grad_(False).eval()
-    if trainer.is_deepspeed_enabled:
-        return prepare_deepspeed(model, trainer.accelerator)
-    if trainer.is_fsdp_enabled:
-        return prepare_fsdp(model, trainer.accelerator)
-    return trainer.accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
-
-
-def use_reference(trainer: Any, model: nn.Module) -> None:
-    """Take `model` for the reference, and prepare it as TRL prepares the one that it loads."""
-    if trainer.args.disable_dropout:
-        disable_dropout_in_model(model)
-    add_fused_lm_head(model, trainer.temperature, trainer.args.cast_lm_head_to_fp32)  # type: ignore[arg-type]
-    LastColumns(model)  # type: ignore[arg-type]
-    trainer.ref_model = prepared(trainer, model)
-
-
-def keep_reference_fresh(trainer: Any) -> None:
-    """Add [`RefreshReference`] and, under PEFT, the adapter `ref` with the weights of the one that is trained."""
-    if trainer.ref_model is None and REFERENCE_ADAPTER not in trainer.model.peft_config:
-        with without_critic(trainer.model):  # whose layers may have the names of those that are adapted
-            trainer.model.add_adapter(REFERENCE_ADAPTER, trainer.model.peft_config[ADAPTER])
-        weights = dict(trainer.model.named_parameters())
-        for name, reference in weights.items():
-            if f".{REFERENCE_ADAPTER}." in name:
-                reference.data.copy_(weights[name.replace(f".{REFERENCE_ADAPTER}.", f".{ADAPTER}.")].data)
-    trainer.add_callback(RefreshReference(trainer))
-
-
-class RefreshReference(TrainerCallback):
-    """
-    Moves the reference towards the policy every `ref_model_sync_steps` optimizer steps. Like TRL's
-    `SyncRefModelCallback`, but for policies with a critic and for adapters, whose reference is the adapter `ref`.
-
-    Args:
-        trainer ([`CriticSeams`]):
-            The trainer of both.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % args.ref_model_sync_steps:
-            return
-        trainer, alpha = self.trainer, args.ref_model_mixup_alpha
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        if trainer.ref_model is not None:
-            reference = trainer.accelerator.unwrap_model(trainer.ref_model)
-            with without_critic(policy):
-                SyncRefModelCallback.sync_target_model(policy, reference, alpha)
-            return
-        parameters = dict(policy.named_parameters())
-        for name, reference in parameters.items():
-            if f".{REFERENCE_ADAPTER}." in name:
-                newer = parameters[name.replace(f".{REFERENCE_ADAPTER}.", f".{ADAPTER}.")]
-                reference.data.mul_(1 - alpha).add_(newer.data, alpha=alpha)
 
 
 def reads_images(trainer: Any) -> bool:

@@ -7,6 +7,7 @@ import trl
 from torch.utils.data import Sampler
 
 from .evaluation import EvaluatedBatch, WholeEvaluations
+from .references import drop_reference, making_reference, reference_of
 from .whole_checkpoints import WholeCheckpoints
 
 
@@ -49,6 +50,14 @@ class DPOSeams(WholeCheckpoints, WholeEvaluations, trl.DPOTrainer):
     # Narrower than upstream's annotations: both are set once a trainer exists
     args: Any
     train_dataset: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("ref_model")
+        kwargs["ref_model"] = own = reference_of(kwargs, given)
+        with making_reference(self, kwargs, own, wanted=True):
+            super().__init__(*args, **kwargs)
+        if given is None and kwargs["args"].precompute_ref_log_probs:
+            drop_reference(self)  # its log-probabilities are there now
 
     def row_order(self) -> RowOrder | None:
         return None

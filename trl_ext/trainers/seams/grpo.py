@@ -61,6 +61,7 @@ from ...rollouts.statistics import pool_evaluation, restate_rounds, token_weight
 from ..sampling import end_completions_at, further_ends, sampling_as_told
 from .checkpoints import CheckpointSeams
 from .evaluation import EvaluatedBatch, completions_apart, table_of_evaluation
+from .references import making_reference, reference_of, use_reference
 from .rewards_ahead import discard_rewards, generate_in_chunks, hand_rewards_to_trl, rewards_ahead_of
 from .waiting import RewardWatch
 
@@ -81,6 +82,8 @@ class GRPOSeams(CheckpointSeams):
     # makes these passes only if its own loss needs them.
     needs_reference = False
     needs_old_pass = False
+    # A reference of the user's, for trainers that take one
+    given_reference: Any = None
     # Whether a critic learns from every row
     has_value_loss = False
     # Whether the first pass of the loss over a generation batch may stand for the old policy's pass
@@ -101,8 +104,14 @@ class GRPOSeams(CheckpointSeams):
         self.previewed: list[dict[str, Any]] | None = None  # see `seams.probes.preview_micro_batches`
         self._evaluated: tuple[torch.Tensor, float] | None = None  # rewards and loss tokens of a batch of evaluation
         self._evaluated_as: str | None = None  # prefix of the evaluation that is under way
-        with self._asking_for_passes(kwargs["args"]):
+        config = kwargs["args"]
+        wanted = self.needs_reference or config.beta != 0.0
+        self._own_reference = own = reference_of(kwargs, self.given_reference) if wanted else None
+        with making_reference(self, kwargs, own, wanted), self._asking_for_passes(config):
             super().__init__(*args, **kwargs)
+        if own is not None:
+            use_reference(self, own)
+        self._own_reference = self.given_reference = None  # it is held elsewhere now
         self.beta = self.args.beta
         if ends := further_ends(self.args):
             end_completions_at(self, [*self.eos_token_ids, *ends])
@@ -124,6 +133,8 @@ class GRPOSeams(CheckpointSeams):
         before = holder.beta, holder.num_iterations
         if self.needs_reference:
             holder.beta = holder.beta or 1.0  # any number but zero; it is restored before a loss is computed
+        if self._own_reference is not None:
+            holder.beta = 0.0  # TRL would load one; this is while the trainer is constructed
         if self.needs_old_pass and holder is self:
             # TRL leaves the pass out if gradient_accumulation_steps % (steps_per_generation * num_iterations) == 0
             holder.num_iterations = 1 if self.batch.credits_late else self.args.gradient_accumulation_steps + 1

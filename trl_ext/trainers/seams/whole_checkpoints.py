@@ -404,7 +404,7 @@ class WholeCheckpoints(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # PEFT loads adapters in float32, also where TRL has cast them to bfloat16 for a quantized base
         policy: Any = self.model
-        types = {name: weight.dtype for name, weight in policy.named_parameters() if weight.requires_grad}
+        types = {name: weight.dtype for name, weight in policy.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, weight in policy.named_parameters():
             if weight.dtype != types.get(name, weight.dtype):

@@ -1,0 +1,105 @@
+"""
+The adapters of a policy: which of them is trained, and a copy of it inside the model, which is the reference.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from ..errors import require
+from .trunk import REFERENCE_ADAPTER
+
+
+def trained_adapter(policy: Any) -> str:
+    """
+    The name of the adapter that is trained: the active one.
+
+    Args:
+        policy ([`~peft.PeftModel`]):
+            The policy, not wrapped for several processes.
+
+    Raises:
+        ValueError: if not exactly one is active.
+    """
+    active = list(policy.active_adapters)
+    require(
+        len(active) == 1,
+        f"The policy has {len(active)} active adapters, {active}, and its reference can be a copy of only one. Merge "
+        "the others into the base model (merge_and_unload), or activate only the one that is trained "
+        "(model.set_adapter).",
+    )
+    return str(active[0])
+
+
+def weight_pairs(policy: Any, adapter: str) -> Iterator[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+    """Each weight of an adapter with the same weight of the adapter `ref`."""
+    weights = dict(policy.named_parameters())
+    for name, reference in weights.items():
+        # PEFT puts an adapter's name last, or before the name of a weight in the adapter's own module
+        before, found, after = f".{name}.".rpartition(f".{REFERENCE_ADAPTER}.")
+        if found:
+            yield weights[f"{before}.{adapter}.{after}"[1:-1]], reference
+
+
+@torch.no_grad()
+def add_reference_adapter(policy: Any) -> None:
+    """
+    Add the adapter `ref`, a copy of the one that is trained. It isn't trained.
+
+    Args:
+        policy ([`~peft.PeftModel`]):
+            A policy without an adapter of that name, not wrapped for several processes.
+
+    Raises:
+        ValueError: if PEFT can't hold a second adapter of this kind.
+    """
+    adapter = trained_adapter(policy)
+    config = copy.deepcopy(policy.peft_config[adapter])
+    if isinstance(config, LoraConfig):
+        config.init_lora_weights = True  # others, such as PiSSA, would change the base model again
+    remedy = "Pass the reference as ref_model where the trainer takes one (DPO, PPO), or merge the adapter first."
+    try:
+        policy.add_adapter(REFERENCE_ADAPTER, config)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"The reference is a copy of the adapter {adapter!r}, and PEFT says: {error} {remedy}") from (
+            error
+        )
+    if isinstance(config, LoraConfig):
+        config.init_lora_weights = policy.peft_config[adapter].init_lora_weights
+    pairs = list(weight_pairs(policy, adapter))
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    require(bool(pairs), f"An adapter of the type {kind} can't be copied inside a model for the reference. {remedy}")
+    for own, reference in pairs:
+        reference.data = own.detach().clone()
+        reference.requires_grad_(False)
+
+
+def starts_without_effect(policy: Any) -> bool:
+    """Whether a policy with a new adapter still equals the same model with the adapter switched off."""
+    config = policy.peft_config[trained_adapter(policy)]
+    if config.is_prompt_learning:
+        return False
+    if not isinstance(config, LoraConfig):
+        kinds = [value for name, value in vars(config).items() if name.startswith("init_") and "weights" in name]
+        return all(map(bool, kinds))
+    weights = dict(policy.named_parameters())
+    factors = [(name, name.replace("lora_A.", "lora_B.").replace("embedding_A.", "embedding_B.")) for name in weights]
+    return not any(weights[a].any() and weights[b].any() for a, b in factors if a != b and b in weights)
+
+
+def check_only_adapter_trained(policy: Any) -> None:
+    """Raises `ValueError` if weights are trained that a reference inside the same model shares with the policy."""
+    adapter = trained_adapter(policy)
+    if not isinstance(policy.peft_config[adapter], LoraConfig):
+        return
+    shared = [name for name, weight in policy.named_parameters() if weight.requires_grad]
+    shared = [name for name in shared if adapter not in name.split(".")]
+    require(
+        not shared,
+        f"{len(shared)} weights outside of the adapter {adapter!r} are trained, such as {(shared or [''])[0]!r}. The "
+        "reference is the same model, so that it would move with them. Freeze them, name their modules in "
+        "modules_to_save of the peft_config (biases: bias='none'), or pass ref_model where the trainer takes one.",
+    )
