@@ -19,20 +19,15 @@ from pipelines import dpo_then_ppo_worker as pipeline
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_ext import (
-    DAPOConfig,
     DAPOTrainer,
     DifficultyCurriculum,
     DPOConfig,
     DPOTrainer,
-    DUPOConfig,
     DUPOTrainer,
-    GRPOConfig,
     GRPOTrainer,
-    GSPOConfig,
     GSPOTrainer,
     PPOConfig,
     PPOTrainer,
-    RLOOConfig,
     RLOOTrainer,
 )
 from trl_ext.pipelines.dpo_then_ppo import DPOThenPPO
@@ -43,7 +38,6 @@ STEPS = 5
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": STEPS}
 PAIRS, PIPELINE = "DPO", "DPO then PPO"
 GROUPS = {"GRPO": GRPOTrainer, "RLOO": RLOOTrainer, "DAPO": DAPOTrainer, "DUPO": DUPOTrainer, "GSPO": GSPOTrainer}
-CONFIGS = {"GRPO": GRPOConfig, "RLOO": RLOOConfig, "DAPO": DAPOConfig, "DUPO": DUPOConfig, "GSPO": GSPOConfig}
 CRITICS = {"PPO head": "head", "PPO model": "model"}
 TRAINERS = (*GROUPS, *CRITICS, PAIRS, PIPELINE)
 

@@ -14,6 +14,7 @@ from resume.cases import CELLS, FEATURES, PIPELINE, REFUSED, RUNS, SAME, STEPS, 
 from resume.worker import result
 from transformers import TrainerCallback
 
+import trl_ext
 from trl_ext.trainers.seams.whole_checkpoints import checkpoints_of
 
 
@@ -25,6 +26,7 @@ SHORT = [
     ("DAPO", "informed draws"),
     ("DUPO", "half-used batches"),
     ("GSPO", "objectives"),
+    ("RLOO", "curriculum"),
     ("PPO head", "QLoRA"),
     ("PPO head", "LoRA and sync_ref_model"),
     ("PPO model", "all at once"),
@@ -46,6 +48,8 @@ class Interruption(TrainerCallback):
 
 
 def test_the_table_is_complete():
+    public = {name.removesuffix("Trainer") for name in trl_ext.__all__ if name.endswith("Trainer")}
+    assert public == {name.partition(" ")[0] for name in TRAINERS}
     assert len(CELLS) == len(set(CELLS)) == len(TRAINERS) * len(FEATURES)
     assert set(REFUSED) | set(SAME) | set(RUNS) == set(CELLS)
     assert len(REFUSED) + len(SAME) + len(RUNS) == len(CELLS)
@@ -77,6 +81,7 @@ def test_interrupted_and_resumed(trainer, name, tmp_path):
         assert equal(found[what], value), what
 
 
+@pytest.mark.slow
 @pytest.mark.train
 def test_the_pipeline_interrupted_and_resumed(tmp_path):
     built(PIPELINE, "all at once", tmp_path, tmp_path / "whole").train()
