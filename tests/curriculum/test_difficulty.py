@@ -35,8 +35,12 @@ def data(*right: int | None) -> Dataset:
     return tiny.prompts(len(right)).add_column("right", list(right))
 
 
+def rater(tmp_path, rewards, trainer_class=GRPOTrainer, **settings):
+    return tiny.trainer(trainer_class, tmp_path, rewards, {"train_dataset": data(0, 1, 2, 3)}, **settings)
+
+
 def test_pass_rates_are_fractions_of_the_samples(tmp_path):
-    trainer = tiny.trainer(GRPOTrainer, tmp_path, Solves())
+    trainer = rater(tmp_path, Solves())
     rated = pass_rates(trainer, data(0, 1, 2, 3, 4, None), batch_size=4)
     assert rated["pass_rate"] == [0.0, 0.25, 0.5, 0.75, 1.0, None]
     assert rated.column_names == ["prompt", "target", "right", "pass_rate"]
@@ -46,14 +50,13 @@ def test_pass_rates_are_fractions_of_the_samples(tmp_path):
 
 
 def test_solved_prompts_are_dropped(tmp_path):
-    rated = pass_rates(tiny.trainer(GRPOTrainer, tmp_path, Solves()), data(0, 1, 4, 3, 4, None))
+    rated = pass_rates(rater(tmp_path, Solves()), data(0, 1, 4, 3, 4, None))
     assert drop_solved(rated)["right"] == [0, 1, 3, None]
     assert drop_solved(rated, drop_unsolved=True)["right"] == [1, 3, None]
 
 
 def test_only_outcome_rewards_decide(tmp_path):
-    trainer = tiny.trainer(
-        GRPOTrainer,
+    trainer = rater(
         tmp_path,
         [Solves(), length_bonus],
         outcome_reward_funcs=["solves"],
@@ -69,7 +72,7 @@ def test_every_batch_draws_samples_of_its_own(tmp_path):
     reward = tiny.Remembering(tiny.hashed)
     rows = tiny.prompts(2)
     twice = Dataset.from_list([*rows, *rows])  # so that both batches ask the same
-    pass_rates(tiny.trainer(GRPOTrainer, tmp_path, reward), twice, batch_size=2)
+    pass_rates(rater(tmp_path, reward), twice, batch_size=2)
     first, second = reward.calls
     assert first.prompts == second.prompts
     assert first.completion_ids != second.completion_ids
@@ -100,7 +103,7 @@ def stop_after_four(done: int, rows: int) -> None:
 def test_a_stopped_roll_out_goes_on_where_it_was(tmp_path):
     def roll_out(partial_results, rows, on_progress=None):
         reward = tiny.Remembering(tiny.first_token_even)
-        trainer = tiny.trainer(DUPOTrainer, tmp_path, reward)
+        trainer = rater(tmp_path, reward, DUPOTrainer)
         rated = pass_rates(
             trainer, rows, batch_size=2, seed=3, partial_results=partial_results, on_progress=on_progress
         )
@@ -124,7 +127,7 @@ def test_a_stopped_roll_out_goes_on_where_it_was(tmp_path):
 
 
 def test_partial_results_of_something_else_are_refused(tmp_path):
-    trainer, partial = tiny.trainer(GRPOTrainer, tmp_path, Solves()), tmp_path / "partial.jsonl"
+    trainer, partial = rater(tmp_path, Solves()), tmp_path / "partial.jsonl"
     pass_rates(trainer, data(1, 2), partial_results=partial)
     assert json.loads(partial.read_text().splitlines()[1]) == [0.25, 0.5]
     another = r"partial_results` is .*partial.jsonl, which holds results of a different call"
@@ -139,7 +142,7 @@ def test_partial_results_of_something_else_are_refused(tmp_path):
 
 def test_a_file_that_says_nothing_yet_is_begun_anew(tmp_path):
     """A process may be killed before the first line is whole; a torn last line goes, and nothing else is touched."""
-    trainer, partial = tiny.trainer(GRPOTrainer, tmp_path, Solves()), tmp_path / "partial.jsonl"
+    trainer, partial = rater(tmp_path, Solves()), tmp_path / "partial.jsonl"
     for torn in ("", '{"model": "ab'):
         partial.write_text(torn)
         assert pass_rates(trainer, data(1, 2), partial_results=partial)["pass_rate"] == [0.25, 0.5]
@@ -150,10 +153,10 @@ def test_a_file_that_says_nothing_yet_is_begun_anew(tmp_path):
 
 
 def test_bad_input_is_named(tmp_path):
-    trainer = tiny.trainer(GRPOTrainer, tmp_path, Solves())
+    trainer = rater(tmp_path, Solves())
     with pytest.raises(ValueError, match="already has a column `pass_rate`"):
         pass_rates(trainer, data(1).add_column("pass_rate", [0.0]))
-    with pytest.raises(ValueError, match="IterableDataset, whose length isn't known"):
+    with pytest.raises(TypeError, match="dataset is an IterableDataset"):
         pass_rates(trainer, data(1).to_iterable_dataset())
     with pytest.raises(ValueError, match=r"no column `pass_rate` \(it has \['prompt'"):
         drop_solved(data(1))

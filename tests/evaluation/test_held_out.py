@@ -122,9 +122,9 @@ def test_every_prompt_is_asked_once_with_its_own_seed():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_samples": 0}, "`num_samples` is 0"),
-        ({"batch_size": -1}, "`batch_size` is -1"),
-        ({"dataset": [{"id": 0, "reward": 1.0}]}, "`dataset` has 1 rows"),
+        ({"num_samples": 0}, "num_samples=0 must be at least 1"),
+        ({"batch_size": -1}, "batch_size=-1 must be at least 1"),
+        ({"dataset": [{"id": 0, "reward": 1.0}]}, "dataset has 1 rows"),
     ],
 )
 def test_bad_input_is_named(settings, message):

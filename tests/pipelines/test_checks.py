@@ -74,7 +74,7 @@ def test_an_adapter_that_cant_be_trained(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        ({"policy_kwargs": {"curriculums": 1}}, TypeError, "curriculums"),
+        ({"policy_kwargs": {"curriculums": 1}}, ValueError, "policy_kwargs has 'curriculums'"),
         ({"policy_kwargs": {"curriculum": "frontier"}}, TypeError, "curriculum='frontier' is not a prompt chooser"),
         ({"train_dataset": prompts(1)}, ValueError, "train_dataset has 1 prompts, fewer than the 4"),
     ],

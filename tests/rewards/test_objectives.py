@@ -114,7 +114,7 @@ def test_what_it_cannot_be_attached_to(tmp_path):
         train_dataset=tiny.prompts(),
         processing_class=tiny.tokenizer(),
     )
-    with pytest.raises(TypeError, match="needs a trainer of trl_ext, not GRPOTrainer: change the import"):
+    with pytest.raises(TypeError, match=r"needs a trainer of trl_ext, not GRPOTrainer\. Change the import"):
         RewardObjectives({"low_ids": 1.0}).attach(theirs)
 
 

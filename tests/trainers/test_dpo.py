@@ -361,7 +361,7 @@ def test_two_processes_share_one_order_and_take_the_steps_of_one(tmp_path):
 @pytest.mark.parametrize(
     ("curriculum", "dataset", "message"),
     [
-        (DifficultyCurriculum(), pairs(3), "column is None, and .* DPO has no rollouts: name a column"),
+        (DifficultyCurriculum(), pairs(3), "column is None, and .* DPO has no rollouts. Name a column"),
         (easy_to_hard(), pairs(3), r"column is 'hard', and train_dataset has \['prompt', 'chosen', 'rejected'\]"),
         (easy_to_hard(), pairs(3, hard=["a", "b", "c"]), "column 'hard' holds something that is not a finite number"),
         (

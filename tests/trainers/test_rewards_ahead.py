@@ -666,7 +666,8 @@ def test_tools(tmp_path):
     "arguments", [{"tools": [dice]}, {"environment_factory": Table}], ids=["tools", "environment"]
 )
 def test_chunks_with_tools_are_refused(tmp_path, arguments):
-    model = {"model": "does/not-exist"}  # an OSError where it is loaded
+    # An OSError where the model is loaded
+    model = {"model": "does/not-exist", "train_dataset": tiny.prompts(conversational=True)}
     settings = {"rewards_in_flight": 2, "generation_chunks": 2}
     with pytest.raises(ValueError, match="generation_chunks=2 can't be used with tools or environments"):
         tiny.trainer(GRPOTrainer, tmp_path, last_word, {**model, **arguments}, **settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from ..errors import require
+from ..errors import require, require_count, require_type
 from ..trainers.grpo import GRPOTrainer
 from .partial import roll_out_all
 
@@ -54,13 +54,13 @@ def pass_rates(
         [`~datasets.Dataset`]: a copy with the same rows in the same order, and the new column.
 
     Raises:
-        ValueError: if the data set is streamed or already has the column, or if `partial_results` belongs to a
+        TypeError: for a trainer that isn't one of `trl_ext`, or a data set that is streamed.
+        ValueError: if the data set already has the column, or if `partial_results` belongs to a
             different call.
     """
-    require(
-        isinstance(dataset, Dataset),
-        f"`dataset` is a {type(dataset).__name__}, whose length isn't known. Load it without streaming.",
-    )
+    require_type("trainer", trainer, GRPOTrainer, "Pass one of trl_ext's, such as trl_ext.GRPOTrainer.")
+    require_type("dataset", dataset, Dataset, "Pass a datasets.Dataset, loaded without streaming.")
+    require_count("batch_size", batch_size)
     require(
         PASS_RATE not in dataset.column_names,
         f"The data set already has a column `{PASS_RATE}`. Remove it before measuring pass rates again.",
@@ -99,6 +99,7 @@ def drop_solved(dataset: Dataset, drop_unsolved: bool = False) -> Dataset:
     Raises:
         ValueError: if there is no column `pass_rate`.
     """
+    require_type("dataset", dataset, Dataset, "Pass what `pass_rates` returns.")
     require(
         PASS_RATE in dataset.column_names,
         f"The data set has no column `{PASS_RATE}` (it has {dataset.column_names}). Add it with `pass_rates`.",

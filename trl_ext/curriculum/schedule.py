@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from datasets import Dataset
 
-from ..errors import require, require_one_of
+from ..errors import require, require_count, require_number, require_one_of, require_type
 from ..metric_keys import COMPLETION_LIMIT
 from ..rollouts.choosers import PromptChooser
 from ..rollouts.generation_batch import GenerationBatch
@@ -89,7 +89,13 @@ class DifficultyCurriculum(PromptChooser):
         start_completion_length: int | None = None,
     ) -> None:
         require_one_of("schedule", schedule, SCHEDULES)
+        require_type("column", column, str | None, "Pass the name of a column, or None.")
+        require_count("lookahead", lookahead, least=1)
         require(lookahead >= 2, f"lookahead={lookahead} leaves nothing to choose from. Set 2 or more.")
+        for name, number in (("until", until), ("share", share), ("memory", memory)):
+            require_number(name, number)
+        if start_completion_length is not None:
+            require_number("start_completion_length", start_completion_length)
         for name, value, allowed, where in (
             ("until", until, 0 < until <= 1, "in (0, 1]"),
             ("share", share, 0 < share < 1, "in (0, 1)"),

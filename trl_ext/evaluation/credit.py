@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from trl.trainer.utils import use_adapter
 
+from ..errors import shown
 from ..objectives.advantages import aggregate_rewards
 from ..objectives.credit import completions_that_end, estimate_credit, token_rewards
 from ..objectives.kl import kl_estimate
@@ -80,6 +81,8 @@ def credit_by_token(trainer: Any, rows: list[dict[str, Any]], seed: int = 0) -> 
     Returns:
         `list[TokenCredit]`: one for each row of this process's share.
     """
+    if not getattr(trainer, "has_value_loss", False):
+        raise TypeError(f"trainer is {shown(trainer)}, which has no critic. Pass a PPOTrainer.")
     scored = trainer.roll_out(rows, 1, seed=seed)
     everywhere = scored.rewards[:, 0].cpu()  # (P, F), of all processes
     weights = trainer.reward_weights.to(everywhere)

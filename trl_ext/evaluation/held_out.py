@@ -22,7 +22,7 @@ import torch
 from scipy import stats
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import require
+from ..errors import require, require_count, require_type, shown
 
 
 LOG_PREFIX = "held_out/"
@@ -83,6 +83,8 @@ class Estimate:
         Raises:
             ValueError: if fewer than 2 prompts have a value, because there is no interval then.
         """
+        require_type("values", values, torch.Tensor, "Pass a tensor with a row for each prompt.")
+        require(values.dim() == 2, f"values has the shape {tuple(values.shape)}. Pass one of shape (P, G).")
         applies = ~values.isnan()
         per_prompt = values.double().nanmean(dim=1).tolist()
         means = [mean for mean in per_prompt if not math.isnan(mean)]
@@ -157,8 +159,7 @@ def evaluate_policy(
     Raises:
         ValueError: if `num_samples` or `batch_size` isn't positive, or if the data set has fewer than 2 rows.
     """
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        require(value >= 1, f"`{name}` is {value}, but it must be at least 1.")
+    _check(trainer, dataset, num_samples=num_samples, batch_size=batch_size)
     rewards: list[torch.Tensor] = []
     names: list[str] = []
     for index, rows in enumerate(_batches(dataset, batch_size)):
@@ -167,10 +168,18 @@ def evaluate_policy(
         rewards.append(scored.rewards.detach().cpu())
         names = list(scored.reward_func_names)
     prompts = sum(len(batch) for batch in rewards)
-    require(prompts >= 2, f"`dataset` has {prompts} rows, but held-out evaluation needs at least 2.")
+    require(prompts >= 2, f"dataset has {prompts} rows, but held-out evaluation needs at least 2. Pass more.")
     values = torch.cat(rewards)  # (P, G, F)
     applicable = (~values.isnan()).any(dim=1).sum(dim=0) >= 2  # (F,)
     return {name: Estimate.of(values[:, :, i]) for i, name in enumerate(names) if applicable[i]}
+
+
+def _check(trainer: Any, dataset: Any, **counts: int) -> None:
+    if not hasattr(trainer, "roll_out"):
+        raise TypeError(f"trainer is {shown(trainer)}. Pass one of trl_ext's, such as trl_ext.GRPOTrainer.")
+    require_type("dataset", dataset, Iterable, "Pass a datasets.Dataset of held-out prompts.")
+    for name, value in counts.items():
+        require_count(name, value)
 
 
 class HeldOut(TrainerCallback):
@@ -208,6 +217,8 @@ class HeldOut(TrainerCallback):
         seed: int = 0,
         every: int = 0,
     ):
+        _check(trainer, dataset, num_samples=num_samples, batch_size=batch_size)
+        require_count("every", every, least=0)
         self.trainer = trainer
         self.dataset = dataset
         self.settings = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}

@@ -33,7 +33,7 @@ from scipy import stats
 from transformers import TrainerCallback
 
 from .. import metric_keys
-from ..errors import require, require_one_of
+from ..errors import require, require_number, require_one_of, require_type, shown
 from ..evaluation.held_out import LOG_PREFIX
 from ..rollouts.statistics import COMPUTED
 from .health_check import Alarm, HealthCheck, Logs
@@ -131,6 +131,7 @@ class PreferenceAccuracyCheck(HealthCheck):
         grace: float = 0.25,
         stop: bool = False,
     ) -> None:
+        require_number("threshold", threshold)
         require(0 < threshold < 1, f"threshold={threshold!r} is a share of pairs and must be in (0, 1).")
         self.threshold = threshold
         self.metric = metric
@@ -207,6 +208,7 @@ class EntropyCheck(_AgainstStart):
     def __init__(
         self, floor: float = 0.2, start_logs: int = 3, *, patience: int = 5, grace: float = 0.0, stop: bool = False
     ) -> None:
+        require_number("floor", floor)
         require(0 < floor < 1, f"floor={floor!r} is a share of the first entropy and must be in (0, 1).")
         self.floor = floor
         super().__init__(start_logs, patience=patience, grace=grace, stop=stop)
@@ -296,6 +298,7 @@ class ExplainedVarianceCheck(HealthCheck):
     )
 
     def __init__(self, threshold: float = 0.0, *, patience: int = 5, grace: float = 0.25, stop: bool = False) -> None:
+        require_number("threshold", threshold)
         require(threshold < 1, f"threshold={threshold!r} must be less than 1, which a perfect critic has.")
         self.threshold = threshold
         super().__init__(patience=patience, grace=grace, stop=stop)
@@ -361,6 +364,8 @@ class RewardHackingCheck(HealthCheck):
         stop: bool = False,
     ) -> None:
         require(isinstance(window, int) and window >= 3, f"window={window!r} must be a whole number, 3 or more.")
+        for name, value in (("p_value", p_value), ("min_fall", min_fall)):
+            require_number(name, value)
         require(0 < p_value < 0.5, f"p_value={p_value!r} must be in (0, 0.5).")
         smallest = 1 / math.factorial(window)  # one of all orders falls throughout
         require(
@@ -451,12 +456,13 @@ class HealthChecks(TrainerCallback):
     def __init__(self, *checks: HealthCheck, stop: bool = False, without: Sequence[str] = ()) -> None:
         for check in checks:
             if not isinstance(check, HealthCheck):
-                raise TypeError(f"{check!r} is no HealthCheck. Pass checks such as KLCheck(band=(0.5, 4.0)).")
+                raise TypeError(f"{shown(check)} is no HealthCheck. Pass checks such as KLCheck(band=(0.5, 4.0)).")
         defaults = [check_class(stop=stop) for check_class in CHECKS]
         given = [check.name for check in checks]
         twice = sorted({name for name in given if given.count(name) > 1})
         require(not twice, f"{', '.join(twice)}: given twice. Add the second by trainer.add_callback.")
         self.checks = {check.name: check for check in (*defaults, *checks)}
+        require_type("without", without, str | list | tuple | set, "Pass names of checks, such as ['length'].")
         names = [without] if isinstance(without, str) else list(without)
         for name in names:
             require(
@@ -475,6 +481,8 @@ class HealthChecks(TrainerCallback):
         metrics too. (Passed in the trainer's `callbacks`, it would be called after the trackers, and its metrics would
         be in `log_history` only.)
         """
+        if not hasattr(trainer, "callback_handler"):
+            raise TypeError(f"trainer is {shown(trainer)}. Pass a trainer, ours, TRL's or transformers'.")
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
@@ -518,6 +526,9 @@ def _number(logs: Logs, key: str) -> float | None:
 
 
 def _require_band(name: str, band: tuple[float, float], least: float) -> None:
+    require_type(name, band, list | tuple, "Pass two numbers, such as (0.5, 2.0).")
+    for end in band:
+        require_number(f"an end of {name}={band!r}", end)
     require(
         len(band) == 2 and least <= band[0] < band[1],
         f"{name}={band!r} must be two numbers, the lower one first" + (", none negative." if least == 0 else "."),

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import require
+from ..errors import require, require_number
 
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class HealthCheck(TrainerCallback, ABC):
         require(
             isinstance(patience, int) and patience >= 1, f"patience={patience!r} must be a whole number, 1 or more."
         )
+        require_number("grace", grace)
         require(0 <= grace < 1, f"grace={grace!r} is a share of the run and must be in [0, 1).")
         self.patience = patience
         self.grace = grace

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import require
+from ..errors import require, require_count
 from ..rollouts.micro_batches import MicroBatch, SavedCompute
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.seams.probes import preview_micro_batches
@@ -273,13 +273,15 @@ def verify(trainer: GRPOTrainer, repetitions: int = 3, quiet: bool = False) -> V
 
     Raises:
         TypeError: for a trainer that isn't one of `trl_ext`.
-        ValueError: if weights are sharded (DeepSpeed, FSDP), or if no completion of the batch has an advantage.
+        ValueError: if `repetitions` is less than 1, if weights are sharded (DeepSpeed, FSDP), or if no completion of
+            the batch has an advantage.
     """
     if not isinstance(trainer, GRPOTrainer):
         raise TypeError(
             f"verify compares a trainer of trl_ext with TRL, but this is a {type(trainer).__name__}. Build a "
             "trl_ext.GRPOTrainer with the same arguments, or add a trl_ext.WasteCallback to this one."
         )
+    require_count("repetitions", repetitions)
     require(
         not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled),
         "verify needs the whole model on each device, but its weights are sharded. Run it once without DeepSpeed "

@@ -7,6 +7,7 @@ from typing import Any
 import trl
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import require_type
 from ..metric_keys import COMPUTE_SAVED
 from ..rollouts.exactness import ExactSavings
 from ..rollouts.micro_batches import MicroBatch, SavedCompute, fit_step
@@ -52,6 +53,7 @@ class WasteCallback(TrainerCallback):
                 "WasteCallback watches a plain trl.GRPOTrainer. This trainer already leaves the waste out: read "
                 f"`{COMPUTE_SAVED}` in its logs, or call trl_ext.verify(trainer)."
             )
+        require_type("trainer", trainer, trl.GRPOTrainer, "Pass the trl.GRPOTrainer to which the callback is added.")
         self.trainer = trainer
         self.total = SavedCompute()
         self.since_log = SavedCompute()

@@ -4,18 +4,26 @@ with a message that says what to change.
 """
 
 import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import trl
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..errors import require, require_one_of
+from ..errors import meant, require, require_count, require_number, require_one_of, require_type
 from ..preferences.noise import FEWEST_PAIRS
-from ..preferences.pairs import make_pairs
+from ..preferences.pairs import check_settings, make_pairs
 from ..rewards.implicit import IMPLICIT_REWARD
 from ..roles.trunk import ADAPTER
+from ..trainers.data_checks import check_prompts
+from ..trainers.pair_checks import check_pairs
+from ..trainers.reward_checks import check_kind, check_signature, is_function
+from ..trainers.samples import sample_of
+from ..trainers.tokenizer_checks import check_tokenizer
 
 
 if TYPE_CHECKING:
@@ -29,11 +37,49 @@ REFERENCES = (BASE, DPO_POLICY)
 OWN_PAIR_SETTINGS = {"trainer", "dataset", "partial_results", "on_progress"}
 
 
+# Arguments of trainers that the schedule sets itself
+OWN_TRAINER_SETTINGS = {"self", "args", "kwargs", "model", "reward_funcs", "train_dataset", "processing_class"}
+OWN_TRAINER_SETTINGS |= {"peft_config"}
+
+
+def adopted_as(name: str, config_class: Any, args: Any) -> Any:
+    """The configuration of a stage, adopted by its class. An error names the argument of the schedule."""
+    try:
+        return config_class.adopt(args)
+    except TypeError as error:
+        raise TypeError(str(error).replace("`args`", f"`{name}`")) from None
+
+
+def check_types(
+    output_dir: Any,
+    peft_config: Any,
+    model_init_kwargs: Any,
+    pair_settings: Any,
+    dpo_kwargs: Any,
+    policy_kwargs: Any,
+    clean: Any,
+    prepare: Any,
+) -> None:
+    """Raises `TypeError` for arguments of a wrong type."""
+    require_type("output_dir", output_dir, str | Path, "Pass a folder.")
+    require_type("peft_config", peft_config, PeftConfig | None, "Pass a configuration such as peft.LoraConfig(r=16).")
+    for name, value in (
+        ("model_init_kwargs", model_init_kwargs),
+        ("pair_settings", pair_settings),
+        ("dpo_kwargs", dpo_kwargs),
+        ("policy_kwargs", policy_kwargs),
+    ):
+        require_type(name, value, Mapping | None, "Pass a dict of arguments, or None.")
+    require_type("clean", clean, str | Callable | None, "Pass a function, or None.")
+    require_type("prepare", prepare, Callable | None, "Pass a function, or None.")
+
+
 def check_arguments(run: "DPOThenPPO") -> None:
     """Raises an error for arguments that can't work, alone or together."""
     _check_policy(run)
     _check_schedule(run)
     _check_configurations(run)
+    _check_trainers(run)
     _check_parallelism(run)
     _check_rewards(run)
     _check_data(run)
@@ -71,13 +117,17 @@ def _check_schedule(run: "DPOThenPPO") -> None:
         not isinstance(run.clean, str) or run.clean == CROSS_FITTING,
         f"clean={run.clean!r} is unknown. Choose {CROSS_FITTING!r}, or pass a function.",
     )
-    require(run.rounds >= 1, f"rounds={run.rounds} must be at least 1.")
+    require_count("rounds", run.rounds)
+    require_count("accuracy_logs", run.accuracy_logs)
+    require_count("held_out_samples", run.held_out_samples)
+    require_count("held_out_every", run.held_out_every, least=0)
+    if run.accuracy_threshold is not None:
+        require_number("accuracy_threshold", run.accuracy_threshold)
     require(not run.output_dir.is_file(), f"output_dir={str(run.output_dir)!r} is a file. Name a folder.")
     require(
         run.accuracy_threshold is None or 0 < run.accuracy_threshold < 1,
         f"accuracy_threshold={run.accuracy_threshold} is a share of pairs and must be in (0, 1), or None.",
     )
-    require(run.accuracy_logs >= 1, f"accuracy_logs={run.accuracy_logs} must be at least 1.")
     require(
         run.accuracy_threshold is None or run.dpo_args.logging_strategy != "no",
         "accuracy_threshold is compared with logs, and logging_strategy of dpo_args is 'no'. Set it to 'steps', "
@@ -110,6 +160,24 @@ def _check_configurations(run: "DPOThenPPO") -> None:
     )
 
 
+def _check_trainers(run: "DPOThenPPO") -> None:
+    """Whether `dpo_kwargs` and `policy_kwargs` name arguments of the trainers that the schedule doesn't set."""
+    check_tokenizer("processing_class", run.processing_class)
+    own = inspect.signature(run.policy_trainer.__init__).parameters
+    known_of = {
+        "dpo_kwargs": {*inspect.signature(trl.DPOTrainer.__init__).parameters, "curriculum"},
+        "policy_kwargs": {*inspect.signature(trl.GRPOTrainer.__init__).parameters, "curriculum", *own},
+    }
+    for name, given in (("dpo_kwargs", run.dpo_kwargs), ("policy_kwargs", run.policy_kwargs)):
+        known = sorted(known_of[name] - OWN_TRAINER_SETTINGS)
+        for argument in given:
+            require(
+                argument in known,
+                f"{name} has {argument!r}, which the trainer doesn't take or the schedule sets. Choose from "
+                f"{', '.join(known)}.{meant(argument, known)}",
+            )
+
+
 def _check_parallelism(run: "DPOThenPPO") -> None:
     require(
         not (run.policy_args.fsdp or run.dpo_args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")),
@@ -125,6 +193,10 @@ def _check_parallelism(run: "DPOThenPPO") -> None:
 
 
 def _check_rewards(run: "DPOThenPPO") -> None:
+    require(run.has_judges or bool(run.reward_funcs), "reward_funcs is empty. Pass a function, or a reward model.")
+    for func in run.reward_funcs:
+        if func != IMPLICIT_REWARD:
+            check_kind(func)
     samples_pairs = run.pairs is None or run.rounds > 1
     require(
         run.has_judges or not (samples_pairs or run.held_out is not None),
@@ -140,6 +212,7 @@ def _check_rewards(run: "DPOThenPPO") -> None:
 
 
 def _check_data(run: "DPOThenPPO") -> None:
+    require(run.train_dataset is not None, "train_dataset=None: pass a data set with a `prompt` column.")
     pair_columns = {"chosen", "rejected"} | ({"prompt"} if run.clean == CROSS_FITTING else set())
     for name, dataset, columns in (
         ("train_dataset", run.train_dataset, {"prompt"}),
@@ -154,7 +227,20 @@ def _check_data(run: "DPOThenPPO") -> None:
         )
         missing = columns - set(dataset.column_names) if dataset is not None else set()
         require(not missing, f"{name} lacks the columns {sorted(missing)}. Add them, or rename the columns it has.")
-        require(dataset is None or len(dataset) > 0, f"{name} has no rows.")
+        require(dataset is None or len(dataset) > 0, f"{name} has no rows. Pass some.")
+        if dataset is None:
+            continue
+        if "chosen" in columns:
+            check_pairs(name, dataset, run.processing_class)
+            continue
+        check_prompts(name, sample_of(name, dataset, ["prompt"]).rows)
+        for func in run.reward_funcs:
+            if is_function(func) and run.policy_kwargs.get("rollout_func") is None:
+                check_signature(func, run.policy_args, dataset.column_names, name)
+    require(
+        run.held_out is None or len(run.held_out) >= 2,
+        "held_out has 1 row, and an interval needs at least 2. Pass more.",
+    )
 
 
 def _check_pairs(run: "DPOThenPPO") -> None:
@@ -167,3 +253,11 @@ def _check_pairs(run: "DPOThenPPO") -> None:
     known = {"prompts", *inspect.signature(make_pairs).parameters} - OWN_PAIR_SETTINGS
     unknown = sorted(run.pair_settings.keys() - known)
     require(not unknown, f"pair_settings has {unknown}. Choose from {', '.join(sorted(known))}.")
+    if run.pairs is not None and run.rounds == 1:
+        return
+    defaults = {name: parameter.default for name, parameter in inspect.signature(make_pairs).parameters.items()}
+    chosen = {**defaults, **run.pair_settings}
+    check_settings(
+        run.policy_args.num_generations if chosen["num_generations"] is None else chosen["num_generations"],
+        *(chosen[name] for name in ("strategy", "margin", "max_pairs", "truncated", "batch_size")),
+    )

@@ -31,11 +31,13 @@ from ..preferences.pairs import NoPairsError
 from ..rewards.implicit import IMPLICIT_REWARD, ImplicitReward
 from ..roles.critic import CRITIC
 from ..roles.trunk import ADAPTER, REFERENCE_ADAPTER, load_adapter
+from ..trainers.argument_checks import check_policy
 from ..trainers.dpo import DPOConfig, DPOTrainer
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.ppo import PPOTrainer
+from ..trainers.reward_checks import as_list
 from ..trainers.seams.names import method_name
-from .checks import BASE, check_arguments
+from .checks import BASE, adopted_as, check_arguments, check_types
 from .pairing import Clean, clean_pairs, cross_fitting, read_pairs, sample_pairs, without_implicit_reward, write_pairs
 from .settings import described, fingerprint, settings_of
 from .shared_policy import SharedPolicy, release
@@ -175,9 +177,13 @@ class DPOThenPPO:
     ) -> None:
         if not (isinstance(policy_trainer, type) and issubclass(policy_trainer, GRPOTrainer)):
             raise TypeError(f"policy_trainer is {policy_trainer!r}. Pass a class of trl_ext's, such as PPOTrainer.")
-        self.dpo_args = DPOConfig.adopt(dpo_args)
-        self.policy_args = policy_trainer.config_class.adopt(policy_args)
-        self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+        self.dpo_args = adopted_as("dpo_args", DPOConfig, dpo_args)
+        self.policy_args = adopted_as("policy_args", policy_trainer.config_class, policy_args)
+        check_policy(model)
+        check_types(
+            output_dir, peft_config, model_init_kwargs, pair_settings, dpo_kwargs, policy_kwargs, clean, prepare
+        )
+        self.reward_funcs = as_list(reward_funcs)
         # A copy, because PEFT writes into the configuration that it gets
         self.model, self.peft_config, self.processing_class = model, copy.deepcopy(peft_config), processing_class
         of_args: Any = self.policy_args.model_init_kwargs  # TRL has made a mapping of what may have been a string

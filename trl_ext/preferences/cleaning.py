@@ -23,6 +23,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..errors import require
+from ..trainers.samples import sample_of
 from .noise import FEWEST_PAIRS, NoiseEstimate, estimate_noise, wrong_label_probabilities
 
 
@@ -404,7 +405,8 @@ def check_pairs(pairs: Dataset) -> None:
         f"The pairs have no column {', '.join(missing)} (they have {pairs.column_names}). If prompts are part of the "
         "completions, separate them with `trl.data_utils.extract_prompt`.",
     )
-    require(len(pairs) > 0, "There are no pairs to clean.")
+    require(len(pairs) > 0, "pairs has 0 rows: there is nothing to clean. Pass some pairs.")
+    sample_of("pairs", pairs, ("prompt", "chosen", "rejected"))  # refuses missing values
 
 
 def _key(prompt: Any) -> str:

@@ -31,11 +31,13 @@ from datasets import Dataset
 from trl.data_utils import common_prefix_length
 
 from ..curriculum.partial import roll_out_all
-from ..errors import require, require_one_of
+from ..errors import require, require_count, require_number, require_one_of, require_type
 from ..rewards.implicit import token_ids
 from ..rollouts.prompts import TokenizedPrompt
 from ..rollouts.rollout import ScoredGroups
+from ..trainers.data_checks import check_prompts
 from ..trainers.grpo import GRPOTrainer
+from ..trainers.samples import sample_of
 
 
 STRATEGIES = ("best_worst", "margin", "majority")
@@ -221,8 +223,9 @@ def make_pairs(
         TypeError: for a trainer that isn't one of `trl_ext`.
         NoPairsError: if no prompt gave a pair.
     """
+    require_type("trainer", trainer, GRPOTrainer, "Pass one of trl_ext's, such as trl_ext.GRPOTrainer.")
     samples = trainer.num_generations if num_generations is None else num_generations
-    _check_arguments(samples, strategy, margin, max_pairs, truncated, batch_size)
+    check_settings(samples, strategy, margin, max_pairs, truncated, batch_size)
     _check_data(trainer, dataset)
     # The partial results don't depend on weights, so that pairs can be made again from the same completions
     sampled = roll_out_all(
@@ -420,13 +423,18 @@ def _tokenizer(trainer: GRPOTrainer) -> Any:
     return getattr(processing, "tokenizer", processing)
 
 
-def _check_arguments(
+def check_settings(
     samples: int, strategy: str, margin: float, max_pairs: int | None, truncated: str, batch_size: int
 ) -> None:
+    """Raises an error for arguments of [`make_pairs`] that can't work."""
     require_one_of("strategy", strategy, STRATEGIES)
     require_one_of("truncated", truncated, TRUNCATED)
-    require(samples >= 2, f"`num_generations` is {samples}, but a pair takes at least 2 completions of a prompt.")
-    require(batch_size >= 1, f"`batch_size` is {batch_size}, but it must be at least 1.")
+    require_count("num_generations", samples)
+    require_number("margin", margin)
+    require(
+        samples >= 2, f"`num_generations` is {samples}, but a pair takes at least 2 completions of a prompt. Set it."
+    )
+    require_count("batch_size", batch_size)
     require(margin >= 0, f"`margin` is {margin}, but the better completion can't score lower: set 0 or more.")
     require(
         max_pairs is None or max_pairs >= 1,
@@ -435,18 +443,12 @@ def _check_arguments(
 
 
 def _check_data(trainer: GRPOTrainer, dataset: Dataset) -> None:
-    if not isinstance(trainer, GRPOTrainer):
-        raise TypeError(
-            f"`trainer` is a {type(trainer).__name__}. Pass one of trl_ext's, such as trl_ext.GRPOTrainer."
-        )
-    require(
-        isinstance(dataset, Dataset),
-        f"`dataset` is a {type(dataset).__name__}, whose length isn't known. Load it without streaming.",
-    )
+    require_type("dataset", dataset, Dataset, "Pass a datasets.Dataset, loaded without streaming.")
     require(
         "prompt" in dataset.column_names and len(dataset) > 0,
-        f"`dataset` needs rows with a column `prompt`; it has {len(dataset)} rows of {dataset.column_names}.",
+        f"dataset has {len(dataset)} rows of {dataset.column_names}. Pass rows with a column `prompt`.",
     )
+    check_prompts("dataset", sample_of("dataset", dataset, ["prompt"]).rows)
     require(
         not {"image", "images"} & set(dataset.column_names) and not isinstance(dataset[0]["prompt"], TokenizedPrompt),
         "Pairs are made of text. Remove images, and pass prompts as text or messages.",

@@ -14,11 +14,11 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
 from trl.trainer.utils import use_adapter
 
-from ..errors import require
+from ..errors import require, require_count, require_number, require_type
 from ..rollouts.prompts import TokenizedPrompt
 
 
@@ -133,7 +133,16 @@ class ImplicitReward:
         chat_template_kwargs: dict[str, Any] | None = None,
         name: str = IMPLICIT_REWARD,
     ) -> None:
-        require(batch_size >= 1, f"batch_size={batch_size}, but it must be at least 1.")
+        require_count("batch_size", batch_size)
+        require_number("beta", beta)
+        require_type("policy", policy, nn.Module, "Pass a loaded model.")
+        if reference is not None:
+            require_type(
+                "reference", reference, nn.Module, "Pass a loaded model, or None for a policy with an adapter."
+            )
+        remedy = "Pass the policy's tokenizer, such as AutoTokenizer.from_pretrained(...)."
+        require_type("tokenizer", tokenizer, PreTrainedTokenizerBase | ProcessorMixin, remedy)
+        require_type("chat_template_kwargs", chat_template_kwargs, dict | None, "Pass a dict, or None.")
         self.policy: Any = getattr(policy, "module", policy)
         self.reference: Any = getattr(reference, "module", reference)
         self.has_adapter = is_peft_model(self.policy)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..errors import require
+from ..errors import require, require_number, require_type
 from ..rollouts.choosers import RolloutObserver
 from ..rollouts.generation_batch import GenerationBatch
 
@@ -58,6 +58,13 @@ class ObjectiveSchedule:
         require(
             self.shape in SHAPES, f"shape={self.shape!r} is unknown. Choose one of {', '.join(map(repr, SHAPES))}."
         )
+        remedy = "Pass pairs of a share of the run and a weight, such as [(0.2, 0.0), (0.8, 1.0)]."
+        require_type("points", self.points, list | tuple, remedy)
+        for point in self.points:
+            require_type("a point of points", point, list | tuple, remedy)
+            require(len(point) == 2, f"points has {point}. {remedy}")
+            for number in point:
+                require_number(f"a number of the point {point}", number)
         shares = [share for share, _ in self.points]
         require(
             bool(shares) and shares == sorted(set(shares)) and shares[0] >= 0 and shares[-1] <= 1,
@@ -113,7 +120,12 @@ class RewardConstraint:
     maximum: float | None = None
 
     def __post_init__(self) -> None:
+        require_type("reward", self.reward, str, "Pass the name of a reward function, as in the logs.")
         about = f"RewardConstraint of {self.reward!r}: "
+        for name in ("floor", "learning_rate", "initial"):
+            require_number(f"{about}{name}", getattr(self, name))
+        if self.maximum is not None:
+            require_number(f"{about}maximum", self.maximum)
         require(math.isfinite(self.floor), f"{about}floor={self.floor!r} must be finite.")
         require(
             self.learning_rate > 0 and math.isfinite(self.learning_rate),
@@ -140,6 +152,12 @@ class RewardConstraint:
             return multiplier
         moved = max(0.0, multiplier + self.learning_rate * (self.floor - mean))
         return moved if self.maximum is None else min(moved, self.maximum)
+
+
+def _constant(name: str, weight: Any) -> ObjectiveSchedule:
+    remedy = "Pass an ObjectiveSchedule, or a number for a constant weight."
+    require_type(f"schedules[{name!r}]", weight, int | float, remedy)
+    return ObjectiveSchedule([(0.0, weight)])
 
 
 class RewardObjectives(RolloutObserver):
@@ -192,8 +210,13 @@ class RewardObjectives(RolloutObserver):
         constraints: Sequence[RewardConstraint] = (),
         normalize: bool = False,
     ) -> None:
+        if schedules is not None:
+            require_type("schedules", schedules, Mapping, "Pass a dict from names of reward functions to schedules.")
+        require_type("constraints", constraints, list | tuple, "Pass a list of RewardConstraint, also for one.")
+        for constraint in constraints:
+            require_type("a constraint of constraints", constraint, RewardConstraint, "Pass a RewardConstraint(...).")
         self.schedules = {
-            name: given if isinstance(given, ObjectiveSchedule) else ObjectiveSchedule([(0.0, given)])
+            name: given if isinstance(given, ObjectiveSchedule) else _constant(name, given)
             for name, given in (schedules or {}).items()
         }
         self.constraints = {constraint.reward: constraint for constraint in constraints}
@@ -236,8 +259,8 @@ class RewardObjectives(RolloutObserver):
         """
         if not hasattr(trainer, "add_observer"):
             raise TypeError(
-                f"RewardObjectives needs a trainer of trl_ext, not {type(trainer).__name__}: change the import of the "
-                "trainer and keep the rest."
+                f"RewardObjectives needs a trainer of trl_ext, not {type(trainer).__name__}. Change the import of the "
+                "trainer, and keep the rest."
             )
         names = list(trainer.reward_func_names)
         for name in [*self.schedules, *self.constraints]:

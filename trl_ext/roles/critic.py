@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from ..errors import require, require_one_of
+from ..errors import require, require_one_of, require_type
 
 
 HEAD_KINDS = ("linear", "mlp")
@@ -492,9 +492,14 @@ def load_critic(directory: str | Path, actor: nn.Module, temperature: float = 1.
         FileNotFoundError: if there is no critic.
         ValueError: if its kind is unknown, or it is a head for hidden states of a different size.
     """
+    require_type("directory", directory, str | Path, "Pass the folder of a critic, such as 'out/critic'.")
+    require_type("actor", actor, nn.Module, "Pass the loaded policy that was saved with the critic.")
     directory = Path(directory)
     if not (directory / CONFIG_FILE).exists():
-        raise FileNotFoundError(f"No critic in {directory}: {CONFIG_FILE} is missing.")
+        raise FileNotFoundError(
+            f"No critic in directory={str(directory)!r}: {CONFIG_FILE} is missing. Pass the folder `critic` in the "
+            "output_dir of a trainer."
+        )
     description = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     base = base_model_of(actor)
     try:

@@ -5,6 +5,7 @@ configuration of TRL's is converted to the trainer's own class, and what TRL and
 
 import copy
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 from trl.trainer.utils import get_config_model_id
 
+from ..errors import meant
+from .argument_checks import check_arguments, check_policy
 from .seams.names import method_name
 
 
@@ -51,15 +54,26 @@ def bound(trl_class: type, trainer: Any, args: tuple[Any, ...], kwargs: Mapping[
         `dict[str, Any]`: what was given, and `args`.
 
     Raises:
-        TypeError: for an argument that TRL's constructor doesn't take, or a configuration of a different kind.
+        TypeError: for an argument that TRL's constructor doesn't take, a configuration of a different kind, or an
+            argument of a wrong type.
+        ValueError: for arguments that contradict each other.
     """
     signature = inspect.signature(trl_class.__init__)  # type: ignore[misc]
-    given = dict(signature.bind(trainer, *args, **kwargs).arguments)
+    try:
+        given = dict(signature.bind(trainer, *args, **kwargs).arguments)
+    except TypeError as error:
+        near = [meant(name, signature.parameters) for name in kwargs if name not in signature.parameters]
+        remedy = "".join(near) or f" Pass some of {', '.join(list(signature.parameters)[1:])}."
+        raise TypeError(f"{type(trainer).__name__}: {error}.{remedy}") from None
     given.pop("self")
+    if isinstance(given["model"], os.PathLike):
+        given["model"] = os.fspath(given["model"])
+    check_policy(given["model"])
     config_class = trainer.config_class
     if given.get("args") is None:
         given["args"] = config_class(f"{model_name(given['model'])}-{method_name(trainer)}")
     given["args"] = copy.copy(config_class.adopt(given["args"]))
+    check_arguments(given)
     if given.get("peft_config") is not None:
         given["peft_config"] = copy.deepcopy(given["peft_config"])
     return given
@@ -94,7 +108,8 @@ def adopted(
         return args
     if not isinstance(args, trl_class):
         expected = f"a {config_class.__name__} or a trl.{trl_class.__name__}"
-        raise TypeError(f"`args` must be {expected}, not {type(args).__name__}.")
+        written = f"{config_class.__name__}(**args)" if isinstance(args, dict) else "one of these"
+        raise TypeError(f"`args` must be {expected}, not {type(args).__name__}. Pass {written}.")
     own = {f.name for f in fields(config_class)}
     if taken is None:
         arguments: Mapping[str, Any] = {

@@ -24,6 +24,8 @@ from ..rewards.implicit import IMPLICIT_REWARD, ImplicitReward
 from ..roles.trunk import REFERENCE_ADAPTER
 from .arguments import adopted, bound
 from .cards import CardAdditions, complete_card
+from .config_checks import check_types
+from .pair_checks import check_all_pairs, check_loaded_pairs
 from .references import check_reference
 from .seams.dpo import DPOSeams, RowOrder
 
@@ -53,14 +55,17 @@ SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
 @dataclass
 class DPOConfig(trl.DPOConfig):
     """
-    [`~trl.DPOConfig`] with [`adopt`]. Unknown losses, and a `label_smoothing` without effect or out of its range, are
-    refused before a model is loaded.
+    [`~trl.DPOConfig`] with [`adopt`]. Values that TRL would fail on later, and a `label_smoothing` without effect or
+    out of its range, are refused before a model is loaded.
 
     Raises:
-        ValueError: for an unknown loss, or if no loss reads `label_smoothing`, or it is no probability below ½.
+        TypeError: for text in place of a number, or one value in place of a list.
+        ValueError: for an unknown loss or no `max_length`, or if no loss reads `label_smoothing`, or it is no
+            probability below ½.
     """
 
     def __post_init__(self) -> None:
+        check_types(self)
         super().__post_init__()
         for loss_type in self.loss_type:
             require_one_of("loss_type", loss_type, LOSS_TYPES)
@@ -73,6 +78,10 @@ class DPOConfig(trl.DPOConfig):
             self.label_smoothing == 0 or bool({*self.loss_type} & {*SMOOTHED_LOSSES}),
             f"label_smoothing={self.label_smoothing} has no effect with loss_type={self.loss_type}. Set "
             "loss_type='robust', which corrects for that share of wrong labels, or leave label_smoothing out.",
+        )
+        require(
+            self.max_length is None or self.max_length >= 1,
+            f"max_length={self.max_length} must be at least 1, or None for no limit.",
         )
 
     @classmethod
@@ -96,6 +105,8 @@ class DPOTrainer(DPOSeams):
     arguments; `args` may be a [`~trl.DPOConfig`], which [`DPOConfig.adopt`] takes over.
 
     Args:
+        ref_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
+            The reference; by name, it is loaded as the policy would be.
         curriculum ([`~trl_ext.curriculum.schedule.DifficultyCurriculum`], *optional*):
             The order in which each epoch trains on the pairs, by the curriculum's column. `None`: TRL's order.
 
@@ -123,11 +134,13 @@ class DPOTrainer(DPOSeams):
 
     def __init__(self, *args: Any, curriculum: PairOrder | None = None, **kwargs: Any) -> None:
         given = bound(trl.DPOTrainer, self, args, kwargs)
+        prompts = check_all_pairs(given)
         self._check_curriculum(given["args"], curriculum, given.get("train_dataset"))
         self.curriculum = curriculum
         self.card = CardAdditions()
         check_reference(given, given.get("ref_model"), wanted=True)
         super().__init__(**given)
+        check_loaded_pairs(self, prompts)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's model card with what is wrong in it put right, followed by what `self.card` adds."""
@@ -138,7 +151,7 @@ class DPOTrainer(DPOSeams):
     def _check_curriculum(config: DPOConfig, curriculum: Any, dataset: Any) -> None:
         if curriculum is None:
             return
-        if isinstance(curriculum, str | type):
+        if isinstance(curriculum, type) or not hasattr(curriculum, "epoch_order"):
             raise TypeError(f"curriculum={curriculum!r} is not a curriculum. Pass a DifficultyCurriculum(...).")
         if not isinstance(dataset, Dataset):
             raise ValueError(
@@ -149,7 +162,7 @@ class DPOTrainer(DPOSeams):
         require(
             column is not None and column in dataset.column_names,
             f"The curriculum's column is {column!r}, and train_dataset has {dataset.column_names}. DPO has no "
-            "rollouts: name a column that says how hard each pair is.",
+            "rollouts. Name a column that says how hard each pair is.",
         )
         require(
             curriculum.start_completion_length is None,

@@ -16,11 +16,12 @@ import torch
 import trl
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import nn
 from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import get_callable_name
 
-from ..errors import require
+from ..errors import require, require_count, require_type
 from ..metric_keys import COMPUTE_SAVED, GROUPS, MEAN_LENGTH, SELECTION
 from ..objectives.advantages import ESTIMATORS, aggregate_rewards, scale_advantages, updated_baseline
 from ..objectives.ratios import IMPORTANCE_LEVELS
@@ -44,9 +45,10 @@ from ..rollouts.statistics import restate_loss_metrics
 from ..rollouts.stream import PromptStream, prompt_key
 from .arguments import bound, model_name
 from .cards import CardAdditions, complete_card
-from .data_checks import check_curriculum, check_data, check_images, check_outcome_names, check_reward_models
+from .data_checks import check_inputs, check_loaded, check_prompts, rows_of
 from .grpo_config import GRPOConfig
 from .references import check_reference
+from .reward_checks import check_outcome_names
 from .seams.critic import CriticSeams
 from .seams.probes import savings_of, without_trace
 
@@ -118,23 +120,12 @@ class GRPOTrainer(CriticSeams):
     def __init__(self, *args: Any, curriculum: PromptChooser | None = None, **kwargs: Any) -> None:
         given = bound(trl.GRPOTrainer, self, args, kwargs)
         config = given["args"]
-        check_data(config, given.get("train_dataset"), given.get("environment_factory"))
-        check_images(config, given.get("train_dataset"), given.get("rollout_func"))
-        check_curriculum(config, curriculum, given)
+        sample = check_inputs(config, given, curriculum)
         check_reference(given, self.given_reference, self.needs_reference or config.beta != 0.0)
-        require(
-            config.generation_chunks == 1 or not (given.get("tools") or given.get("environment_factory")),
-            f"generation_chunks={config.generation_chunks} can't be used with tools or environments, because TRL "
-            "binds them to the rows of the whole batch. Leave generation_chunks at 1: with rewards_in_flight, groups "
-            "are still scored at the same time.",
-        )
         dataset = given.get("train_dataset")
         draws = REFILL_DRAWS[config.refill_draws]
         self.chooser = draws(dataset, config) if curriculum is None else curriculum.prepared(dataset, config)
         self.observers: list[RolloutObserver] = [self.chooser]
-        funcs = given.get("reward_funcs")
-        given["reward_funcs"] = [] if funcs is None else list(funcs) if isinstance(funcs, list) else [funcs]
-        check_reward_models(given["reward_funcs"], config.trust_remote_code)
         self._add_overlong_punishment(given)
         if given.get("environment_factory") is None:
             check_outcome_names(config, [reward_name(func) for func in given["reward_funcs"]])
@@ -148,6 +139,7 @@ class GRPOTrainer(CriticSeams):
         self._baseline: float | None = None
         self._copy_generator = torch.Generator().manual_seed(config.seed)
         super().__init__(**given)
+        check_loaded(self, sample)
         self.importance_sampling_level = self.level.trl_level
         self._set_up_selection(config)
         self._set_up_roles(config)
@@ -206,6 +198,10 @@ class GRPOTrainer(CriticSeams):
             f"This trainer has an observer with the key {observer.key!r} already. Give this one a different key.",
         )
         self.observers.append(observer)
+
+    def check_rows(self, rows: Rows) -> None:
+        if self.rollout_func is None:  # which may take prompts of any form
+            check_prompts("A generation batch", rows, may_lack_them=self.environment_factories is not None)
 
     def _first_of_groups(self, rows: Rows) -> Rows:
         """The data set rows of all ranks, one for each group, from this rank's rows for each completion."""
@@ -474,12 +470,12 @@ class GRPOTrainer(CriticSeams):
 
     # Rollouts without training
 
-    def roll_out(self, rows: Rows, num_generations: int, seed: int | None = None) -> ScoredGroups:
+    def roll_out(self, rows: Rows | Dataset, num_generations: int, seed: int | None = None) -> ScoredGroups:
         """
         Generate and score completions without training on them. Random states and metrics are left unchanged.
 
         Args:
-            rows (`list[dict]`):
+            rows (`list[dict]` or [`~datasets.Dataset`]):
                 Data set rows, the same on every rank.
             num_generations (`int`):
                 Number of completions for each row.
@@ -490,8 +486,13 @@ class GRPOTrainer(CriticSeams):
             [`~trl_ext.rollouts.rollout.ScoredGroups`]
 
         Raises:
+            TypeError: if `rows` are no rows.
+            ValueError: if there are none, or if one has no prompt that can be read.
             RewardFunctionError: if a reward function fails. The trainer saves a checkpoint first.
         """
+        rows = rows_of(rows)
+        require_count("num_generations", num_generations)
+        require_type("seed", seed, int | None, "Pass a whole number, or None.")
         processes = self.accelerator.num_processes
         # With a multiple of this number of prompts, every rank has the same number of rows
         multiple = processes // math.gcd(processes, num_generations)

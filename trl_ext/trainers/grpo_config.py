@@ -25,6 +25,7 @@ from ..objectives.ratios import IMPORTANCE_LEVELS
 from ..rollouts.outlook import REFILL_DRAWS
 from ..rollouts.selection import SELECTIONS
 from .arguments import adopted
+from .config_checks import check_types
 from .sampling import check_sampling
 
 
@@ -244,6 +245,7 @@ class GRPOConfig(trl.GRPOConfig):
         # Logged at the end, because Accelerate's logger works only once TRL's `__post_init__` has made Accelerate's
         # state
         self._notes: list[str] = []
+        check_types(self)
         self._resolve_method()
         # So that [`adopt`] can tell defaults that are resolved below from values that the user set
         self._left_open = {f.name for f in fields(self) if f.default is None and getattr(self, f.name) is None}
@@ -259,6 +261,7 @@ class GRPOConfig(trl.GRPOConfig):
             self.use_bias_correction_kl = self.importance_sampling_level != "sequence_token"
         self._check_overlong()
         self._check_rewards_ahead()
+        self._check_generation()
         self._set_updates_per_generation()
         try:
             with self._shown_to_trl():
@@ -401,6 +404,22 @@ class GRPOConfig(trl.GRPOConfig):
             0 <= self.soft_punish_cache <= (self.max_completion_length or math.inf),
             f"soft_punish_cache={self.soft_punish_cache} must lie between 0 (no punishment) and "
             f"max_completion_length={self.max_completion_length}.",
+        )
+
+    def _check_generation(self) -> None:
+        """What TRL finds out when it generates."""
+        require(
+            self.num_generations is None or self.num_generations >= 2 or self._has_critic,
+            f"num_generations={self.num_generations}: advantages compare at least 2 generations per prompt. Set "
+            "num_generations=2 or more, or use PPOTrainer, whose critic needs only one.",
+        )
+        for name in ("max_completion_length", "num_generations_eval"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name}={value} must be at least 1.")
+        require(
+            self.temperature > 0,
+            f"temperature={self.temperature} must be above 0, because log-probabilities are divided by it. Set it to "
+            "1.0, or to 0.6 for less random completions.",
         )
 
     def _check_rewards_ahead(self) -> None:

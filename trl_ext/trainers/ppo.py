@@ -53,6 +53,7 @@ from ..rollouts.language_modelling import language_modelling_batch
 from ..rollouts.replay import ReplayBuffer, append_rows
 from ..rollouts.stream import PromptStream
 from .arguments import bound
+from .data_checks import check_data
 from .grpo import GRPOTrainer
 from .grpo_config import GRPOConfig
 from .ppo_config import PPOConfig
@@ -159,6 +160,7 @@ class PPOTrainer(GRPOTrainer):
         )
         check_ptx(config, ptx_dataset)
         on_ids = take_over_token_ids(given)
+        check_data(config, given.get("train_dataset"), given.get("environment_factory"), given.get("rollout_func"))
         self._reward_model = None if reward_model is None else add_reward_model(given, reward_model, on_ids)
         self._set_up_run(config, ptx_dataset)
         kind = critic_class(config.critic)

@@ -6,14 +6,17 @@ the form in which TRL's trainer takes it.
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from ..errors import require
+from ..errors import require, require_type
 from ..rewards.models import RewardModelOnIds
 from ..roles.critic import HeadCritic, ModelCritic
 from ..rollouts.prompts import with_tokenized_prompts
+from .argument_checks import check_dataset_type
 from .arguments import model_name
 from .ppo_config import PPOConfig
+from .tokenizer_checks import vocabulary_of
 
 
 def resolved_config(config: PPOConfig, value_model: Any) -> PPOConfig:
@@ -35,7 +38,14 @@ def check_models(config: PPOConfig, policy: Any, ref_model: Any, value_model: An
     """
     Raises `ValueError` for models that can't be trained together. Each is a model, a name or, but for the policy,
     `None`.
+
+    Raises:
+        TypeError: for what is no model and no name.
     """
+    models = {"ref_model": ref_model, "value_model": value_model, "reward_model": reward_model}
+    for name, model in models.items():
+        if model is not None:
+            require_type(name, model, str | nn.Module, "Pass a model, or its id or folder as text.")
     require(
         value_model is None or value_model is not reward_model or isinstance(value_model, str),
         "`reward_model` and `value_model` are the same object, so that the reward would be trained. Load it twice, or "
@@ -59,14 +69,13 @@ def check_models(config: PPOConfig, policy: Any, ref_model: Any, value_model: An
 
 def _vocabulary(model: Any, trust_remote_code: bool) -> int | None:
     """Size of the vocabulary of a model or of the model by that name; `None` if it can't be known before loading."""
-    if isinstance(model, str):
-        try:
-            config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError):  # whoever loads it will say so
-            return None
-    else:
-        config = getattr(model, "config", None)
-    return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    if not isinstance(model, str):
+        return vocabulary_of(model)
+    try:
+        config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):  # whoever loads it will say so
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def check_ptx(config: PPOConfig, dataset: Any) -> None:
@@ -76,6 +85,7 @@ def check_ptx(config: PPOConfig, dataset: Any) -> None:
         f"ptx_coef={config.ptx_coef} {'without a' if dataset is None else 'with a'} ptx_dataset: the "
         "language-modelling term needs both. Set both, or neither.",
     )
+    check_dataset_type("ptx_dataset", dataset)
     if isinstance(dataset, Dataset):
         columns = set(dataset.column_names)
         require(
@@ -153,6 +163,12 @@ def add_reward_model(given: dict[str, Any], model: PreTrainedModel | str, on_ids
             model = AutoModelForSequenceClassification.from_pretrained(
                 model, num_labels=1, trust_remote_code=given["args"].trust_remote_code
             )
+        size = vocabulary_of(model)
+        require(
+            size is None or size >= len(tokenizer),
+            f"reward_model has {size} embeddings and would read the policy's token ids, of which there are "
+            f"{len(tokenizer)}. Use one with the policy's tokenizer, or pass prompts as text, in a column `prompt`.",
+        )
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         reader = RewardModelOnIds(model, model_name(model), pad, given["args"].per_device_train_batch_size)
     given["reward_funcs"] = [*funcs, reader or model]

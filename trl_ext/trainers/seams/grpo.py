@@ -9,6 +9,7 @@ underscore, the others are hooks. A line is called from within the line above it
       begin_window                        keeps the state of the run if an optimizer step begins (checkpoints.py)
       _generate_and_score_completions     when TRL needs a new generation batch; creates `self.batch`
         rows_to_generate                  gets the dealt data set rows; observers begin, and prompts are chosen
+        check_rows                        refuses rows without a prompt that TRL can read
         completion_length                 limits the length of completions
         _generate                         generates completions, as lists of ids
           _tokenize_prompts               skips prompts that are given as token ids
@@ -163,6 +164,9 @@ class GRPOSeams(CheckpointSeams):
         """The data set rows of this rank's generation batch in training. `rows` are those that the loader dealt."""
         return rows
 
+    def check_rows(self, rows: Rows) -> None:
+        """Raises an error for data set rows that nothing can be generated for. Every row passes before it is used."""
+
     def completion_length(self) -> int:
         """Longest completion of this generation batch in training, in tokens."""
         return self.max_completion_length
@@ -294,6 +298,7 @@ class GRPOSeams(CheckpointSeams):
         Generate and score a round, without tensors and log-probabilities. `rows` are this rank's data set rows, one
         for each completion.
         """
+        self.check_rows(rows)
         outer = self.batch
         self.batch = GenerationBatch(rows, round_only=True, further=bool(outer.rounds))
         try:
@@ -327,6 +332,7 @@ class GRPOSeams(CheckpointSeams):
         self.batch = batch = GenerationBatch(training=training)
         try:
             batch.rows = self.rows_to_generate(inputs) if training else inputs
+            self.check_rows(batch.rows)
             batch.credits_late = training and self.may_credit_late and self.previewed is None
             length = self.completion_length() if training else None
             with self._asking_for_passes(self), self._limiting_completions(length):

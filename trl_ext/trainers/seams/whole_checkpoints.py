@@ -26,7 +26,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length, rotate_checkpoints
 
 from ...errors import require
 from ...redaction import without_secrets
@@ -372,6 +372,14 @@ class WholeCheckpoints(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+        # Transformers would stop without an error, or, after less than an accumulation window, read on for ever
+        read = getattr(self, "current_gradient_accumulation_steps", 0)  # micro-batches of the last window
+        stopped_early = self.control.should_training_stop and read > 0
+        require(
+            self.state.global_step > 0 or has_length(self.train_dataset) or stopped_early,
+            "train_dataset is a stream that ended before the first optimizer step: it has fewer rows than a step "
+            "takes. Lower per_device_train_batch_size or gradient_accumulation_steps, or pass more rows.",
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with without_secrets(self.args):  # which transformers pickles beside the model
