@@ -34,6 +34,7 @@ CASES = {
     "GRPOConfig with TRL's clip": 'config(GRPOConfig, importance_sampling_level="sequence")',
     "PPOConfig with a name of TRL 1.12": "config(PPOConfig, num_ppo_epochs=2)",
     "PPOConfig with what TRL 1.12 took for a script": 'config(PPOConfig, sft_model_path="m", reward_model_path="r")',
+    "PPOConfig of TRL's configuration": "import trl; PPOConfig.adopt(config(trl.GRPOConfig, beta=0.1))",
     "GRPOTrainer": "tiny.trainer(GRPOTrainer, 'out')",
     "DAPOTrainer": "tiny.trainer(DAPOTrainer, 'out', soft_punish_cache=2)",
     "DUPOTrainer": "tiny.trainer(DUPOTrainer, 'out')",
