@@ -1,10 +1,14 @@
-"""TRL's own trainers of the recipes `sft` and `reward`, with cards whose faults are put right."""
+"""
+TRL's own trainers of the recipes `sft` and `reward`, with cards whose faults are put right. A reward model's accuracy
+on held-out pairs is that of all of them, see [`~trl_ext.trainers.seams.evaluation`].
+"""
 
 from typing import Any
 
 import trl
 
 from ..trainers.cards import CardAdditions, complete_card
+from ..trainers.seams.evaluation import EvaluatedBatch, WholeEvaluations
 
 
 class SFTTrainer(trl.SFTTrainer):
@@ -19,7 +23,7 @@ class SFTTrainer(trl.SFTTrainer):
         complete_card(self, self.card)
 
 
-class RewardTrainer(trl.RewardTrainer):
+class RewardTrainer(WholeEvaluations, trl.RewardTrainer):
     """[`~trl.RewardTrainer`]; `card` is what the model card adds to TRL's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -29,3 +33,6 @@ class RewardTrainer(trl.RewardTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         complete_card(self, self.card)
+
+    def pool_batches(self, values: dict[str, list[float]], batches: list[EvaluatedBatch]) -> dict[str, float | None]:
+        return {"min_reward": min(values["min_reward"]), "max_reward": max(values["max_reward"])}

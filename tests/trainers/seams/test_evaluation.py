@@ -16,6 +16,7 @@ from distributed.evaluation_worker import PAIRS, PROMPTS, by_place, dpo, grpo, n
 from transformers import EarlyStoppingCallback
 
 from trl_ext import DPOConfig, DPOTrainer, GRPOTrainer, PPOTrainer
+from trl_ext.run.supervised import RewardTrainer
 
 
 class TRLsTrainer(trl.GRPOTrainer):
@@ -76,6 +77,18 @@ def test_accuracy_of_pairs_is_a_mean_over_pairs(tmp_path, batch_size):
     ours = numbers(dpo(DPOTrainer, DPOConfig, tmp_path, batch_size).evaluate())
     assert ours == pytest.approx(whole, rel=1e-4, abs=1e-6)
     assert (ours["eval_rewards/accuracies"] * PAIRS) % 1 == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_accuracy_of_a_reward_model_is_a_mean_over_pairs(tmp_path, batch_size):
+    def evaluated(trainer_class, size):
+        config = trl.RewardConfig(**tiny.pair_settings(tmp_path, per_device_eval_batch_size=size))
+        given = {"train_dataset": pairs(4), "eval_dataset": pairs(PAIRS), "processing_class": tiny.tokenizer()}
+        return numbers(trainer_class(tiny.classifier(), args=config, **given).evaluate())
+
+    ours, whole = evaluated(RewardTrainer, batch_size), evaluated(trl.RewardTrainer, PAIRS)
+    assert ours == pytest.approx(whole, rel=1e-4, abs=1e-6)
+    assert {"eval_accuracy", "eval_loss", "eval_margin", "eval_min_reward"} <= ours.keys()
 
 
 def test_several_sets_keep_their_own_numbers(tmp_path):

@@ -178,8 +178,7 @@ class WholeEvaluations(Trainer):
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         values = {name: weighted_mean(of, [1.0] * len(of)) for name, of in _take_metrics(self).items()}
         known = {name: math.nan if value is None else value for name, value in values.items()}
-        assert loss is not None
-        batch = EvaluatedBatch(rows or 1, copies, known, float(loss))
+        batch = EvaluatedBatch(rows or 1, copies, known, math.nan if loss is None else float(loss))
         self.complete_batch(batch, inputs)
         evaluation.batches.append(batch)
         return loss, logits, labels
