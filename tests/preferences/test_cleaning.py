@@ -294,7 +294,7 @@ def test_bad_arguments_are_named():
         clean_by_cross_fitting(pairs.select(range(49)), fit)
     with pytest.raises(ValueError, match="no column prompt"):
         clean_by_margin(pairs.remove_columns("prompt"), by_number)
-    with pytest.raises(ValueError, match="There are no pairs to clean"):
+    with pytest.raises(ValueError, match="pairs has 0 rows"):
         clean_by_margin(pairs.select([]), by_number)
 
 
