@@ -257,6 +257,7 @@ def train_ours(steps: int, shape: dict[str, Any], clock: Clock, critic: str) -> 
     with tempfile.TemporaryDirectory() as directory:
         config = PPOConfig(**settings(directory, steps), critic=critic, logging_steps=EPOCHS)  # 1.12 logs every step
         given = arguments(shape, with_value_model=critic == "model")
+        given["processing_class"].pad_token = "w0"  # ours refuses one that no model knows; nothing is ever padded
         trainer = PPOTrainer(args=config, callbacks=[Watch()], **given)
         trainer._generate_single_turn = clock.around_generation(trainer._generate_single_turn)
         score = trainer._generate_and_score_completions

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -89,7 +89,13 @@ FIT_CASES: dict[str, dict[str, Any]] = {
 # RLOO: TRL's gradient, on one process and on two
 RLOO_CASES: dict[str, dict[str, Any]] = {
     "kl": {"beta": 0.1, "epsilon": 0.05},
-    "normalized_lora": {"beta": 0.1, "normalize_advantages": True, "adapted": True, "num_generations": 8},
+    "normalized_lora": {
+        "beta": 0.1,
+        "epsilon": 0.05,
+        "normalize_advantages": True,
+        "adapted": True,
+        "num_generations": 8,
+    },
     "without_kl": {"beta": 0.0, "num_iterations": 2, "epsilon": 0.05},
 }
 
@@ -233,14 +239,18 @@ def rloo(case: dict[str, Any], output_dir: Path, processes: int, trainer_class: 
             },
         )
     )
+    model: Any = str(output_dir.with_name("stopping"))
+    if adapted:  # it comes with its adapter, of which TRL, too, keeps a copy for the reference
+        torch.manual_seed(4)
+        model = get_peft_model(tiny.stopping().double(), tiny.lora(lora_alpha=16))
+        config.model_init_kwargs = None
     trainer = trainer_class(
-        model=str(output_dir.with_name("stopping")),
+        model=model,
         reward_funcs=reward,
         args=config,
         train_dataset=tiny.ragged(),
         processing_class=tiny.tokenizer(),
         callbacks=[gradients],
-        peft_config=tiny.lora() if adapted else None,
     )
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import trl.rewards
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import get_peft_model
 from refused import check
@@ -159,6 +160,11 @@ REWARDS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "None among them": (lambda: build(rewards=[tiny.hashed, None]), ["reward_funcs has None"]),
     "a class": (lambda: build(rewards=Judge), ["reward_funcs has the class Judge", "Judge(...)"]),
     "the name of a function": (lambda: build(rewards="accuracy_reward"), ["'accuracy_reward'", "from trl.rewards"]),
+    # The package math_verify is not among what the tests install
+    "a function of TRL's that needs a package": (
+        lambda: build(rewards=trl.rewards.accuracy_reward, train_dataset=rows(solution=SIXTEEN)),
+        ["`accuracy_reward`", "math_verify", "Install"],
+    ),
     "a column that isn't there": (lambda: build(rewards=needs_answer), ["`needs_answer`", "'answer'", "'target'"]),
     "a column that is dropped": (
         lambda: build(

@@ -164,10 +164,11 @@ def add_reward_model(given: dict[str, Any], model: PreTrainedModel | str, on_ids
                 model, num_labels=1, trust_remote_code=given["args"].trust_remote_code
             )
         size = vocabulary_of(model)
+        ids = vocabulary_of(given["model"]) or len(tokenizer)  # a policy writes no others
         require(
-            size is None or size >= len(tokenizer),
-            f"reward_model has {size} embeddings and would read the policy's token ids, of which there are "
-            f"{len(tokenizer)}. Use one with the policy's tokenizer, or pass prompts as text, in a column `prompt`.",
+            size is None or size >= ids,
+            f"reward_model has {size} embeddings and would read the policy's token ids, of which there are {ids}. Use "
+            "one with the policy's tokenizer, or pass prompts as text, in a column `prompt`.",
         )
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         reader = RewardModelOnIds(model, model_name(model), pad, given["args"].per_device_train_batch_size)

@@ -65,6 +65,7 @@ def check_rewards(config: GRPOConfig, given: Mapping[str, Any], columns: Sequenc
         "reward_funcs is empty, so that there is nothing to learn from. Pass a function, a reward model, or an "
         "environment_factory whose environment has `get_reward`.",
     )
+    _check_packages(funcs)
     _check_models(funcs, config.trust_remote_code)
     _check_counts(config, given)
     if given.get("rollout_func") is None and columns is not None:  # it may add columns
@@ -87,6 +88,28 @@ def check_kind(func: Any) -> None:
     if isinstance(func, type) or not callable(func):
         what = f"Pass an object: {func.__name__}(...)" if isinstance(func, type) else "Pass functions"
         raise TypeError(f"reward_funcs has {shown(func)}. {what}, a model, or the id or folder of one.")
+
+
+def _check_packages(funcs: Sequence[Any]) -> None:
+    """
+    Calls TRL's own reward functions on a sample, because some need a package that TRL doesn't install. (Those of a
+    user may keep state, or cost something: they are not called.)
+    """
+    for func in funcs:
+        if not is_function(func) or not str(getattr(func, "__module__", "")).startswith(trl.rewards.__name__):
+            continue
+        try:
+            func(
+                prompts=["1 + 1 ="],
+                completions=[[{"role": "assistant", "content": "2"}]],
+                completion_ids=[[0]],
+                solution=["2"],
+            )
+        except ImportError as error:
+            raise ValueError(
+                f"reward_funcs has trl.rewards' `{get_callable_name(func)}`, which can't be called: {error}. Install "
+                "the package it needs, or pass a reward function of your own."
+            ) from error
 
 
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
