@@ -7,7 +7,10 @@ which are not timed, as is memory: the tensors that autograd keeps for the backw
 what CUDA allocated at its peak).
 
 Workloads, by completion length: `uniform` (all the longest), `lognormal` (mu 4.2, sigma 0.8, cut to 8–512),
-`bimodal` (one group in four long, the others short). `--dead` is the share of groups whose rewards are all equal.
+`bimodal` (one group in four long, the others short), in groups of 4 rows; every row has a prompt of 16 tokens of its
+own. In `prefix` and `prefix_short`, 16 rows share a prompt of 512 or 32 tokens (± 20 %), and completions are lognormal
+with median 40, cut at 128. `--dead` is the share of groups whose rewards are all equal. `--against unshared` compares
+with our own trainer that shares no prompts.
 
 ```shell
 python benchmarks/train_phase.py --workload lognormal --dead 0.3 --json
@@ -20,6 +23,8 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,32 +62,57 @@ SIZES: dict[str, dict[str, Any]] = {
         },
     },
 }
-ROWS, MICRO_BATCH, ACCUMULATION, GROUP, PROMPT = 64, 4, 16, 4, 16
+ROWS, MICRO_BATCH, ACCUMULATION = 64, 4, 16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Rows of a group, tokens of a prompt, and whether the rows of a group have the same one."""
+
+    group: int = 4
+    prompt: int = 16
+    shared: bool = False
+
+
+WORKLOADS = {
+    "uniform": Workload(),
+    "lognormal": Workload(),
+    "bimodal": Workload(),
+    "prefix": Workload(16, 512, shared=True),
+    "prefix_short": Workload(16, 32, shared=True),
+}
 
 
 def lengths(workload: str, longest: int, generator: torch.Generator) -> list[int]:
     """Completion lengths of one generation batch."""
+    group = WORKLOADS[workload].group
+    if WORKLOADS[workload].shared:
+        # Median 40 and longest 128 where the longest of other workloads is 512
+        drawn = (torch.randn(ROWS, generator=generator) * 0.6).exp() * 40 * longest / 512
+        return drawn.clamp(1, longest // 4).int().tolist()
     if workload == "uniform":
         return [longest] * ROWS
     if workload == "lognormal":
         # mu 4.2 at a longest of 512; the same shape where completions are longer
         drawn = (torch.randn(ROWS, generator=generator) * 0.8 + 4.2).exp() * longest / 512
         return drawn.clamp(max(1, longest // 64), longest).int().tolist()
-    groups = torch.rand(ROWS // GROUP, generator=generator) < 0.25
+    groups = torch.rand(ROWS // group, generator=generator) < 0.25
     spread = torch.rand(ROWS, generator=generator) * 0.2 + 0.8
-    return [max(1, int(s * longest / (1 if groups[i // GROUP] else 16))) for i, s in enumerate(spread.tolist())]
+    return [max(1, int(s * longest / (1 if groups[i // group] else 16))) for i, s in enumerate(spread.tolist())]
 
 
 class Rollouts:
     """A `rollout_func`: the same completions and rewards, batch after batch, for whoever asks."""
 
-    def __init__(self, workload: str, dead: float, longest: int, vocabulary: int) -> None:
+    def __init__(self, workload: str, dead: float, longest: int, vocabulary: int, prompt: int | None) -> None:
+        self.prompt = prompt
         self.workload, self.dead, self.longest, self.vocabulary = workload, dead, longest, vocabulary
         self.batch = 0
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.batch)
-        groups = ROWS // GROUP
+        kind = WORKLOADS[self.workload]
+        groups = ROWS // kind.group
         # Whole groups, with the right share over several batches
         dead = int((self.batch + 1) * self.dead * groups + 0.5) - int(self.batch * self.dead * groups + 0.5)
         self.batch += 1
@@ -90,13 +120,19 @@ class Rollouts:
         def ids(length: int) -> list[int]:
             return torch.randint(4, self.vocabulary, (length,), generator=generator).tolist()
 
+        if kind.shared:
+            spread = torch.rand(groups, generator=generator) * 0.4 + 0.8
+            of_groups = [ids(int((self.prompt or kind.prompt) * s)) for s in spread.tolist()]
+            prompt_ids = [of_groups[i // kind.group] for i in range(len(prompts))]
+        else:
+            prompt_ids = [ids(kind.prompt) for _ in prompts]
         completions = [ids(length) for length in lengths(self.workload, self.longest, generator)]
         is_dead = torch.randperm(groups, generator=generator) < dead
         return {
-            "prompt_ids": [ids(PROMPT) for _ in prompts],
+            "prompt_ids": prompt_ids,
             "completion_ids": completions,
             "logprobs": None,
-            "score": [0.0 if is_dead[i // GROUP] else float(i % 2) for i in range(len(prompts))],
+            "score": [0.0 if is_dead[i // kind.group] else float(i % 2) for i in range(len(prompts))],
         }
 
 
@@ -155,9 +191,12 @@ def measured(trainer_class: Any) -> Any:
 
         def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
             mask = kwargs["attention_mask"] if "attention_mask" in kwargs else args[2]
-            self.slots += mask.numel()
+            sharing = getattr(self, "sharing", None)
+            before = sharing.token_slots if sharing else 0
+            result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            self.slots += sharing.token_slots - before if sharing else mask.numel()
             self.tokens += int(mask.sum())
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            return result
 
     Measured.__name__ = trainer_class.__name__
     return Measured
@@ -166,6 +205,7 @@ def measured(trainer_class: Any) -> Any:
 def train(side: str, args: argparse.Namespace, detailed: bool) -> dict[str, Any]:
     trainer_class, config_class = {
         "trl": (trl.GRPOTrainer, trl.GRPOConfig),
+        "unshared": (trl_ext.GRPOTrainer, partial(trl_ext.GRPOConfig, share_prefixes=False)),
         "trl_ext": (trl_ext.GRPOTrainer, trl_ext.GRPOConfig),
     }[side]
     size, tokenizer = SIZES[args.device] | {"longest": args.longest}, build_tokenizer()
@@ -173,7 +213,7 @@ def train(side: str, args: argparse.Namespace, detailed: bool) -> dict[str, Any]
     model = Qwen2ForCausalLM(
         Qwen2Config(
             **size["config"],
-            max_position_embeddings=2 * size["longest"],
+            max_position_embeddings=2 * size["longest"] + 2 * (args.prompt or 0),
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -197,7 +237,7 @@ def train(side: str, args: argparse.Namespace, detailed: bool) -> dict[str, Any]
             loss_type=args.loss_type,
             per_device_train_batch_size=MICRO_BATCH,
             gradient_accumulation_steps=ACCUMULATION,
-            num_generations=GROUP,
+            num_generations=WORKLOADS[args.workload].group,
             max_completion_length=size["longest"],
             max_steps=args.steps,
         )
@@ -207,7 +247,9 @@ def train(side: str, args: argparse.Namespace, detailed: bool) -> dict[str, Any]
             args=config,
             train_dataset=Dataset.from_dict({"prompt": [f"s{i}=" for i in range(256)]}),
             processing_class=tokenizer,
-            rollout_func=Rollouts(args.workload, args.dead, size["longest"], size["config"]["vocab_size"]),
+            rollout_func=Rollouts(
+                args.workload, args.dead, size["longest"], size["config"]["vocab_size"], args.prompt
+            ),
             callbacks=[watch],
         )
         trainer.train()
@@ -219,8 +261,10 @@ def train(side: str, args: argparse.Namespace, detailed: bool) -> dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=("uniform", "lognormal", "bimodal"), default="lognormal")
+    parser.add_argument("--workload", choices=tuple(WORKLOADS), default="lognormal")
     parser.add_argument("--dead", type=float, default=0.3, help="share of groups without variance (default: 0.3)")
+    parser.add_argument("--prompt", type=int, help="tokens of a shared prompt (default: the workload's)")
+    parser.add_argument("--against", choices=("trl", "unshared"), default="trl", help="what is compared with")
     parser.add_argument("--loss_type", default="dapo")
     parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
     parser.add_argument("--longest", type=int, help="tokens of the longest completion (default: 512; on a GPU 4096)")
@@ -232,16 +276,16 @@ def main() -> None:
     torch.set_num_threads(1)
 
     # Not timed, and a warm-up for what is
-    detail = {side: train(side, args, detailed=True) for side in ("trl", "trl_ext")}
+    detail = {side: train(side, args, detailed=True) for side in (args.against, "trl_ext")}
     errors = [
         ((ours - theirs).norm() / theirs.norm()).item()
-        for ours, theirs in zip(detail["trl_ext"]["gradients"], detail["trl"]["gradients"], strict=True)
+        for ours, theirs in zip(detail["trl_ext"]["gradients"], detail[args.against]["gradients"], strict=True)
     ]
     seconds: dict[str, list[float]] = {side: [] for side in detail}
     for pair in range(args.pairs):
         for side in detail if pair % 2 == 0 else reversed(detail):
             seconds[side].append(train(side, args, detailed=False)["seconds"])
-    ratios = [ours / theirs for ours, theirs in zip(seconds["trl_ext"], seconds["trl"], strict=True)]
+    ratios = [ours / theirs for ours, theirs in zip(seconds["trl_ext"], seconds[args.against], strict=True)]
     low, high = interval(ratios)
     result = {
         "workload": args.workload,
@@ -252,14 +296,15 @@ def main() -> None:
         "low": low,
         "high": high,
         "pairs": args.pairs,
-        "seconds_trl": statistics.median(seconds["trl"]),
+        "against": args.against,
+        f"seconds_{args.against}": statistics.median(seconds[args.against]),
         "seconds": statistics.median(seconds["trl_ext"]),
         "grad_relative_error": max(errors),
-        "real_tokens": detail["trl"]["tokens"],
-        "padded_tokens_trl": detail["trl"]["slots"],
+        "real_tokens": detail[args.against]["tokens"],
+        f"padded_tokens_{args.against}": detail[args.against]["slots"],
         "padded_tokens": detail["trl_ext"]["slots"],
         "computed_tokens": detail["trl_ext"]["tokens"],
-        "memory_ratio": detail["trl_ext"]["memory"] / detail["trl"]["memory"],
+        "memory_ratio": detail["trl_ext"]["memory"] / detail[args.against]["memory"],
     }
     for key, value in result.items():
         print(f"{key:>20}: {value:.4g}" if isinstance(value, float) else f"{key:>20}: {value}")

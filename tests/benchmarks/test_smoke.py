@@ -124,3 +124,20 @@ def test_cleaning(start, tmp_path):
     (row,) = last_line("cleaning", *sizes, "--output_dir", tmp_path)
     assert all(0 <= row[arm] <= 1 for arm in ("clean", "noisy", "cleaned"))
     assert row["held_out_pairs"] > 0
+
+
+def test_prefix_cost():
+    lines = run([BENCHMARKS / "prefix_cost.py", "--repetitions", 1]).strip().splitlines()
+    assert len(lines) == 6 and all("times a linear layer" in line for line in lines)
+
+
+def test_dpo_phase():
+    found = last_line("dpo_phase", "--pairs", 1, "--prompt", 64)
+    assert found["grad_relative_error"] <= 1e-5
+    assert found["padded_tokens"] < found["padded_tokens_trl"]
+
+
+def test_where_the_time_goes(tmp_path):
+    found = last_line("where_the_time_goes", "--prompts", 32, "--runs", 1, "--picture", tmp_path / "picture.png")
+    assert found["32"].keys() == {"trl", "unshared", "trl_ext"}
+    assert (tmp_path / "picture.png").stat().st_size

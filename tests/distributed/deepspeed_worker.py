@@ -6,6 +6,7 @@ Started by `test_deepspeed.py` with `accelerate launch`.
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,22 @@ import tiny
 
 import trl_ext
 from trl_ext.curriculum.partial import weights_key
+
+
+def largest_difference(trainer: Any) -> float:
+    """Of log-probabilities of a micro-batch, from passes that share prompts and from others."""
+    batch, sharing = trainer._buffered_inputs[0], trainer.sharing
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    found = []
+    for trainer.sharing in (sharing, None):
+        with torch.no_grad():
+            logps = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, mask, batch["completion_ids"].size(1), compute_entropy=True
+            )[0]
+        found.append(logps * batch["completion_mask"])
+    trainer.sharing = sharing
+    return (found[0] - found[1]).abs().max().item()
 
 
 def main(output_dir: Path, selection: str, checkpoint: str | None) -> None:
@@ -29,6 +46,7 @@ def main(output_dir: Path, selection: str, checkpoint: str | None) -> None:
                 updates_per_generation=1,
                 rollout_selection=selection,
                 warmup_steps=0,
+                share_prefixes="always",
                 max_steps=3,
                 save_strategy="steps",
                 save_steps=2,
@@ -40,6 +58,8 @@ def main(output_dir: Path, selection: str, checkpoint: str | None) -> None:
     assert trainer.is_deepspeed_enabled
     assert trainer.accelerator.num_processes == 2
     trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.sharing.packed_passes > 0 and trainer.sharing.cached_passes == 0
+    assert largest_difference(trainer) < 1e-5
     rewards = trainer.roll_out([trainer.train_dataset[i] for i in range(3)], 2, seed=1).rewards
     target = output_dir / ("resumed" if checkpoint else "whole")
     trainer.save_model(str(target))

@@ -88,6 +88,14 @@ def test_micro_batches_that_fit_give_trls_gradient_on_one_process_and_two(result
         assert largest_relative_error(ours, theirs_here) <= 1e-5
 
 
+def test_prompts_are_shared_on_one_process_and_two(results: Any) -> None:
+    for key in ((1, 0), (2, 0), (2, 1)):
+        sharing = results[key]["fit_shared_True"]["sharing"]
+        assert sharing.packed_passes > 0
+        assert sharing.token_slots < sharing.token_slots_unshared
+        assert key == (1, 0) or sharing.cached_passes == 0  # a second call of the model would need all processes
+
+
 @pytest.mark.parametrize("case", FIT_CASES)
 def test_two_processes_save_what_one_saves(results: Any, case: str) -> None:
     alone, first, second = (results[key][f"fit_{case}_True"]["saved"] for key in ((1, 0), (2, 0), (2, 1)))

@@ -72,6 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
 FIT_CASES: dict[str, dict[str, Any]] = {
     "dapo": {"loss_type": "dapo"},
     "grpo": {"loss_type": "grpo"},
+    "shared": {"loss_type": "grpo", "share_prefixes": "always"},
     "dr_grpo": {"loss_type": "dr_grpo"},
     "vespo": {"loss_type": "vespo"},
     "bnpo": {"loss_type": "bnpo"},
@@ -185,6 +186,8 @@ def fit(case: dict[str, Any], output_dir: Path, processes: int, fitted: bool) ->
     """Two steps on 32 rows each, in 4 micro-batches of one process or of each of two."""
     settings, gradients = dict(case), Gradients()
     rare = settings.pop("rare", False)
+    if not fitted:
+        settings.pop("share_prefixes", None)
     policy = output_dir.with_name("policy")  # on disk: TRL loads the reference from there
     if processes == 1:  # the launch that comes first
         tiny.qwen2().save_pretrained(policy)
@@ -214,7 +217,7 @@ def fit(case: dict[str, Any], output_dir: Path, processes: int, fitted: bool) ->
     )
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    return {"gradients": gradients.vectors, "saved": trainer.saved_compute, "logs": logs}
+    return {"gradients": gradients.vectors, "saved": trainer.saved_compute, "sharing": trainer.sharing, "logs": logs}
 
 
 def rloo(case: dict[str, Any], output_dir: Path, processes: int, trainer_class: Any) -> dict[str, Any]:

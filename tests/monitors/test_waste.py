@@ -13,7 +13,10 @@ from trl_ext.monitors.waste import WasteCallback, waste_shares
 from trl_ext.rollouts.micro_batches import SavedCompute
 
 
-KEYS = {"waste/share", "waste/padding", "waste/dead_rows", "waste/slots_of_trl_ext"}
+KEYS = {
+    *("waste/share", "waste/padding", "waste/dead_rows"),
+    *("waste/repeated_prompts", "waste/slots_of_trl_ext"),
+}
 
 
 class Watched(trl.GRPOTrainer):
@@ -95,7 +98,7 @@ def test_a_recount(settings, tmp_path):
     total = callback.total
     assert (total.token_slots_trl, total.useful_tokens, total.dead_slots) == (slots, useful, dead)
     assert total.rows == 4 * len(trainer.losses)
-    assert useful <= total.token_slots < slots
+    assert useful - total.repeated_prompts <= total.token_slots < slots
 
 
 @pytest.mark.train
@@ -120,7 +123,7 @@ def test_each_log_has_the_shares_since_the_last(tmp_path):
         assert log["waste/share"] == pytest.approx(1 - useful / slots)
         assert log["waste/dead_rows"] == pytest.approx(dead / slots)
         assert log["waste/padding"] == pytest.approx((slots - useful - dead) / slots)
-        assert useful / slots <= log["waste/slots_of_trl_ext"] < 1
+        assert useful / slots - log["waste/repeated_prompts"] <= log["waste/slots_of_trl_ext"] < 1
     rows = [entry for entry in trainer.state.log_history if KEYS & entry.keys()]
     assert rows == [entry for entry in trainer.state.log_history if "loss" in entry]
     assert callback.since_log == SavedCompute()
@@ -205,17 +208,18 @@ def test_the_summary(tmp_path, capsys):
     computed = callback.total.token_slots
     assert callback.summary() == (
         f"{1 - useful / slots:.0%} of the training compute was padding ({(slots - useful - dead) / slots:.0%}) or "
-        f"rows that can't move the policy ({dead / slots:.0%}): {slots:,} token slots for {useful:,} useful tokens. "
-        f"For the same gradient, trl_ext.GRPOTrainer computes {computed:,} ({computed / slots:.0%})."
+        f"rows that can't move the policy ({dead / slots:.0%}), and {callback.total.repeated_prompts / slots:.0%} "
+        f"computed a prompt again: {slots:,} token slots for {useful:,} useful tokens. For the same gradient, "
+        f"trl_ext.GRPOTrainer computes {computed:,} ({computed / slots:.0%})."
     )
 
 
 def test_by_hand():
     # 100 slots, 20 of them of dead rows; 30 tokens that matter; 40 are computed
-    saved = SavedCompute(token_slots=40, token_slots_trl=100, useful_tokens=30, dead_slots=20)
-    assert waste_shares(saved) == pytest.approx(
-        {"waste/share": 0.7, "waste/padding": 0.5, "waste/dead_rows": 0.2, "waste/slots_of_trl_ext": 0.4}
-    )
+    # Of the 30, 10 are prompts that another row has too
+    saved = SavedCompute(token_slots=40, token_slots_trl=100, useful_tokens=30, dead_slots=20, repeated_prompts=10)
+    shares = {"waste/share": 0.7, "waste/padding": 0.5, "waste/dead_rows": 0.2, "waste/repeated_prompts": 0.1}
+    assert waste_shares(saved) == pytest.approx(shares | {"waste/slots_of_trl_ext": 0.4})
 
 
 def test_only_the_main_process_speaks(tmp_path, capsys):

@@ -19,7 +19,6 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.roles.critic import (
-    ActorCriticOutput,
     HeadCritic,
     ModelCritic,
     ValueHead,
@@ -28,6 +27,7 @@ from trl_ext.roles.critic import (
     logps_and_values,
     without_critic,
 )
+from trl_ext.rollouts.kept_states import ActorCriticOutput
 
 
 IDS = torch.tensor([[5, 9, 4, 17, 8, 2], [7, 7, 11, 20, 2, 0], [6, 4, 0, 0, 0, 0]])

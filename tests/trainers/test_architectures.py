@@ -105,6 +105,36 @@ def compare(name: str, tmp_path: Any, **more: Any) -> SavedCompute:
     return ours.saved_compute
 
 
+def without_cache(trainer_class: Any) -> Any:
+    """`trainer_class` that shares prompts by packing alone, as on several processes."""
+
+    class Packing(trainer_class):  # type: ignore[misc, valid-type]
+        def _set_up_sharing(self, config: Any) -> None:
+            super()._set_up_sharing(config)
+            self.sharing.cache = False
+
+    return Packing
+
+
+# Those whose passes could share prompts as far as has_relative_positions goes, and don't
+NOT_SHARED = {"falcon_alibi"}
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("name", [name for name in NAMES if isinstance(name, str)])
+def test_shared_prompts_have_trls_gradient_too(name, tmp_path):
+    """Prompts of one process are packed here; `tests/rollouts/test_shared_pass.py` has the repeated cache."""
+    theirs, their_gradient = run(trl.GRPOTrainer, trl.GRPOConfig, name, tmp_path / "theirs")
+    shared, gradient = run(
+        without_cache(trl_ext.GRPOTrainer), trl_ext.GRPOConfig, name, tmp_path / "ours", share_prefixes="always"
+    )
+    assert largest_relative_error(gradient, their_gradient) <= TOLERANCE
+    assert shared.largest_log_ratio == pytest.approx(theirs.largest_log_ratio, abs=TOLERANCE)
+    relative = shared.exact_savings.trim_prompts and shared.exact_savings.full_width_from is None
+    sees_all = shared.sharing.window is None  # the tiny windows are shorter than a row
+    assert (shared.sharing.packed_passes > 0) == (relative and sees_all and name not in NOT_SHARED)
+
+
 @pytest.mark.train
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_and_first_ratios_are_trls(name, tmp_path):

@@ -1,8 +1,9 @@
 """
-TRL's gradient from fitted micro-batches.
+TRL's gradient from fitted micro-batches, and from passes that share prompts.
 
-Every case trains three optimizer steps with TRL's trainer and with ours from the same rollouts, by SGD in float32. The
-gradients of all steps agree to 1e-5, and a counter says which saving was used.
+Every case trains three optimizer steps with TRL's trainer, with ours, and with ours that shares every prompt it can,
+by SGD in float32, from the same rollouts. The gradients of all steps agree to 1e-5, and counters say which saving was
+used.
 """
 
 from collections.abc import Callable
@@ -86,12 +87,15 @@ class Case:
             What must have been saved: `"skip"`, `"regroup"`, `"trim"`; what isn't named must not.
         shows (`str`, *optional*):
             A metric that TRL's run must have logged with a value other than zero.
+        shares (`bool`):
+            Whether passes share prompts if they must.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     arguments: Callable[[Any], dict[str, Any]] = lambda tmp_path: {}
     saves: set[str] = field(default_factory=lambda: {"skip", "regroup", "trim"})
     shows: str | None = None
+    shares: bool = True
 
 
 CLIPPED = {"epsilon": 0.05, "learning_rate": 3e-2}
@@ -117,7 +121,7 @@ CASES = {
     "entropy_bonus": Case({"entropy_coef": 0.05}, saves=TRIM, shows="policy_loss"),
     "adaptive_entropy": Case({"use_adaptive_entropy": True, "entropy_target": 3.0}, saves=TRIM, shows="policy_loss"),
     "entropy_quantile": Case({"top_entropy_quantile": 0.5}, saves=TRIM),
-    "experts": Case({"router_aux_loss_coef": 0.1}, experts, saves=TRIM, shows="aux_loss"),
+    "experts": Case({"router_aux_loss_coef": 0.1}, experts, saves=TRIM, shows="aux_loss", shares=False),
     "masked_truncated": Case({"mask_truncated_completions": True}, shows="completions/clipped_ratio"),
     "masked_truncated_kl": Case(
         {"mask_truncated_completions": True, "beta": 0.1}, policy, saves={"skip", "regroup", "trim"}, shows="kl"
@@ -132,12 +136,20 @@ CASES = {
         lambda tmp_path: {"train_dataset": tiny.ragged(8)},
     ),
     "one_micro_batch": Case({"gradient_accumulation_steps": 1, "steps_per_generation": 2}, saves={"skip", "trim"}),
-    "one_row": Case({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "steps_per_generation": 16}),
+    "one_row": Case(
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "steps_per_generation": 16}, shares=False
+    ),
     "multiple": Case({"pad_to_multiple_of": 4}),
     "lora": Case(arguments=lora),
     "lora_kl": Case({"beta": 0.1}, adapted, saves=KEEP_ALL, shows="kl"),
-    "absolute_positions": Case(arguments=lambda tmp_path: {"model": stopping_gpt2()}),
-    "absolute_positions_kl": Case({"beta": 0.1}, lambda tmp_path: saved_gpt2(tmp_path), saves=KEEP_ALL, shows="kl"),
+    "all_prompts_equal": Case(
+        arguments=lambda tmp_path: {"train_dataset": tiny.ragged().map(lambda row: {"prompt": "w1 w2 w3"})}
+    ),
+    "lora_checkpointing": Case({"gradient_checkpointing": True}, adapted),
+    "absolute_positions": Case(arguments=lambda tmp_path: {"model": stopping_gpt2()}, shares=False),
+    "absolute_positions_kl": Case(
+        {"beta": 0.1}, lambda tmp_path: saved_gpt2(tmp_path), saves=KEEP_ALL, shows="kl", shares=False
+    ),
 }
 
 
@@ -190,10 +202,11 @@ def used(saved: SavedCompute) -> set[str]:
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory):
-    """A case, TRL's run of it, and ours."""
+    """A case, TRL's run of it, and ours, which shares no prompts."""
     case = CASES[request.param]
     theirs = run(trl.GRPOTrainer, trl.GRPOConfig, case, tmp_path_factory.mktemp("theirs"))
-    return case, theirs, run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, case, tmp_path_factory.mktemp("ours"))
+    ours = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, case, tmp_path_factory.mktemp("ours"), share_prefixes=False)
+    return case, theirs, ours
 
 
 @pytest.mark.train
@@ -202,6 +215,16 @@ def test_the_gradient_is_trls(pair):
     assert len(theirs) >= 3 and all(step.any() for step in theirs)
     assert case.shows is None or any(log.get(case.shows) for log in trainer.state.log_history)
     assert largest_relative_error(ours, theirs) <= TOLERANCE
+
+
+@pytest.mark.train
+def test_the_gradient_is_trls_where_prompts_are_shared(pair, tmp_path):
+    case, (_, theirs), _ = pair
+    trainer, ours = run(trl_ext.GRPOTrainer, trl_ext.GRPOConfig, case, tmp_path, share_prefixes="always")
+    assert largest_relative_error(ours, theirs) <= TOLERANCE
+    shared = trainer.sharing.packed_passes + trainer.sharing.cached_passes
+    assert (shared > 0) == case.shares
+    assert (trainer.sharing.token_slots < trainer.sharing.token_slots_unshared) == case.shares
 
 
 @pytest.mark.train

@@ -62,6 +62,8 @@ class Verification:
             Model, loss, device and type of the weights.
         reasons (`tuple[str]`):
             For each saving that is not exact here, and therefore not used, why.
+        shared_slots (`int`):
+            Tokens that are not computed because completions share their prompt.
     """
 
     grad_relative_error: float
@@ -73,6 +75,7 @@ class Verification:
     merged_rows: int
     title: str
     reasons: tuple[str, ...]
+    shared_slots: int = 0
 
     @property
     def time_ratio(self) -> float:
@@ -88,10 +91,11 @@ class Verification:
         def line(name: str, theirs: float, ours: float, digits: int) -> str:
             return f"{name:<28}{theirs:>12,.{digits}f}{ours:>12,.{digits}f}{ours / theirs:>9.2f}"
 
+        shared = f"; shared prompts save {self.shared_slots:,} tokens" if self.shared_slots else ""
         lines = [
             self.title,
             f"{self.rows} completions in {self.micro_batches} micro-batches a process; {self.skipped_rows} can't move "
-            f"the policy, {self.merged_rows} are copies",
+            f"the policy, {self.merged_rows} are copies{shared}",
             f"{'one step, without generation':<28}{'TRL':>12}{'trl_ext':>12}{'ratio':>9}",
             line("seconds", self.trl.seconds, self.trl_ext.seconds, 3),
             line("tokens computed", self.trl.token_slots, self.trl_ext.token_slots, 0),
@@ -238,16 +242,31 @@ def _left_as_found(trainer: GRPOTrainer, micro_batches: int) -> Iterator[None]:
         trainer.train_metrics.update(metrics)
 
 
+@contextmanager
+def _sharing_of(trainer: GRPOTrainer, name: str) -> Iterator[None]:
+    """TRL's passes share no prompts."""
+    before = trainer.sharing
+    trainer.sharing = None if name == "trl" else before
+    try:
+        yield
+    finally:
+        trainer.sharing = before
+
+
 def _measured(
     trainer: GRPOTrainer, micro_batches: dict[str, list[MicroBatch]], repetitions: int
 ) -> dict[str, tuple[torch.Tensor, Measurement]]:
     """Gradient, time and memory of each way to deal the same rows to micro-batches."""
-    found = {name: _memory(trainer, batches) for name, batches in micro_batches.items()}
+    found = {}
+    for name, batches in micro_batches.items():
+        with _sharing_of(trainer, name):
+            found[name] = _memory(trainer, batches)
     seconds: dict[str, list[float]] = {name: [] for name in micro_batches}
     for i in range(repetitions):
         # In turn, and each of them first as often as the other
         for name in micro_batches if i % 2 == 0 else reversed(micro_batches):
-            seconds[name].append(_seconds(trainer, micro_batches[name]))
+            with _sharing_of(trainer, name):
+                seconds[name].append(_seconds(trainer, micro_batches[name]))
     return {
         name: (gradient, Measurement(statistics.median(seconds[name]), memory))
         for name, (gradient, memory) in found.items()
@@ -311,7 +330,8 @@ def verify(trainer: GRPOTrainer, repetitions: int = 3, quiet: bool = False) -> V
         skipped_rows=saved.skipped_rows,
         merged_rows=saved.merged_rows,
         title=_title(trainer),
-        reasons=trainer.exact_savings.reasons,
+        reasons=(*trainer.exact_savings.reasons, *trainer.sharing_obstacles),
+        shared_slots=saved.shared_slots,
     )
     if not quiet and trainer.is_world_process_zero():
         print(result, flush=True)

@@ -11,11 +11,14 @@ from ..errors import require_type
 from ..metric_keys import COMPUTE_SAVED
 from ..rollouts.exactness import ExactSavings
 from ..rollouts.micro_batches import MicroBatch, SavedCompute, fit_step
+from ..rollouts.prefix_trees import Cost
 from ..trainers.grpo import GRPOTrainer
+from ..trainers.seams.prefixes import sharing_of
 from ..trainers.seams.probes import generation_is_used_up, last_micro_batch, savings_of
 
 
 SHARE, PADDING, DEAD_ROWS = "waste/share", "waste/padding", "waste/dead_rows"
+REPEATED_PROMPTS = "waste/repeated_prompts"
 SLOTS_OF_TRL_EXT = "waste/slots_of_trl_ext"
 
 
@@ -28,9 +31,10 @@ class WasteCallback(TrainerCallback):
     transformer's cost grows with that number. (Attention grows faster with length, so that long padding costs more
     than its slots.) Generation and passes without gradient are not counted.
 
-    Each log of training gets `waste/share`, `waste/dead_rows` and `waste/padding` (shares of the slots since the log
-    before) and `waste/slots_of_trl_ext` (the slots of `trl_ext` over TRL's). The totals are printed at the end of
-    training.
+    Each log of training gets `waste/share`, its parts `waste/dead_rows` and `waste/padding`, beside them
+    `waste/repeated_prompts` for prompts that were computed again for the next completion (shares of the slots since
+    the log before), and `waste/slots_of_trl_ext` (the slots of `trl_ext` over TRL's). The totals are printed at the
+    end of training.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]):
@@ -59,6 +63,7 @@ class WasteCallback(TrainerCallback):
         self.since_log = SavedCompute()
         self.micro_batches: list[MicroBatch] = []  # those of the current optimizer step and generation
         self.savings: ExactSavings | None = None
+        self.cost: Cost | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.micro_batches = []  # an interrupted training may have left some
@@ -75,9 +80,11 @@ class WasteCallback(TrainerCallback):
         trainer = self.trainer
         if self.savings is None:
             self.savings = savings_of(trainer)
+            sharing, _ = sharing_of(trainer)
+            self.cost = sharing.cost if sharing.pack else None
         multiple = int(trainer.pad_to_multiple_of or 1)
         saved = SavedCompute()
-        fit_step(self.micro_batches, self.savings, trainer.accelerator, trainer.loss_type, multiple, saved)
+        fit_step(self.micro_batches, self.savings, trainer.accelerator, trainer.loss_type, multiple, saved, self.cost)
         self.total += saved
         self.since_log += saved
         self.micro_batches = []
@@ -119,9 +126,9 @@ class WasteCallback(TrainerCallback):
         shares, total = waste_shares(self.total), self.total
         return (
             f"{shares[SHARE]:.0%} of the training compute was padding ({shares[PADDING]:.0%}) or rows "
-            f"that can't move the policy ({shares[DEAD_ROWS]:.0%}): {total.token_slots_trl:,} token slots for "
-            f"{total.useful_tokens:,} useful tokens. For the same gradient, trl_ext.GRPOTrainer computes "
-            f"{total.token_slots:,} ({shares[SLOTS_OF_TRL_EXT]:.0%})."
+            f"that can't move the policy ({shares[DEAD_ROWS]:.0%}), and {shares[REPEATED_PROMPTS]:.0%} computed a "
+            f"prompt again: {total.token_slots_trl:,} token slots for {total.useful_tokens:,} useful tokens. For the "
+            f"same gradient, trl_ext.GRPOTrainer computes {total.token_slots:,} ({shares[SLOTS_OF_TRL_EXT]:.0%})."
         )
 
 
@@ -133,5 +140,6 @@ def waste_shares(saved: SavedCompute) -> dict[str, float]:
         SHARE: share,
         PADDING: share - dead,
         DEAD_ROWS: dead,
+        REPEATED_PROMPTS: saved.repeated_prompts / slots,
         SLOTS_OF_TRL_EXT: saved.token_slots / slots,
     }

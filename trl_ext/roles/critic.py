@@ -16,7 +16,6 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,9 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head
 
 from ..errors import require, require_one_of, require_type
+from ..rollouts.kept_states import ActorCriticOutput, KeptStates
 
 
 HEAD_KINDS = ("linear", "mlp")
@@ -34,44 +34,6 @@ CRITIC_INITS = ("policy", "reward")
 # The name of a critic among the submodules of an actor, and of its folder beside the actor's files
 CRITIC = "critic"
 CONFIG_FILE, WEIGHTS_FILE = "critic_config.json", "critic.safetensors"
-
-
-@dataclass
-class ActorCriticOutput(FusedCausalLMOutput):
-    """
-    TRL's output of a forward pass with its fused head, with values.
-
-    Args:
-        state_values (`torch.Tensor` of shape `(batch, seq_len)`):
-            V after each token of the input.
-    """
-
-    state_values: torch.Tensor | None = None
-
-
-class LastColumns:
-    """
-    Makes a causal language model with TRL's fused head score only as many of the last columns as there are labels. On
-    machines without Triton, TRL scores all columns and drops those without a label afterwards.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model; under PEFT the base model. If labels cover all columns, nothing changes.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.columns: int | None = None  # in a pass with the fused head
-        model.register_forward_pre_hook(self._before, with_kwargs=True)
-        model.base_model.register_forward_hook(self._cut)
-
-    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.columns = kwargs["labels"].size(1) if kwargs.get("fused_lm_head") else None
-
-    def _cut(self, backbone: nn.Module, args: Any, output: Any) -> Any:
-        if self.columns is not None:
-            output.last_hidden_state = output.last_hidden_state[:, -self.columns :]
-            self.columns = None
-        return output
 
 
 class Float32Linear(nn.Linear):
@@ -231,7 +193,7 @@ class Critic(nn.Module):
         then on its passes with the fused head return [`ActorCriticOutput`]. Generation doesn't change.
         """
         actor.add_module(CRITIC, self)
-        LastColumns(actor)
+        KeptStates.of(actor)
         actor.register_forward_pre_hook(self._before, with_kwargs=True)
         actor.base_model.register_forward_hook(self._keep)
         actor.register_forward_hook(self._after)

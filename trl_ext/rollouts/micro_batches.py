@@ -20,6 +20,8 @@ from torch import nn
 
 from .exactness import ROW_MEAN_LOSSES, ExactSavings
 from .packing import FEWEST_COLUMNS, FILLER, RowSizes, Width, deal, pack
+from .prefix_trees import WORTH, Cost
+from .tree_packing import TreeSizes, deal_trees
 
 
 MicroBatch = dict[str, Any]
@@ -28,6 +30,8 @@ MicroBatch = dict[str, Any]
 FIT, SOURCE_ROW = "fit", "source_row"
 # Values that make a filler of a row: no token is in the loss. Ratios become 1 because the filler's prompt may be cut:
 # an infinite ratio times a mask of 0 would not be 0.
+# An odd number without structure
+KEY_BASE = 0x5851F42D4C957F2D
 NEUTRAL = {"completion_mask": 0, "old_per_token_logps": 0, "importance_sampling_ratio": 1}
 
 
@@ -47,6 +51,8 @@ class RowSummary(NamedTuple):
             1 if the row can move the policy.
         source (`torch.Tensor` of shape `(N,)`):
             The same number for all copies of a row; −1 if nothing was copied.
+        prompt_key (`torch.Tensor` of shape `(N,)`):
+            The same number for the same prompt ([`prompt_keys`]).
     """
 
     prompt: torch.Tensor
@@ -54,6 +60,17 @@ class RowSummary(NamedTuple):
     tokens: torch.Tensor
     contributes: torch.Tensor
     source: torch.Tensor
+    prompt_key: torch.Tensor
+
+
+def prompt_keys(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    A number `(N,)` for each prompt, from ids and mask `(N, P)` with padding on the left: the same for the same tokens,
+    however wide the padding is. Different prompts have different numbers, but for an accident in 2⁶⁴.
+    """
+    # A polynomial in the ids, modulo 2⁶⁴, read from the right end, where all prompts end
+    powers = torch.full((ids.size(1),), KEY_BASE, device=ids.device).cumprod(dim=0).flip(0)
+    return ((ids + 1) * mask * powers).sum(dim=1)
 
 
 def _needed(mask: torch.Tensor) -> torch.Tensor:
@@ -80,6 +97,7 @@ def describe(batch: MicroBatch, skip_dead: bool) -> RowSummary:
         tokens=loss_mask.sum(dim=1),
         contributes=contributes,
         source=torch.full_like(contributes, -1, dtype=torch.long) if source is None else source,
+        prompt_key=prompt_keys(batch["prompt_ids"], batch["prompt_mask"]),
     )
 
 
@@ -178,6 +196,11 @@ class SavedCompute:
             Token slots of TRL's that belong to the other rows, including padding.
         rows (`int`):
             Rows of the generation batches.
+        shared_slots (`int`):
+            Token slots that are not computed because rows share their prompt.
+        repeated_prompts (`int`):
+            Token slots of TRL's that hold a prompt of a row which the loss needs, where another such row of the same
+            optimizer step has the same prompt. They are among the useful tokens.
         skipped_rows, merged_rows, regrouped_rows (`int`):
             How many of them were left out, were replaced by a copy with a weight, and were computed in a different
             micro-batch than TRL's.
@@ -191,6 +214,8 @@ class SavedCompute:
     skipped_rows: int = 0
     merged_rows: int = 0
     regrouped_rows: int = 0
+    shared_slots: int = 0
+    repeated_prompts: int = 0
 
     def __add__(self, other: "SavedCompute") -> "SavedCompute":
         return SavedCompute(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -199,6 +224,13 @@ class SavedCompute:
     def share(self) -> float:
         """Share of TRL's token slots that are not computed."""
         return 1 - self.token_slots / max(self.token_slots_trl, 1)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The parts of [`share`]: rows that can't move the policy, prompts that rows share, and what is left."""
+        whole = max(self.token_slots_trl, 1)
+        rows, prompts = (self.dead_slots if self.skipped_rows else 0) / whole, self.shared_slots / whole
+        return {"by_dead_rows": rows, "by_shared_prompts": prompts, "by_padding": self.share - rows - prompts}
 
 
 def _merge_copies(joined: MicroBatch, rows: RowSummary) -> list[int]:
@@ -262,12 +294,12 @@ class _StepRows:
     def gathered(cls, batches: list[MicroBatch], skip_dead: bool, accelerator: Accelerator) -> "_StepRows":
         """From the micro-batches of this rank. Called on every rank."""
         described = [describe(batch, skip_dead) for batch in batches]
-        local = torch.stack([torch.cat(column).long() for column in zip(*described, strict=True)], dim=1)  # (n, 5)
+        local = torch.stack([torch.cat(column).long() for column in zip(*described, strict=True)], dim=1)  # (n, 6)
         local = nn.functional.pad(local, (0, 2))
-        local[:, 5], local[:, 6] = _width(batches[0])
+        local[:, -2], local[:, -1] = _width(batches[0])
         gathered = accelerator.gather(local).cpu()
-        summary = RowSummary(*gathered[:, :5].unbind(dim=1))
-        return cls(summary, gathered[:, 5:], accelerator.num_processes, len(batches))
+        summary = RowSummary(*gathered[:, :-2].unbind(dim=1))
+        return cls(summary, gathered[:, -2:], accelerator.num_processes, len(batches))
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -297,11 +329,28 @@ class _StepRows:
         saved.token_slots_trl += int(slots.sum())
         saved.useful_tokens += int((self.summary.prompt + self.summary.completion)[needed].sum())
         saved.dead_slots += int(slots[~needed].sum())
+        prompts, keys = self.summary.prompt[needed], self.summary.prompt_key[needed]
+        once = dict(zip(keys.tolist(), prompts.tolist(), strict=True))
+        saved.repeated_prompts += int(prompts.sum()) - sum(once.values())
 
-    def count_ours(self, i: int, rows_by_rank: list[list[int]], widths: list[Width], saved: SavedCompute) -> None:
+    def count_ours(
+        self,
+        i: int,
+        rows_by_rank: list[list[int]],
+        widths: list[Width],
+        saved: SavedCompute,
+        trees: TreeSizes | None,
+    ) -> None:
         """Add to `saved` what is computed in micro-batch `i`, which has these rows and widths on the ranks."""
         for rank, (rows, width) in enumerate(zip(rows_by_rank, widths, strict=True)):
-            saved.token_slots += len(rows) * width.total
+            slots = len(rows) * width.total
+            saved.token_slots += slots
+            real = [row for row in rows if row != FILLER]
+            if trees is not None and real:
+                cost, tokens = trees.shared(real)
+                if cost <= WORTH * trees.unshared(real):
+                    saved.token_slots -= slots - tokens
+                    saved.shared_slots += slots - tokens
             saved.regrouped_rows += sum(self.place(row) != (rank, i) for row in rows if row != FILLER)
 
     def fit(self, i: int, rows_by_rank: list[list[int]], computed: list[int], loss_type: str) -> Fit:
@@ -332,6 +381,7 @@ def fit_step(
     loss_type: str,
     multiple: int,
     saved: SavedCompute,
+    sharing: Cost | None = None,
 ) -> list[MicroBatch]:
     """
     Deal the rows of one optimizer step again. Must be called on every rank, with the same number of micro-batches.
@@ -349,6 +399,9 @@ def fit_step(
             Prompts and completions are padded to a multiple of this.
         saved ([`SavedCompute`]):
             What was saved is added to it, in place.
+        sharing ([`~trl_ext.rollouts.prefix_trees.Cost`], *optional*):
+            Of computing, if passes share prompts. Rows with the same prompt then meet in a micro-batch where that is
+            cheaper.
 
     Returns:
         `list[dict]`: the same number of micro-batches. Their rows have TRL's tensors. If rows were dealt again, the
@@ -380,6 +433,9 @@ def fit_step(
     same_padding = bool((padding == padding[0]).all())
     homes = None if same_padding else [step.place(row)[0] for row in range(len(step))]
     dealt = deal(sizes, computed, step.ranks, step.micro_batches, homes)
+    trees = None if sharing is None else TreeSizes(sizes, step.summary.prompt_key.tolist(), sharing)
+    if trees is not None and computed and not any(kept.values()):
+        dealt = deal_trees(trees, computed, step.ranks, step.micro_batches, dealt) or dealt
     only_fillers = Width(
         step.widest.prompt if kept["prompt"] else 1,
         step.widest.completion if kept["completion"] else min(FEWEST_COLUMNS, step.widest.completion),
@@ -390,7 +446,7 @@ def fit_step(
         rows_by_rank = [of_rank[i] + [FILLER] * (fewest_rows - len(of_rank[i])) for of_rank in dealt]
         real = [[row for row in rows if row != FILLER] for rows in rows_by_rank]
         widths = [sizes.width(rows) if rows else only_fillers for rows in real]
-        step.count_ours(i, rows_by_rank, widths, saved)
+        step.count_ours(i, rows_by_rank, widths, saved, trees)
         batch = cut(_take(joined, rows_by_rank[here]), step.widest, widths[here])
         batch[FIT] = step.fit(i, rows_by_rank, computed, loss_type)
         fitted.append(batch)
@@ -416,7 +472,23 @@ def _cut_in_place(
 # Passes without gradient
 
 
-def fitted_pass(forward: Callable[..., Any], savings: ExactSavings, multiple: int, *args: Any, **kwargs: Any) -> Any:
+def _tree_chunks(trees: TreeSizes, chunks: list[list[int]]) -> list[list[int]]:
+    """The rows of `chunks`, with those of a prompt together where that is cheaper. No chunk is larger than before."""
+    rows = [row for chunk in chunks for row in chunk]
+    dealt = deal_trees(trees, rows, 1, len(chunks), [chunks])
+    if dealt is None:
+        return chunks
+    return [chunk for chunk in dealt[0] if chunk != [FILLER]]
+
+
+def fitted_pass(
+    forward: Callable[..., Any],
+    savings: ExactSavings,
+    multiple: int,
+    *args: Any,
+    sharing: Cost | None = None,
+    **kwargs: Any,
+) -> Any:
     """
     TRL's pass over a whole generation batch (of the old policy or the reference), in the same number of batches as
     TRL's, but each of rows of similar length and cut to its longest row.
@@ -428,6 +500,8 @@ def fitted_pass(forward: Callable[..., Any], savings: ExactSavings, multiple: in
             Says which padding may be cut.
         multiple (`int`):
             Prompts and completions are padded to a multiple of this.
+        sharing ([`~trl_ext.rollouts.prefix_trees.Cost`], *optional*):
+            Of computing, if passes share prompts and their number needn't be the same on all ranks.
 
     Returns:
         What `forward` returns, with 0 in padding as TRL has it. With images, if an auxiliary loss is asked for, or if
@@ -448,6 +522,9 @@ def fitted_pass(forward: Callable[..., Any], savings: ExactSavings, multiple: in
     prompt = _needed(mask[:, : old.prompt].flip(1)).tolist() if savings.trim_prompts else [old.prompt] * len(ids)
     sizes = RowSizes(prompt, _needed(mask[:, old.prompt :]).tolist(), multiple, old)
     chunks = pack(sizes, list(range(len(ids))), -(-len(ids) // batch_size))
+    if sharing is not None:
+        keys = prompt_keys(ids[:, : old.prompt], mask[:, : old.prompt]).tolist()
+        chunks = _tree_chunks(TreeSizes(sizes, keys, sharing), chunks)
     # Log-probabilities, entropies, auxiliary loss (`None` here), and any further tensors
     whole: list[torch.Tensor | None] = []
     for chunk in chunks:

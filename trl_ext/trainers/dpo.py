@@ -12,9 +12,9 @@ in evaluation. A tie counts as wrong, so that a policy that still equals its ref
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import trl
 from datasets import Dataset
@@ -28,6 +28,7 @@ from .config_checks import check_types
 from .pair_checks import check_all_pairs, check_loaded_pairs
 from .references import check_reference
 from .seams.dpo import DPOSeams, RowOrder
+from .seams.prefixes import sharing_of
 
 
 class PairOrder(Protocol):
@@ -55,14 +56,28 @@ SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
 @dataclass
 class DPOConfig(trl.DPOConfig):
     """
-    [`~trl.DPOConfig`] with [`adopt`]. Values that TRL would fail on later, and a `label_smoothing` without effect or
-    out of its range, are refused before a model is loaded.
+    [`~trl.DPOConfig`] with [`adopt`] and one argument more. Values that TRL would fail on later, and a
+    `label_smoothing` without effect or out of its range, are refused before a model is loaded.
+
+    Args:
+        share_prefixes (`bool` or `str`, *optional*, defaults to `True`):
+            Whether passes compute a prompt once for all completions of it in a micro-batch, and no padding, where the
+            gradient is TRL's up to rounding and that is cheaper by an estimate. `"always"`: at any cost. `False`:
+            TRL's passes.
 
     Raises:
         TypeError: for text in place of a number, or one value in place of a list.
         ValueError: for an unknown loss or no `max_length`, or if no loss reads `label_smoothing`, or it is no
             probability below ½.
     """
+
+    share_prefixes: Literal[True, False, "always"] = field(
+        default=True,
+        metadata={
+            "help": "Whether passes compute a prompt once for all of its completions, where that is exact and "
+            "cheaper: True, False, or always (at any cost)."
+        },
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -141,6 +156,8 @@ class DPOTrainer(DPOSeams):
         check_reference(given, given.get("ref_model"), wanted=True)
         super().__init__(**given)
         check_loaded_pairs(self, prompts)
+        wanted = self.args.share_prefixes
+        self.sharing = sharing_of(self, always=wanted == "always")[0] if wanted else None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's model card with what is wrong in it put right, followed by what `self.card` adds."""

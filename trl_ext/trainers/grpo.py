@@ -30,6 +30,7 @@ from ..rollouts.choosers import PromptChooser, RolloutObserver
 from ..rollouts.generation_batch import GenerationBatch, Rows
 from ..rollouts.micro_batches import FIT, SavedCompute, fit_step, fitted_pass
 from ..rollouts.outlook import REFILL_DRAWS
+from ..rollouts.prefix_trees import Cost
 from ..rollouts.rollout import ScoredGroups
 from ..rollouts.selection import (
     SELECTIONS,
@@ -50,6 +51,7 @@ from .grpo_config import GRPOConfig
 from .references import check_reference
 from .reward_checks import check_outcome_names
 from .seams.critic import CriticSeams
+from .seams.prefixes import sharing_of
 from .seams.probes import savings_of, without_trace
 
 
@@ -135,6 +137,7 @@ class GRPOTrainer(CriticSeams):
         self.level = IMPORTANCE_LEVELS[config.importance_sampling_level]
         self.card = CardAdditions()
         self.counters, self.saved_compute = Counters(), SavedCompute()
+        self.sharing_obstacles: list[str] = []
         self._acceptance = AcceptanceRate()
         self._baseline: float | None = None
         self._copy_generator = torch.Generator().manual_seed(config.seed)
@@ -163,6 +166,22 @@ class GRPOTrainer(CriticSeams):
         if config.fit_micro_batches:
             for reason in self.exact_savings.reasons:
                 logger.warning(f"So that the gradient is exactly TRL's, {reason}.")
+            self._set_up_sharing(config)
+
+    def _set_up_sharing(self, config: GRPOConfig) -> None:
+        self.sharing, self.sharing_obstacles = sharing_of(self, always=config.share_prefixes == "always")
+        if not config.share_prefixes:
+            self.sharing.pack = self.sharing.cache = False
+        elif self.sharing_obstacles:
+            logger.warning(
+                f"Each completion computes its prompt anew, so that the gradient is exactly TRL's: "
+                f"{'; '.join(self.sharing_obstacles)}."
+            )
+
+    @property
+    def sharing_cost(self) -> Cost | None:
+        """What computing costs, if passes share prompts."""
+        return self.sharing.cost if self.sharing is not None and self.sharing.pack else None
 
     @staticmethod
     def _add_overlong_punishment(given: dict[str, Any]) -> None:
@@ -355,6 +374,8 @@ class GRPOTrainer(CriticSeams):
             saved = SavedCompute()
             micro_batches[:] = self.fit(micro_batches, self.buffer_step_slices(), saved)
             self.train_metrics[COMPUTE_SAVED].append(saved.share)
+            for name, share in saved.shares.items():
+                self.train_metrics[f"{COMPUTE_SAVED}_{name}"].append(share)
             self.saved_compute += saved
 
     def _normalize_by_mini_batch(self, micro_batches: list[dict[str, Any]]) -> None:
@@ -385,7 +406,9 @@ class GRPOTrainer(CriticSeams):
         fitted: list[dict[str, Any]] = []
         for start, stop in slices:
             step, multiple = micro_batches[start:stop], self.columns_multiple
-            fitted += fit_step(step, self.exact_savings, self.accelerator, self.loss_type, multiple, saved)
+            fitted += fit_step(
+                step, self.exact_savings, self.accelerator, self.loss_type, multiple, saved, self.sharing_cost
+            )
         return fitted
 
     @property
@@ -395,7 +418,9 @@ class GRPOTrainer(CriticSeams):
 
     def pass_without_loss(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.args.fit_micro_batches:
-            forward = partial(fitted_pass, forward, self.exact_savings, self.columns_multiple)
+            # Sharded weights are gathered in every pass, so that all processes must make as many of them
+            cost = self.sharing_cost if self.accelerator.num_processes == 1 else None
+            forward = partial(fitted_pass, forward, self.exact_savings, self.columns_multiple, sharing=cost)
         return super().pass_without_loss(forward, *args, **kwargs)
 
     def restate_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import trl
 from accelerate.logging import get_logger
@@ -32,6 +32,8 @@ from .sampling import check_sampling
 logger = get_logger(__name__)
 
 TOKEN_NORMALIZATIONS = ("generation_batch", "mini_batch")
+# Values of `share_prefixes`
+SHARING = (True, False, "always")
 
 # Losses that clip the ratio to 1 ± epsilon, and losses that divide by a number of tokens
 CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -128,6 +130,10 @@ class GRPOConfig(trl.GRPOConfig):
             the policy are not computed. The gradient is TRL's, up to rounding: what is not exact for a loss is not
             done, and a warning says why. The micro-batches then differ in shape; if shapes are compiled, set
             `pad_to_multiple_of`. `False`: TRL's micro-batches.
+        share_prefixes (`bool` or `str`, *optional*, defaults to `True`):
+            Whether completions of one prompt meet in a micro-batch and their passes compute the prompt once, where the
+            gradient is TRL's up to rounding and that is cheaper by an estimate. `"always"`: at any cost. `False`: each
+            completion computes its prompt. Without `fit_micro_batches` nothing is shared.
     """
 
     rollout_selection: str = field(
@@ -232,6 +238,13 @@ class GRPOConfig(trl.GRPOConfig):
             "are left out, where that is exact."
         },
     )
+    share_prefixes: Literal[True, False, "always"] = field(
+        default=True,
+        metadata={
+            "help": "Whether completions of one prompt compute it once, where that is exact and cheaper: True, False, "
+            "or always (at any cost)."
+        },
+    )
 
     # Whether the method's trainer has a critic. `advantage_estimator="gae"` needs one, and no other estimator uses
     # one.
@@ -298,11 +311,16 @@ class GRPOConfig(trl.GRPOConfig):
             ("advantage_estimator", critics if self._has_critic else [n for n in ESTIMATORS if n not in critics]),
             ("importance_sampling_level", IMPORTANCE_LEVELS),
             ("token_normalization", TOKEN_NORMALIZATIONS),
+            ("share_prefixes", SHARING),
         ):
             value = getattr(self, name)
             if value is None and name in self._left_open:
                 continue
             require_one_of(name, value, known)
+        require(
+            self.share_prefixes != "always" or self.fit_micro_batches,
+            "share_prefixes='always' has no effect with fit_micro_batches=False. Leave one of them out.",
+        )
         self._check_estimator()
         self._check_refilling()
 

@@ -28,7 +28,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import disable_dropout_in_model
 
-from ...roles.critic import CRITIC, Critic, LastColumns, base_model_of, without_critic
+from ...roles.critic import CRITIC, Critic, base_model_of, without_critic
+from ...rollouts.kept_states import KeptStates
 from .grpo import GRPOSeams
 
 
@@ -83,7 +84,7 @@ def attach_critic(trainer: Any, critic: Critic) -> None:
         disable_dropout_in_model(critic)
     critic.attach(base_model_of(trainer.model))
     if trainer.ref_model is not None:
-        LastColumns(trainer.accelerator.unwrap_model(trainer.ref_model))
+        KeptStates.of(trainer.accelerator.unwrap_model(trainer.ref_model))
     if trainer.use_vllm:
         synchronise = trainer.vllm_generation.sync_weights
 

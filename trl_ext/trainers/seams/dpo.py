@@ -1,4 +1,7 @@
-"""`trl.DPOTrainer` with its private methods wrapped, never copied: the order of rows, checkpoints, evaluation."""
+"""
+`trl.DPOTrainer` with its private methods wrapped, never copied: the order of rows, checkpoints, evaluation, and
+prompts that passes share.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,7 +9,9 @@ from typing import Any
 import trl
 from torch.utils.data import Sampler
 
+from ...rollouts.shared_pass import Sharing
 from .evaluation import EvaluatedBatch, WholeEvaluations
+from .prefixes import sharing_forwards
 from .references import drop_reference, making_reference, reference_of
 from .whole_checkpoints import WholeCheckpoints
 
@@ -50,6 +55,16 @@ class DPOSeams(WholeCheckpoints, WholeEvaluations, trl.DPOTrainer):
     # Narrower than upstream's annotations: both are set once a trainer exists
     args: Any
     train_dataset: Any
+    # What passes share; `None`: they are TRL's
+    sharing: Sharing | None = None
+
+    def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with sharing_forwards(self, self.sharing):
+            return super()._compute_loss(*args, **kwargs)
+
+    def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
+        with sharing_forwards(self, self.sharing):
+            return super().compute_ref_log_probs(*args, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = kwargs.get("ref_model")

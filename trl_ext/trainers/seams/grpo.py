@@ -58,10 +58,12 @@ from ...rollouts.packing import step_slices
 from ...rollouts.prompts import TokenizedPrompt
 from ...rollouts.rollout import Generation, Rollout, ScoredRound, generation_of, rollouts_of
 from ...rollouts.selection import GroupSelection
+from ...rollouts.shared_pass import Sharing
 from ...rollouts.statistics import pool_evaluation, restate_rounds, token_weights
 from ..sampling import end_completions_at, further_ends, sampling_as_told
 from .checkpoints import CheckpointSeams
 from .evaluation import EvaluatedBatch, completions_apart, table_of_evaluation
+from .prefixes import sharing_prefixes
 from .references import making_reference, reference_of, use_reference
 from .rewards_ahead import discard_rewards, generate_in_chunks, hand_rewards_to_trl, rewards_ahead_of
 from .waiting import RewardWatch
@@ -105,6 +107,7 @@ class GRPOSeams(CheckpointSeams):
         self.previewed: list[dict[str, Any]] | None = None  # see `seams.probes.preview_micro_batches`
         self._evaluated: tuple[torch.Tensor, float] | None = None  # rewards and loss tokens of a batch of evaluation
         self._evaluated_as: str | None = None  # prefix of the evaluation that is under way
+        self.sharing: Sharing | None = None  # what passes share; `None`: they are TRL's
         config = kwargs["args"]
         wanted = self.needs_reference or config.beta != 0.0
         self._own_reference = own = reference_of(kwargs, self.given_reference) if wanted else None
@@ -413,6 +416,7 @@ class GRPOSeams(CheckpointSeams):
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.with_extras(super()._get_per_token_logps_and_entropies)
+        forward = sharing_prefixes(forward, self.sharing, self.accelerator.unwrap_model)
         if self._loss_inputs is None:
             result = self.pass_without_loss(forward, *args, **kwargs)
             self.batch.extras = self.batch.extras or result[3:]  # those of the policy, whose pass comes first
