@@ -51,6 +51,18 @@ TRAINERS = [GRPOTrainer, PPOTrainer, DPOTrainer]
 
 
 @pytest.mark.parametrize("trainer_class", TRAINERS)
+def test_prompts_are_shared(tmp_path, trainer_class):
+    """The gradient of adapters in bfloat16 is the same up to their rounding."""
+    norms = []
+    for share in (False, "always"):
+        made = trainer(trainer_class, tmp_path, str(share), share_prefixes=share, max_steps=1)
+        made.train()
+        norms.append(tiny.history(made)[0]["grad_norm"])
+    assert made.sharing.packed_passes + made.sharing.cached_passes > 0
+    assert norms[0] > 0 and norms[1] == pytest.approx(norms[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("trainer_class", TRAINERS)
 def test_it_is_evaluated_before_and_between_steps(tmp_path, trainer_class):
     made = trainer(trainer_class, tmp_path, "run", eval_strategy="steps", eval_steps=1, max_steps=2)
     made.evaluate()

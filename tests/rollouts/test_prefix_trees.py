@@ -87,6 +87,12 @@ def test_padding_sees_padding_alone():
     assert packed.visible[1].tolist() == [[True, False, False], [False, True, False], [False, True, True]]
 
 
+def test_packed_rows_are_padded_to_a_multiple():
+    rows = rows_of("abc", "d")
+    assert packed_rows(rows, Cost(0.0), multiple=8).width == 8
+    assert packed_rows(rows, Cost(0.0)).width == 4
+
+
 def test_random_rows_see_exactly_themselves(subtests):
     """Whatever is shared: a token sees the tokens of its row up to itself, each once, in its order of positions."""
     generator = torch.Generator().manual_seed(0)

@@ -155,6 +155,15 @@ def test_what_costs_more_is_not_shared():
         assert sharing.packed_passes == passes
 
 
+def test_a_pass_that_fails_leaves_nothing_behind():
+    model, inputs = model_with_head(), batch()
+    broken = model.base_model.norm.register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        SharedPass(model, sharing_as("packed"), model, COMPLETION)(**inputs)
+    broken.remove()
+    assert model(**inputs).log_probs.shape == (16, PROMPT + COMPLETION - 1)
+
+
 def test_only_states_that_are_asked_for_are_kept():
     model, inputs = model_with_head(), batch()
     sizes: list[int] = []

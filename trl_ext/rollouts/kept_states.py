@@ -3,6 +3,8 @@ Which states of a pass are scored, and what the pass returns. States are the las
 each token.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +31,7 @@ class KeptStates:
     """
     Makes a causal language model with TRL's fused head score only the states that are asked for. On machines without
     Triton, TRL scores all of them and drops those without a label afterwards. The states are as many of the last
-    columns as there are labels, or the places that [`keep`] names.
+    columns as there are labels, or the places that [`keeping`] names.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -49,9 +51,14 @@ class KeptStates:
         found: KeptStates | None = getattr(model, "trl_ext_kept_states", None)
         return cls(model) if found is None else found
 
-    def keep(self, places: torch.Tensor) -> None:
-        """In the next pass, keep the states at `places` `(M,)` of the flattened inputs, as one row."""
+    @contextmanager
+    def keeping(self, places: torch.Tensor) -> Iterator[None]:
+        """Within this context, a pass keeps the states at `places` `(M,)` of the flattened inputs, as one row."""
         self._places = places
+        try:
+            yield
+        finally:
+            self._places = None  # also if the pass ran out of memory
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         labels = kwargs.get("labels")
@@ -62,7 +69,7 @@ class KeptStates:
             output.last_hidden_state = picked(output.last_hidden_state, self._places)
         elif self._columns is not None:
             output.last_hidden_state = output.last_hidden_state[:, -self._columns :]
-        self._columns = self._places = None
+        self._columns = None
         return output
 
 

@@ -141,6 +141,8 @@ class PackedRows:
             Token ids of each row, without padding, on the CPU.
         segments (`list[list[Segment]]`):
             The segments of each packed row.
+        multiple (`int`):
+            Packed rows are padded to a multiple of this.
 
     Attributes:
         width (`int`):
@@ -153,10 +155,10 @@ class PackedRows:
             positions up to its own.
     """
 
-    def __init__(self, rows: Sequence[torch.Tensor], segments: list[list[Segment]]) -> None:
+    def __init__(self, rows: Sequence[torch.Tensor], segments: list[list[Segment]], multiple: int = 1) -> None:
         self.segments = segments
-        sizes = [sum(segment.size for segment in packed) for packed in segments]
-        count, self.width = len(segments), max(sizes)
+        longest = max(sum(segment.size for segment in packed) for packed in segments)
+        count, self.width = len(segments), -(-longest // multiple) * multiple
         most = max(map(len, segments)) + 1
         self.input_ids = torch.zeros(count, self.width, dtype=torch.long)
         self.positions = torch.zeros(count, self.width, dtype=torch.long)
@@ -256,7 +258,9 @@ def bins(sizes: Sequence[int]) -> list[list[int]]:
     return found
 
 
-def packed_rows(rows: Sequence[torch.Tensor], cost: Cost, fewest: int = FEWEST_SHARED) -> PackedRows:
+def packed_rows(
+    rows: Sequence[torch.Tensor], cost: Cost, fewest: int = FEWEST_SHARED, multiple: int = 1
+) -> PackedRows:
     """
     Lay out rows in packed rows, at the least cost.
 
@@ -267,6 +271,8 @@ def packed_rows(rows: Sequence[torch.Tensor], cost: Cost, fewest: int = FEWEST_S
             Of computing.
         fewest (`int`):
             Shared tokens that are worth a segment of their own.
+        multiple (`int`):
+            Packed rows are padded to a multiple of this.
     """
     ordered = SortedRows(rows, fewest)
     trees = [ordered.segments(*stretch) for stretch in cut_by_cost(ordered, cost)]
@@ -278,4 +284,4 @@ def packed_rows(rows: Sequence[torch.Tensor], cost: Cost, fewest: int = FEWEST_S
             offset = len(packed)
             packed += [s._replace(parent=s.parent + offset if s.parent >= 0 else -1) for s in trees[number]]
         joined.append(packed)
-    return PackedRows(rows, joined)
+    return PackedRows(rows, joined, multiple)

@@ -47,6 +47,8 @@ class Sharing:
             Whether the constructions may be used.
         always (`bool`):
             Share whatever can be shared, at any cost.
+        multiple (`int`):
+            Packed rows are padded to a multiple of this.
         window (`int`, *optional*):
             Tokens that a layer sees, if it sees fewer than all: longer rows are not shared.
         full_width_from (`int`, *optional*):
@@ -64,6 +66,7 @@ class Sharing:
     pack: bool = True
     cache: bool = False
     always: bool = False
+    multiple: int = 1
     window: int | None = None
     full_width_from: int | None = None
     passes: int = field(default=0, init=False)
@@ -176,7 +179,7 @@ class SharedPass:
         if min(rows.sizes) == 0 or rows.count == 1 or too_long or too_wide:
             return None, rows.ids.numel()
         if sharing.pack:
-            packed = packed_rows(rows.rows, cost, sharing.fewest)
+            packed = packed_rows(rows.rows, cost, sharing.fewest, sharing.multiple)
             count = len(packed.segments)
             if count * packed.width**2 <= MASK_BUDGET:
                 options.append((cost.of(count, packed.width), partial(self._packed, rows, packed), packed.tokens))
@@ -202,14 +205,14 @@ class SharedPass:
         place = torch.zeros(rows.ids.shape, dtype=torch.long, device=device)
         place[rows.mask] = torch.cat([packed.places(i) for i in range(rows.count)]).to(device)
         places = place[wanted]
-        KeptStates.of(self.base).keep(places)
-        output = self.model(
-            input_ids=packed.input_ids.to(device),
-            attention_mask=attention_mask(packed, self.sharing.attention, self.base.dtype, device),
-            position_ids=packed.positions.to(device),
-            shift_labels=labels[wanted].unsqueeze(0),
-            fused_lm_head=True,
-        )
+        with KeptStates.of(self.base).keeping(places):
+            output = self.model(
+                input_ids=packed.input_ids.to(device),
+                attention_mask=attention_mask(packed, self.sharing.attention, self.base.dtype, device),
+                position_ids=packed.positions.to(device),
+                shift_labels=labels[wanted].unsqueeze(0),
+                fused_lm_head=True,
+            )
 
         def unpacked(values: torch.Tensor) -> torch.Tensor:
             if values.size(1) != len(places):  # of a model that kept all states

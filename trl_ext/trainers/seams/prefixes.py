@@ -57,6 +57,7 @@ def sharing_of(trainer: trl.GRPOTrainer | trl.DPOTrainer, always: bool = False) 
         pack=not obstacles,
         cache=not obstacles and alone and not reads and not windows,
         always=always,
+        multiple=int(getattr(trainer, "pad_to_multiple_of", None) or 1),
         window=min(windows, default=None),
         full_width_from=min((width.columns for width in map(needs_full_width, models) if width), default=None),
     )
