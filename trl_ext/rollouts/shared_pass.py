@@ -244,13 +244,11 @@ class SharedPass:
         layers: Any = cache.layers
         for layer in layers:
             layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
-        labels = rows.labels[:, stop - 1 :].clone()
-        labels[:, 0] = IGNORED
         return self.model(
             input_ids=rows.ids[:, stop - 1 :],
             attention_mask=mask[:, start:],
             past_key_values=cache,
-            labels=labels,
+            labels=rows.labels[:, stop - 1 :],
             fused_lm_head=True,
         )
 
