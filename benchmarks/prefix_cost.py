@@ -59,7 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=tuple(SHAPES), default="cpu")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--tokens", type=int, help="of a pass (default: 2048; on a GPU 16384)")
+    parser.add_argument(
+        "--columns", type=int, nargs="+", help="lengths of rows (default: 64 to 1024; on a GPU to 4096)"
+    )
     args = parser.parse_args()
+    args.tokens, args.columns = args.tokens or TOKENS[args.device], args.columns or COLUMNS[args.device]
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for hidden, layers, heads, mlp in SHAPES[args.device]:
@@ -79,8 +84,8 @@ def main() -> None:
         in_theory /= prefix_exactness.SLOWER_IN_ATTENTION[args.device]
         for of_places in (False, True):
             points = []
-            for columns in COLUMNS[args.device]:
-                rows = TOKENS[args.device] // columns
+            for columns in args.columns:
+                rows = args.tokens // columns
                 taken = [seconds(whole.model, rows, columns, of_places, args.device) for _ in range(args.repetitions)]
                 points.append((float(columns), statistics.median(taken)))
             print(
