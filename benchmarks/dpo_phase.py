@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ import trl_ext
 PAIRS, MICRO_BATCH, ACCUMULATION = 32, 4, 8
 SIDES = {
     "trl": (trl.DPOTrainer, trl.DPOConfig),
-    "trl_ext": (trl_ext.DPOTrainer, trl_ext.DPOConfig),
+    "trl_ext": (trl_ext.DPOTrainer, partial(trl_ext.DPOConfig, share_prefixes=True)),
 }
 
 

@@ -11,9 +11,7 @@ from ..errors import require_type
 from ..metric_keys import COMPUTE_SAVED
 from ..rollouts.exactness import ExactSavings
 from ..rollouts.micro_batches import MicroBatch, SavedCompute, fit_step
-from ..rollouts.prefix_trees import Cost
 from ..trainers.grpo import GRPOTrainer
-from ..trainers.seams.prefixes import sharing_of
 from ..trainers.seams.probes import generation_is_used_up, last_micro_batch, savings_of
 
 
@@ -63,7 +61,6 @@ class WasteCallback(TrainerCallback):
         self.since_log = SavedCompute()
         self.micro_batches: list[MicroBatch] = []  # those of the current optimizer step and generation
         self.savings: ExactSavings | None = None
-        self.cost: Cost | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.micro_batches = []  # an interrupted training may have left some
@@ -80,11 +77,9 @@ class WasteCallback(TrainerCallback):
         trainer = self.trainer
         if self.savings is None:
             self.savings = savings_of(trainer)
-            sharing, _ = sharing_of(trainer)
-            self.cost = sharing.cost if sharing.pack else None
         multiple = int(trainer.pad_to_multiple_of or 1)
         saved = SavedCompute()
-        fit_step(self.micro_batches, self.savings, trainer.accelerator, trainer.loss_type, multiple, saved, self.cost)
+        fit_step(self.micro_batches, self.savings, trainer.accelerator, trainer.loss_type, multiple, saved)
         self.total += saved
         self.since_log += saved
         self.micro_batches = []

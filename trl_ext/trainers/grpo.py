@@ -169,10 +169,10 @@ class GRPOTrainer(CriticSeams):
             self._set_up_sharing(config)
 
     def _set_up_sharing(self, config: GRPOConfig) -> None:
-        self.sharing, self.sharing_obstacles = sharing_of(self, always=config.share_prefixes == "always")
         if not config.share_prefixes:
-            self.sharing.pack = self.sharing.cache = False
-        elif self.sharing_obstacles:
+            return
+        self.sharing, self.sharing_obstacles = sharing_of(self, always=config.share_prefixes == "always")
+        if self.sharing_obstacles:
             logger.warning(
                 f"Each completion computes its prompt anew, so that the gradient is exactly TRL's: "
                 f"{'; '.join(self.sharing_obstacles)}."
@@ -374,7 +374,7 @@ class GRPOTrainer(CriticSeams):
             saved = SavedCompute()
             micro_batches[:] = self.fit(micro_batches, self.buffer_step_slices(), saved)
             self.train_metrics[COMPUTE_SAVED].append(saved.share)
-            for name, share in saved.shares.items():
+            for name, share in saved.shares.items() if self.sharing is not None else ():
                 self.train_metrics[f"{COMPUTE_SAVED}_{name}"].append(share)
             self.saved_compute += saved
 
