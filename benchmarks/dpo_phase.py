@@ -12,8 +12,6 @@ python benchmarks/dpo_phase.py --device cuda --json   # a 0.5B-shaped model, pro
 """
 
 import argparse
-import json
-import statistics
 import tempfile
 from functools import partial
 from typing import Any
@@ -21,9 +19,8 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
-from overhead import interval
 from task import build_tokenizer
-from train_phase import SIZES, Watch
+from train_phase import SIZES, Watch, compared, device_name, seconds_in_turn, show
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import trl_ext
@@ -120,34 +117,16 @@ def main() -> None:
     torch.set_num_threads(1)
 
     detail = {side: train(side, args, detailed=True) for side in SIDES}  # not timed, and a warm-up for what is
-    errors = [
-        ((ours - theirs).norm() / theirs.norm()).item()
-        for ours, theirs in zip(detail["trl_ext"]["gradients"], detail["trl"]["gradients"], strict=True)
-    ]
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    for pair in range(args.pairs):
-        for side in SIDES if pair % 2 == 0 else reversed(SIDES):
-            seconds[side].append(train(side, args, detailed=False)["seconds"])
-    ratios = [ours / theirs for ours, theirs in zip(seconds["trl_ext"], seconds["trl"], strict=True)]
-    low, high = interval(ratios)
+    seconds = seconds_in_turn(list(SIDES), args.pairs, lambda side: train(side, args, detailed=False))
     result = {
         "prompt": args.prompt,
         "loss_type": args.loss_type,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "ratio": statistics.median(ratios),
-        "low": low,
-        "high": high,
-        "pairs": args.pairs,
-        "seconds_trl": statistics.median(seconds["trl"]),
-        "seconds": statistics.median(seconds["trl_ext"]),
-        "grad_relative_error": max(errors),
+        "device": device_name(args.device),
+        **compared("trl", detail, seconds),
         "padded_tokens_trl": detail["trl_ext"]["slots_unshared"],
         "padded_tokens": detail["trl_ext"]["slots"],
     }
-    for key, value in result.items():
-        print(f"{key:>20}: {value:.4g}" if isinstance(value, float) else f"{key:>20}: {value}")
-    if args.json:
-        print(json.dumps(result))
+    show(result, args.json)
 
 
 if __name__ == "__main__":

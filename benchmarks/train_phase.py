@@ -23,6 +23,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -259,6 +260,46 @@ def train(side: str, args: argparse.Namespace, detailed: bool) -> dict[str, Any]
     return found
 
 
+def seconds_in_turn(sides: Sequence[str], rounds: int, run: Callable[[str], dict[str, Any]]) -> dict[str, list[float]]:
+    """Seconds of each side's runs. Sides take turns, and each is first as often as the others."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for i in range(rounds):
+        for side in sides if i % 2 == 0 else reversed(sides):
+            seconds[side].append(run(side)["seconds"])
+    return seconds
+
+
+def compared(theirs: str, detail: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Our time over the other side's, pair by pair, and the error of our gradients."""
+    ratios = [mine / other for mine, other in zip(seconds["trl_ext"], seconds[theirs], strict=True)]
+    errors = [
+        ((mine - other).norm() / other.norm()).item()
+        for mine, other in zip(detail["trl_ext"]["gradients"], detail[theirs]["gradients"], strict=True)
+    ]
+    low, high = interval(ratios)
+    return {
+        "ratio": statistics.median(ratios),
+        "low": low,
+        "high": high,
+        "pairs": len(ratios),
+        f"seconds_{theirs}": statistics.median(seconds[theirs]),
+        "seconds": statistics.median(seconds["trl_ext"]),
+        "grad_relative_error": max(errors),
+    }
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def show(result: dict[str, Any], as_json: bool) -> None:
+    """Print a result line by line, and if wanted once more as JSON."""
+    for key, value in result.items():
+        print(f"{key:>20}: {value:.4g}" if isinstance(value, float) else f"{key:>20}: {value}")
+    if as_json:
+        print(json.dumps(result))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=tuple(WORKLOADS), default="lognormal")
@@ -277,39 +318,22 @@ def main() -> None:
 
     # Not timed, and a warm-up for what is
     detail = {side: train(side, args, detailed=True) for side in (args.against, "trl_ext")}
-    errors = [
-        ((ours - theirs).norm() / theirs.norm()).item()
-        for ours, theirs in zip(detail["trl_ext"]["gradients"], detail[args.against]["gradients"], strict=True)
-    ]
-    seconds: dict[str, list[float]] = {side: [] for side in detail}
-    for pair in range(args.pairs):
-        for side in detail if pair % 2 == 0 else reversed(detail):
-            seconds[side].append(train(side, args, detailed=False)["seconds"])
-    ratios = [ours / theirs for ours, theirs in zip(seconds["trl_ext"], seconds[args.against], strict=True)]
-    low, high = interval(ratios)
+    seconds = seconds_in_turn(list(detail), args.pairs, lambda side: train(side, args, detailed=False))
+    ours, theirs = detail["trl_ext"], detail[args.against]
     result = {
         "workload": args.workload,
         "dead": args.dead,
         "loss_type": args.loss_type,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "ratio": statistics.median(ratios),
-        "low": low,
-        "high": high,
-        "pairs": args.pairs,
+        "device": device_name(args.device),
         "against": args.against,
-        f"seconds_{args.against}": statistics.median(seconds[args.against]),
-        "seconds": statistics.median(seconds["trl_ext"]),
-        "grad_relative_error": max(errors),
-        "real_tokens": detail[args.against]["tokens"],
-        f"padded_tokens_{args.against}": detail[args.against]["slots"],
-        "padded_tokens": detail["trl_ext"]["slots"],
-        "computed_tokens": detail["trl_ext"]["tokens"],
-        "memory_ratio": detail["trl_ext"]["memory"] / detail[args.against]["memory"],
+        **compared(args.against, detail, seconds),
+        "real_tokens": theirs["tokens"],
+        f"padded_tokens_{args.against}": theirs["slots"],
+        "padded_tokens": ours["slots"],
+        "computed_tokens": ours["tokens"],
+        "memory_ratio": ours["memory"] / theirs["memory"],
     }
-    for key, value in result.items():
-        print(f"{key:>20}: {value:.4g}" if isinstance(value, float) else f"{key:>20}: {value}")
-    if args.json:
-        print(json.dumps(result))
+    show(result, args.json)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ python benchmarks/where_the_time_goes.py --json
 import argparse
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -18,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
-from train_phase import SIZES, train
+from train_phase import SIZES, seconds_in_turn, train
 
 
 SIDES = {"trl": "TRL", "unshared": "fitted micro-batches", "trl_ext": "and shared prompts"}
@@ -39,10 +40,7 @@ def main() -> None:
     seconds: dict[int, dict[str, float]] = {}
     for prompt in args.prompts:
         given = argparse.Namespace(**settings, dead=args.dead, device=args.device, prompt=prompt)
-        taken: dict[str, list[float]] = {side: [] for side in SIDES}
-        for i in range(args.runs):
-            for side in SIDES if i % 2 == 0 else reversed(SIDES):
-                taken[side].append(train(side, given, detailed=False)["seconds"])
+        taken = seconds_in_turn(list(SIDES), args.runs, partial(train, args=given, detailed=False))
         seconds[prompt] = {side: statistics.median(values) for side, values in taken.items()}
         print(prompt, {side: round(value, 2) for side, value in seconds[prompt].items()}, flush=True)
 

@@ -14,11 +14,9 @@ from torch import nn
 
 from ..errors import require, require_count
 from ..rollouts.micro_batches import MicroBatch, SavedCompute
+from ..rollouts.prefix_exactness import dropout_rates
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.seams.probes import preview_micro_batches
-
-
-DROPOUT_LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True)
@@ -109,14 +107,8 @@ class Verification:
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """
     Switches dropout off while the model stays in training mode: with dropout, no two passes have the same gradient.
-    Attention layers read a rate of their own, or that of a dropout layer which they don't call.
     """
-    rates = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, float) and (name == "p" if isinstance(module, DROPOUT_LAYERS) else "dropout" in name)
-    ]
+    rates = list(dropout_rates(model))
     for module, name, _ in rates:
         setattr(module, name, 0.0)
     try:

@@ -28,10 +28,10 @@ MicroBatch = dict[str, Any]
 
 # Keys of a micro-batch: its [`Fit`], and for each row the number of the row that it is a copy of
 FIT, SOURCE_ROW = "fit", "source_row"
+# For [`prompt_keys`]: an odd number without structure
+KEY_BASE = 0x5851F42D4C957F2D
 # Values that make a filler of a row: no token is in the loss. Ratios become 1 because the filler's prompt may be cut:
 # an infinite ratio times a mask of 0 would not be 0.
-# An odd number without structure
-KEY_BASE = 0x5851F42D4C957F2D
 NEUTRAL = {"completion_mask": 0, "old_per_token_logps": 0, "importance_sampling_ratio": 1}
 
 

@@ -26,6 +26,9 @@ TAKEN_NAMES = ("prompts", "completions")
 # Columns that reward functions would be given TRL's own value for
 HIDDEN_NAMES = ("trainer_state", "log_extra", "log_metric")
 
+# Ends of the names of classes that are no sequence classifiers
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
+
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -110,9 +113,6 @@ def _check_packages(funcs: Sequence[Any]) -> None:
                 f"reward_funcs has trl.rewards' `{get_callable_name(func)}`, which can't be called: {error}. Install "
                 "the package it needs, or pass a reward function of your own."
             ) from error
-
-
-LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 
 
 def _check_models(funcs: Sequence[Any], trust_remote_code: bool) -> None:
