@@ -104,7 +104,7 @@ def test_block_mask_and_dense_mask_place_by_place():
         assert torch.equal(of_block, packed.visible[row])
 
 
-def test_labels_anywhere(subtests):
+def test_labels_anywhere():
     """As in DPO: rows padded on the right, prompts of different lengths."""
     model, inputs = model_with_head(), batch()
     order = inputs["attention_mask"].argsort(dim=1, descending=True, stable=True)
