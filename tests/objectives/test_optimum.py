@@ -85,7 +85,7 @@ def trainer(reference, tmp_path_factory):
     trainer = trl_ext.DPOTrainer(
         tiny.qwen2(),
         ref_model=tiny.qwen2(),
-        args=trl_ext.DPOConfig(**settings(tmp_path_factory.mktemp("dpo"), beta=BETA)),
+        args=trl_ext.DPOConfig(**settings(tmp_path_factory.mktemp("dpo"), beta=BETA), share_prefixes=False),
         train_dataset=pairs(),
         processing_class=tiny.tokenizer(),
     )

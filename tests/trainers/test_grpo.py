@@ -184,6 +184,7 @@ class TestNeutral:
         torch.testing.assert_close(tiny.weights(runs[1].model), tiny.weights(runs[0].model), rtol=1e-4, atol=1e-5)
         for mine, other in zip(tiny.history(runs[1]), tiny.history(runs[0]), strict=True):
             only_ours = {"compute/saved", "computed/entropy"}
+            only_ours |= {f"compute/saved_by_{what}" for what in ("dead_rows", "shared_prompts", "padding")}
             only_ours |= {"computed/step/clip_ratio/low_min", "step/clip_ratio/high_max"}
             assert mine.keys() - other.keys() <= only_ours and "computed/entropy" in mine
             for key in {"loss", "reward", "completions/mean_length", "grad_norm"} & other.keys():

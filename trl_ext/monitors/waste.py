@@ -11,7 +11,9 @@ from ..errors import require_type
 from ..metric_keys import COMPUTE_SAVED
 from ..rollouts.exactness import ExactSavings
 from ..rollouts.micro_batches import MicroBatch, SavedCompute, fit_step
+from ..rollouts.prefix_trees import Cost
 from ..trainers.grpo import GRPOTrainer
+from ..trainers.seams.prefixes import sharing_of
 from ..trainers.seams.probes import generation_is_used_up, last_micro_batch, savings_of
 
 
@@ -61,6 +63,7 @@ class WasteCallback(TrainerCallback):
         self.since_log = SavedCompute()
         self.micro_batches: list[MicroBatch] = []  # those of the current optimizer step and generation
         self.savings: ExactSavings | None = None
+        self.sharing: Cost | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.micro_batches = []  # an interrupted training may have left some
@@ -77,9 +80,12 @@ class WasteCallback(TrainerCallback):
         trainer = self.trainer
         if self.savings is None:
             self.savings = savings_of(trainer)
+            sharing, obstacles = sharing_of(trainer)
+            self.sharing = None if obstacles else sharing.cost
         multiple = int(trainer.pad_to_multiple_of or 1)
         saved = SavedCompute()
-        fit_step(self.micro_batches, self.savings, trainer.accelerator, trainer.loss_type, multiple, saved)
+        kind, accelerator = trainer.loss_type, trainer.accelerator
+        fit_step(self.micro_batches, self.savings, accelerator, kind, multiple, saved, self.sharing)
         self.total += saved
         self.since_log += saved
         self.micro_batches = []

@@ -186,7 +186,7 @@ class SharedPass:
         if sharing.cache and rows.completion_columns is not None and can_repeat_cache(self.base):
             first, prompt_of, sizes = rows.prompts()
             longest, branch = max(sizes), rows.completion_columns + 1
-            if len(first) < rows.count and min(sizes) > 1:
+            if len(first) < rows.count and min(sizes) > 1 and longest > sharing.fewest:
                 whole = cost.of(len(first), longest - 1) + cost.of(rows.count, branch, longest - 1 + branch)
                 tokens = len(first) * (longest - 1) + rows.count * branch
                 options.append((whole, partial(self._cached, rows, first, prompt_of, longest), tokens))

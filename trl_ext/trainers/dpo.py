@@ -60,7 +60,7 @@ class DPOConfig(trl.DPOConfig):
     `label_smoothing` without effect or out of its range, are refused before a model is loaded.
 
     Args:
-        share_prefixes (`bool` or `str`, *optional*, defaults to `False`):
+        share_prefixes (`bool` or `str`, *optional*, defaults to `True`):
             Whether passes compute a prompt once for all completions of it in a micro-batch, and no padding, where the
             gradient is TRL's up to rounding and that is cheaper by an estimate. `"always"`: at any cost. `False`:
             TRL's passes.
@@ -72,7 +72,7 @@ class DPOConfig(trl.DPOConfig):
     """
 
     share_prefixes: Literal[True, False, "always"] = field(
-        default=False,
+        default=True,
         metadata={
             "help": "Whether passes compute a prompt once for all of its completions, where that is exact and "
             "cheaper: True, False, or always (at any cost)."

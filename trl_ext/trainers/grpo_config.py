@@ -130,7 +130,7 @@ class GRPOConfig(trl.GRPOConfig):
             the policy are not computed. The gradient is TRL's, up to rounding: what is not exact for a loss is not
             done, and a warning says why. The micro-batches then differ in shape; if shapes are compiled, set
             `pad_to_multiple_of`. `False`: TRL's micro-batches.
-        share_prefixes (`bool` or `str`, *optional*, defaults to `False`):
+        share_prefixes (`bool` or `str`, *optional*, defaults to `True`):
             Whether completions of one prompt meet in a micro-batch and their passes compute the prompt once, where the
             gradient is TRL's up to rounding and that is cheaper by an estimate. `"always"`: at any cost. `False`: each
             completion computes its prompt. Without `fit_micro_batches` nothing is shared.
@@ -239,7 +239,7 @@ class GRPOConfig(trl.GRPOConfig):
         },
     )
     share_prefixes: Literal[True, False, "always"] = field(
-        default=False,
+        default=True,
         metadata={
             "help": "Whether completions of one prompt compute it once, where that is exact and cheaper: True, False, "
             "or always (at any cost)."
@@ -318,9 +318,8 @@ class GRPOConfig(trl.GRPOConfig):
                 continue
             require_one_of(name, value, known)
         require(
-            not self.share_prefixes or self.fit_micro_batches,
-            f"share_prefixes={self.share_prefixes!r} has no effect with fit_micro_batches=False. Leave one of "
-            "them out.",
+            self.share_prefixes != "always" or self.fit_micro_batches,
+            "share_prefixes='always' has no effect with fit_micro_batches=False. Leave one of them out.",
         )
         self._check_estimator()
         self._check_refilling()
