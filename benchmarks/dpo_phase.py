@@ -7,6 +7,7 @@ passes of the reference included; gradients are compared in runs of their own, w
 
 ```shell
 python benchmarks/dpo_phase.py --json
+python benchmarks/dpo_phase.py --pairs_per_prompt 2 --json   # two pairs of each prompt, in one optimizer step
 python benchmarks/dpo_phase.py --device cuda --json   # a 0.5B-shaped model, prompts of 4,096 tokens
 ```
 """
@@ -33,7 +34,7 @@ SIDES = {
 }
 
 
-def pairs(prompt: int) -> Dataset:
+def pairs(prompt: int, pairs_per_prompt: int) -> Dataset:
     """Texts of digits, one token each."""
     generator = torch.Generator().manual_seed(0)
 
@@ -44,10 +45,11 @@ def pairs(prompt: int) -> Dataset:
         length = (torch.randn(1, generator=generator) * 0.6).exp().item() * 40 * prompt / 512
         return text(int(min(max(length, 1), prompt // 4)))
 
-    spread = torch.rand(PAIRS, generator=generator) * 0.4 + 0.8
+    spread = torch.rand(PAIRS // pairs_per_prompt, generator=generator) * 0.4 + 0.8
+    prompts = [text(int(prompt * s)) for s in spread.tolist()]
     return Dataset.from_dict(
         {
-            "prompt": [text(int(prompt * s)) for s in spread.tolist()],
+            "prompt": [prompt for prompt in prompts for _ in range(pairs_per_prompt)],
             "chosen": [answer() for _ in range(PAIRS)],
             "rejected": [answer() for _ in range(PAIRS)],
         }
@@ -90,17 +92,24 @@ def train(side: str, args: argparse.Namespace, detailed: bool) -> dict[str, Any]
                 gradient_accumulation_steps=ACCUMULATION,
                 max_steps=args.steps,
             ),
-            train_dataset=pairs(args.prompt),
+            train_dataset=pairs(args.prompt, args.pairs_per_prompt),
             processing_class=tokenizer,
             callbacks=[watch],
         )
+        slots = [0]
+
+        def count(model: Any, positional: Any, inputs: dict[str, Any]) -> None:
+            slots[0] += inputs["input_ids"].numel()
+
+        for counted in (trainer.model, trainer.ref_model):
+            counted.register_forward_pre_hook(count, with_kwargs=True)
         trainer.train()
+    # The hooks see the inputs of a shared pass as they were before
     sharing = getattr(trainer, "sharing", None)
     return {
         "seconds": watch.seconds,
         "gradients": watch.gradients,
-        "slots": sharing.token_slots if sharing else None,
-        "slots_unshared": sharing.token_slots_unshared if sharing else None,
+        "slots": slots[0] if sharing is None else sharing.token_slots,
     }
 
 
@@ -108,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
     parser.add_argument("--prompt", type=int, help="tokens of a prompt (default: 512; on a GPU 4096)")
+    parser.add_argument("--pairs_per_prompt", type=int, choices=(1, 2, 4, 8), default=1)
     parser.add_argument("--loss_type", default="sigmoid")
     parser.add_argument("--pairs", type=int, default=5, help="timed pairs of runs (default: 5)")
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps of a run (default: 1)")
@@ -120,10 +130,11 @@ def main() -> None:
     seconds = seconds_in_turn(list(SIDES), args.pairs, lambda side: train(side, args, detailed=False))
     result = {
         "prompt": args.prompt,
+        "pairs_per_prompt": args.pairs_per_prompt,
         "loss_type": args.loss_type,
         "device": device_name(args.device),
         **compared("trl", detail, seconds),
-        "padded_tokens_trl": detail["trl_ext"]["slots_unshared"],
+        "padded_tokens_trl": detail["trl"]["slots"],
         "padded_tokens": detail["trl_ext"]["slots"],
     }
     show(result, args.json)

@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import get_peft_model
 
 import trl_ext
+from trl_ext.rollouts.pair_dealing import WHOLE_BATCH_LOSSES
 from trl_ext.rollouts.prefix_exactness import attention_window, pass_cost, sharing_obstacles
 from trl_ext.rollouts.shared_pass import SharedPass
 
@@ -143,8 +144,14 @@ def test_dpo(name, policy, tmp_path):
     assert largest_relative_error(ours, theirs) <= TOLERANCE
     assert trainer.sharing.packed_passes == trainer.sharing.passes > 0
     assert trainer.sharing.token_slots < 0.8 * trainer.sharing.token_slots_unshared
+    deals = name not in WHOLE_BATCH_LOSSES
+    assert trainer.sharing.dealt_steps == (2 if deals else 0)
+    assert trainer.sharing.met_pairs == (2 * 8 if deals else 0)  # a step has two pairs of each of 8 prompts
+    # Means over the pairs of a step; sums over the tokens of a micro-batch divided by their number
+    keys = {"loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/margins"}
+    keys |= {"num_tokens"} if deals else {"entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"}
     for mine, other in zip(tiny.history(trainer), tiny.history(plain), strict=True):
-        for key in ("loss", "logps/chosen", "logps/rejected", "entropy", "logits/chosen", "mean_token_accuracy"):
+        for key in keys:
             assert mine[key] == pytest.approx(other[key], rel=1e-5, abs=1e-6), key
 
 

@@ -87,9 +87,12 @@ LEANED_ON = {
     "trl.trainer.rloo_trainer.RLOOTrainer._generate_and_score_completions": (
         "clips rewards, subtracts the KL of a completion, leaves one out, and normalises, in this order; logs `kl`"
     ),
+    "trl.trainer.dpo_trainer.DataCollatorForPreference": (
+        "puts all chosen rows of a micro-batch before all rejected ones, with padding on the right"
+    ),
     "trl.trainer.dpo_trainer.DPOTrainer._compute_loss": (
         "logs `rewards/accuracies`, in training and in evaluation, with ties counted as wrong; its loss and reference "
-        "are what the implicit reward is measured against"
+        "are what the implicit reward is measured against; says which losses are a mean over pairs"
     ),
     "trl.trainer.dpo_trainer.DPOTrainer.evaluate": "calls `Trainer.evaluate` for each of several sets",
     "trl.trainer.dpo_trainer.DPOTrainer.log": "adds what is in `_metrics` with the prefix `eval_`, whatever the set",

@@ -59,6 +59,9 @@ class Sharing:
             Passes of this process with prompts that could be looked at, and how many of them were shared how.
         token_slots, token_slots_unshared (`int`):
             Tokens of these passes including padding, as computed and as without sharing.
+        dealt_steps, met_pairs (`int`):
+            Optimizer steps whose preference pairs were dealt to micro-batches anew, and the pairs that came into one
+            with another pair of their prompt there.
     """
 
     cost: Cost
@@ -74,6 +77,8 @@ class Sharing:
     cached_passes: int = field(default=0, init=False)
     token_slots: int = field(default=0, init=False)
     token_slots_unshared: int = field(default=0, init=False)
+    dealt_steps: int = field(default=0, init=False)
+    met_pairs: int = field(default=0, init=False)
 
     @property
     def fewest(self) -> int:

@@ -22,6 +22,7 @@ from datasets import Dataset
 from ..errors import require, require_one_of
 from ..rewards.implicit import IMPLICIT_REWARD, ImplicitReward
 from ..roles.trunk import REFERENCE_ADAPTER
+from ..rollouts.pair_dealing import PAIR_MEAN_LOSSES, WHOLE_BATCH_LOSSES
 from .arguments import adopted, bound
 from .cards import CardAdditions, complete_card
 from .config_checks import check_types
@@ -45,10 +46,7 @@ class PairOrder(Protocol):
 
 
 # Losses that TRL's trainer knows
-LOSS_TYPES = (
-    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
-    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
-)
+LOSS_TYPES = PAIR_MEAN_LOSSES + WHOLE_BATCH_LOSSES
 # Losses that read `label_smoothing`
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
 

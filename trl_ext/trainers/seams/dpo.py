@@ -1,6 +1,6 @@
 """
-`trl.DPOTrainer` with its private methods wrapped, never copied: the order of rows, checkpoints, evaluation, and
-prompts that passes share.
+`trl.DPOTrainer` with its private methods wrapped, never copied: the order of rows, checkpoints, evaluation,
+prompts that passes share, and the micro-batches in which pairs of one prompt meet.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ from typing import Any
 import trl
 from torch.utils.data import Sampler
 
+from ...rollouts.pair_dealing import PAIR_MEAN_LOSSES, dealt_anew
 from ...rollouts.shared_pass import Sharing
 from .evaluation import EvaluatedBatch, WholeEvaluations
 from .prefixes import sharing_forwards
@@ -65,6 +66,13 @@ class DPOSeams(WholeCheckpoints, WholeEvaluations, trl.DPOTrainer):
     def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
         with sharing_forwards(self, self.sharing):
             return super().compute_ref_log_probs(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        sharing = self.sharing
+        if sharing is not None and sharing.pack and {*self.loss_types} <= {*PAIR_MEAN_LOSSES}:
+            batches = dealt_anew(batches, sharing)
+        return batches, items
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = kwargs.get("ref_model")

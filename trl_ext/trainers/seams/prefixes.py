@@ -34,6 +34,7 @@ def sharing_of(trainer: trl.GRPOTrainer | trl.DPOTrainer, always: bool = False) 
             Share whatever can be shared, at any cost.
     """
     unwrap: Any = trainer.accelerator.unwrap_model
+    args: Any = trainer.args
     policy, critic = unwrap(trainer.model), critic_of(unwrap(trainer.model))
     models = [unwrap(model) for model in (trainer.model, trainer.ref_model) if model is not None]
     attention = attention_of(policy)
@@ -57,7 +58,7 @@ def sharing_of(trainer: trl.GRPOTrainer | trl.DPOTrainer, always: bool = False) 
         pack=not obstacles,
         cache=not obstacles and alone and not reads and not windows,
         always=always,
-        multiple=int(getattr(trainer, "pad_to_multiple_of", None) or 1),
+        multiple=int(args.pad_to_multiple_of or 1),
         window=min(windows, default=None),
         full_width_from=min((width.columns for width in map(needs_full_width, models) if width), default=None),
     )
