@@ -49,6 +49,8 @@ CASES: dict[str, dict[str, Any]] = {
     # The second batch knows the first: prompts that were dealt are replaced on all processes alike
     "refill_informed": {"rows": 8, **INFORMED},
     "refill_informed_spanning": {"rows": 6, **INFORMED},
+    # Prompts get 2 to 6 completions, some of which stand on both processes
+    "group_sizes": {"rows": 6, **INFORMED, "num_generations": 2, "max_num_generations": 6},
     # More than half of the groups stay dead: copies travel, and the rounds are used up
     "refill_capped": {"rows": 16, "rollout_selection": "refill", "max_refill_rounds": 1, "rare": True},
     "duplicate_rare": {"rows": 16, "rollout_selection": "duplicate", "rare": True},

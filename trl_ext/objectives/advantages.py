@@ -49,6 +49,23 @@ def aggregate_rewards(
     return total.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
 
 
+def group_relative(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """
+    A_i = R_i − the mean reward of the group (GRPO, https://huggingface.co/papers/2402.03300), as TRL computes it.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N,)`):
+            One reward for each completion. NaN is left out of the means.
+        num_generations (`int`):
+            Size of a group.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: NaN if the reward is NaN.
+    """
+    grouped = rewards.view(-1, num_generations)  # (P, G)
+    return (grouped - grouped.nanmean(dim=1, keepdim=True)).view(-1)
+
+
 def leave_one_out(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
     """
     A_i = R_i − the mean reward of the group's other completions (RLOO, https://huggingface.co/papers/2402.14740).
@@ -203,6 +220,9 @@ class AdvantageEstimator:
                 "Make them equal.",
             )
 
+
+# What stands for the estimator "group" where groups differ in size, for which TRL can't compute it
+RAGGED_GROUP = AdvantageEstimator(group_relative, needs=("num_generations",))
 
 # A new estimator is a function above and an entry here.
 ESTIMATORS = {

@@ -113,7 +113,8 @@ class PromptChooser(RolloutObserver):
                 How many candidates, from the first on, were dealt by the loader. 0: the choice is for a further round.
 
         Returns:
-            `list[int]`: positions in `rows`, ascending.
+            `list[int]`: positions in `rows`, ascending. A prompt whose position comes k times gets k times as many
+            completions, see [`trl_ext.rollouts.groups`].
         """
         return list(range(min(count, len(rows))))
 

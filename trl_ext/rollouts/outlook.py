@@ -16,6 +16,7 @@ from the posterior's to the prior's.
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from numbers import Real
 from statistics import quantiles
 from typing import Any, NamedTuple, Self
@@ -26,6 +27,7 @@ from datasets import Dataset
 from ..metric_keys import SELECTION
 from .choosers import PromptChooser
 from .generation_batch import GenerationBatch
+from .groups import share_out
 from .ledger import Ledger
 from .stream import prompt_key
 
@@ -197,6 +199,8 @@ class PromptOutlook:
             Factor on the weight of all evidence at every [`tick`]. The default halves it in 69 generation batches.
         exploration (`float`, *optional*, defaults to `0.25`):
             Share of the prompts that is chosen at random.
+        most_slots (`int`, *optional*, defaults to `1`):
+            How many times `num_generations` completions a prompt may get.
     """
 
     def __init__(
@@ -207,12 +211,14 @@ class PromptOutlook:
         seed: int,
         memory: float = 0.99,
         exploration: float = 0.25,
+        most_slots: int = 1,
     ) -> None:
         self.columns = columns
         self.num_generations = num_generations
         self.success_threshold = success_threshold
         self.memory = memory
         self.exploration = exploration
+        self.most_slots = most_slots
         self._generator = torch.Generator().manual_seed(seed)
         self._now = 0
         # Inner edges of a column's bins; `None` if each value is a bin of its own
@@ -282,7 +288,7 @@ class PromptOutlook:
         passes = (outcomes >= self.success_threshold).sum(dim=1).tolist()
         rewarded = (~outcomes.isnan()).sum(dim=1).tolist()
         for row, k, n, is_live in zip(rows, passes, rewarded, live, strict=True):
-            solved, tried = (k, n) if n >= 2 else (0, max(2, outcomes.shape[1]))
+            solved, tried = (k, n) if n >= 2 else (0, max(2, min(outcomes.shape[1], self.num_generations)))
             self._observe_group(row, solved, tried, is_live)
 
     def _observe_group(self, row: dict[str, Any], solved: int, tried: int, live: bool) -> None:
@@ -326,7 +332,7 @@ class PromptOutlook:
 
     # Prediction
 
-    def live_probability(self, row: dict[str, Any]) -> float:
+    def live_probability(self, row: dict[str, Any], slots: int = 1) -> float:
         """
         Probability that the group of a prompt would be live if it were generated now.
 
@@ -343,7 +349,10 @@ class PromptOutlook:
         Args:
             row (`dict`):
                 Data set row.
+            slots (`int`, *optional*, defaults to `1`):
+                How many times `num_generations` completions the group has.
         """
+        size = slots * self.num_generations
         mean, second_moment, constant_live = 1 / 2, 1 / 3, 0.0
         bucket = self._bucket(row)
         for level in (EVERYTHING, bucket) if bucket else (EVERYTHING,):
@@ -353,17 +362,18 @@ class PromptOutlook:
             second_moment = (seen.pair_rate + PRIOR_PROMPTS * second_moment) / weight
             constant_live = (seen.constant_live + PRIOR_PROMPTS * constant_live) / (seen.constant + PRIOR_PROMPTS)
         a, b = beta_from_moments(mean, second_moment)
-        if_new = self._live_probability(a, b, constant_live)
+        if_new = self._live_probability(a, b, constant_live, size)
         own: PromptHistory | None = self._prompts.get(prompt_key(row))
         if own is None:
             return if_new
         constant_live = (own.constant_live + constant_live) / (own.constant + 1)
-        if_unchanged = self._live_probability(a + own.solved, b + own.tried - own.solved, constant_live)
+        if_unchanged = self._live_probability(a + own.solved, b + own.tried - own.solved, constant_live, size)
         unchanged = self._fade(own.tick)
         return unchanged * if_unchanged + (1 - unchanged) * if_new
 
-    def _live_probability(self, a: float, b: float, constant_live: float) -> float:
-        mixed = mixed_probability(a, b, self.num_generations)
+    @staticmethod
+    def _live_probability(a: float, b: float, constant_live: float, size: int) -> float:
+        mixed = mixed_probability(a, b, size)
         return mixed + (1 - mixed) * constant_live
 
     def choose(self, rows: Sequence[dict[str, Any]], count: int, progress: float = 0.0, dealt: int = 0) -> list[int]:
@@ -371,9 +381,10 @@ class PromptOutlook:
         See [`PromptChooser.choose`]. A share `exploration` of the prompts is chosen at random, from the dealt
         candidates if there are any, so that no prompt is given up for good and buckets are judged by more than their
         best prompts. The other prompts are those with the highest probability of a live group; of equally probable
-        ones, the first.
+        ones, the first. With `most_slots` above 1, `count` is a number of slots, and those that aren't left to chance
+        are given out so that as many groups as possible are expected to be live ([`share_out`]).
         """
-        if count >= len(rows):
+        if count >= len(rows) and self.most_slots == 1:
             return list(range(len(rows)))
         # Rounded up or down at random, so that the share holds on average even if a single prompt is chosen
         chance = torch.rand((), dtype=torch.float64, generator=self._generator).item()
@@ -381,8 +392,13 @@ class PromptOutlook:
         pool = min(dealt or len(rows), len(rows))
         at_random = torch.randperm(pool, generator=self._generator)[:explored].tolist()
         rest = sorted(set(range(len(rows))) - set(at_random))
-        rest.sort(key=lambda i: -self.live_probability(rows[i]))
-        return sorted(at_random + rest[: count - len(at_random)])
+        gains = [self._gains(rows[i]) for i in rest]
+        return sorted(at_random + [rest[i] for i in share_out(gains, count - len(at_random))])
+
+    def _gains(self, row: dict[str, Any]) -> list[float]:
+        """What each further slot adds to the probability that the prompt's group is live."""
+        values = [0.0, *(self.live_probability(row, slots) for slots in range(1, self.most_slots + 1))]
+        return [more - less for less, more in pairwise(values)]
 
     # Checkpoints
 
@@ -421,7 +437,7 @@ class AdaptiveOutlook(PromptChooser):
     evidence.
 
     Args:
-        columns, num_generations, success_threshold, seed, exploration:
+        columns, num_generations, success_threshold, seed, exploration, most_slots:
             See [`PromptOutlook`].
     """
 
@@ -435,9 +451,10 @@ class AdaptiveOutlook(PromptChooser):
         success_threshold: float,
         seed: int,
         exploration: float = 0.25,
+        most_slots: int = 1,
     ) -> None:
         self.outlooks = [
-            PromptOutlook(columns, num_generations, success_threshold, seed, memory, exploration)
+            PromptOutlook(columns, num_generations, success_threshold, seed, memory, exploration, most_slots)
             for memory in MEMORIES
         ]
         self._log_likelihoods = [0.0] * len(MEMORIES)
@@ -446,8 +463,9 @@ class AdaptiveOutlook(PromptChooser):
     def for_run(cls, dataset: Any, config: Any) -> Self:
         """The outlook for a run with a trainer's data set and [`~trl_ext.GRPOConfig`]."""
         columns = config.similar_prompts_columns or []
-        exploration = config.refill_exploration
-        own = cls(columns, config.num_generations, config.success_threshold, config.seed, exploration=exploration)
+        exploration, size = config.refill_exploration, config.num_generations
+        most_slots = (config.max_num_generations or size) // size
+        own = cls(columns, size, config.success_threshold, config.seed, exploration, most_slots)
         if isinstance(dataset, Dataset):
             own.set_bins({column: dataset[column] for column in columns})
         return own
@@ -478,9 +496,11 @@ class AdaptiveOutlook(PromptChooser):
 
     def observe(self, rows: Sequence[dict[str, Any]], outcomes: torch.Tensor, live: list[bool]) -> None:
         """See [`PromptOutlook.observe`]. Each outlook's predictions are scored before it learns from the groups."""
+        # Groups are filled up with NaN to the size of the largest one
+        rewarded = (~outcomes.isnan()).sum(dim=1).tolist()
         for i, outlook in enumerate(self.outlooks):
-            for row, is_live in zip(rows, live, strict=True):
-                predicted = outlook.live_probability(row)
+            for row, n, is_live in zip(rows, rewarded, live, strict=True):
+                predicted = outlook.live_probability(row, max(1, math.ceil(n / outlook.num_generations)))
                 likelihood = predicted if is_live else 1 - predicted
                 self._log_likelihoods[i] += math.log(max(likelihood, 0.01))  # so that no single group decides
             outlook.observe(rows, outcomes, live)

@@ -174,7 +174,8 @@ class GroupSelection:
     """
     Which group is in each slot of a generation batch, and which are trained on as copies of others.
 
-    A *slot* is the place of one group. Slots are numbered over all ranks: slot s holds the batch's rows s·G to
+    A *slot* is the place of one group, or of a part of a group that takes several slots
+    ([`trl_ext.rollouts.groups`]). Slots are numbered over all ranks: slot s holds the batch's rows s·G to
     (s+1)·G − 1, a row for each completion. A live group never leaves its slot, so that rows move between ranks only if
     a dead group is replaced.
 

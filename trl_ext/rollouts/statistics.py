@@ -1,18 +1,43 @@
 """
-Corrects TRL's metrics where TRL didn't see the rows that it reports on. If a generation batch took several rounds,
-every completion counts once. If the rows of an optimizer step were dealt to different micro-batches, a mean over
-tokens is still a mean over tokens. If a data set is evaluated in several batches, its metrics are those of one.
+Counts what a run generates, and corrects TRL's metrics where TRL didn't see the rows that it reports on. If a
+generation batch took several rounds, every completion counts once. If the rows of an optimizer step were dealt to
+different micro-batches, a mean over tokens is still a mean over tokens. If a data set is evaluated in several batches,
+its metrics are those of one.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from trl.trainer.utils import nanstd
 
 from ..metric_keys import KL_PER_TOKEN
 from .exactness import ROW_MEAN_LOSSES, ExactSavings
+from .groups import Groups
 from .micro_batches import Fit
 from .rollout import ScoredRound
+
+
+@dataclass
+class Counters:
+    """
+    Totals of a run over all processes.
+
+    Args:
+        generated_tokens (`int`):
+            Completion tokens that the policy wrote for training, including those that were discarded.
+        trained_tokens (`int`):
+            Completion tokens that were in a loss, including copies, counted once for each generation batch.
+        generation_rounds (`int`):
+            Rounds of generation. (The number of optimizer steps is `trainer.state.global_step`.)
+        batches_without_variance (`int`):
+            Generation batches in which no group had reward variance.
+    """
+
+    generated_tokens: int = 0
+    trained_tokens: int = 0
+    generation_rounds: int = 0
+    batches_without_variance: int = 0
 
 
 # Metrics to which TRL appends a value in every call of `_generate`
@@ -94,7 +119,7 @@ def restate_rounds(
     rounds: list[ScoredRound],
     weights: torch.Tensor,
     names: list[str],
-    num_generations: int,
+    groups: Groups,
     zero_std: bool,
 ) -> None:
     """
@@ -106,14 +131,16 @@ def restate_rounds(
             Metric lists; changed in place.
         rounds (`list[ScoredRound]`):
             The rounds of generation.
-        weights, names, num_generations:
+        weights, names:
             See [`reward_statistics`].
+        groups ([`~trl_ext.rollouts.groups.Groups`]):
+            Which completions of all rounds belong together.
         zero_std (`bool`):
             Whether `frac_reward_zero_std` is replaced too.
     """
     pool_rounds(metrics, [len(scored.rewards) for scored in rounds])
-    rewards = torch.cat([scored.rewards for scored in rounds])
-    for key, value in reward_statistics(rewards, weights, names, num_generations).items():
+    rewards = groups.padded(torch.cat([scored.rewards for scored in rounds]))
+    for key, value in reward_statistics(rewards, weights, names, groups.size).items():
         if key != "frac_reward_zero_std" or zero_std:
             metrics[key][-1] = value
 

@@ -8,7 +8,7 @@ compute. With `fit_micro_batches=False` as well, all numbers are the same.
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -23,11 +23,18 @@ from trl.trainer.utils import get_callable_name
 
 from ..errors import require, require_count, require_type
 from ..metric_keys import COMPUTE_SAVED, GROUPS, MEAN_LENGTH, SELECTION
-from ..objectives.advantages import ESTIMATORS, aggregate_rewards, scale_advantages, updated_baseline
+from ..objectives.advantages import (
+    ESTIMATORS,
+    RAGGED_GROUP,
+    aggregate_rewards,
+    scale_advantages,
+    updated_baseline,
+)
 from ..objectives.ratios import IMPORTANCE_LEVELS
 from ..rewards.guard import RewardFunctionError
 from ..rollouts.choosers import PromptChooser, RolloutObserver
 from ..rollouts.generation_batch import GenerationBatch, Rows
+from ..rollouts.groups import Groups
 from ..rollouts.micro_batches import FIT, SavedCompute, fit_step, fitted_pass
 from ..rollouts.outlook import REFILL_DRAWS
 from ..rollouts.prefix_trees import Cost
@@ -42,7 +49,7 @@ from ..rollouts.selection import (
     only_scored,
     outcome_rewards,
 )
-from ..rollouts.statistics import restate_loss_metrics
+from ..rollouts.statistics import Counters, restate_loss_metrics
 from ..rollouts.stream import PromptStream, prompt_key
 from .arguments import bound, model_name
 from .cards import CardAdditions, complete_card
@@ -58,28 +65,6 @@ from .seams.probes import savings_of, without_trace
 logger = get_logger(__name__)
 
 SHAPING_REWARD = "soft_overlong_punishment_reward"
-
-
-@dataclass
-class Counters:
-    """
-    Totals of a run over all processes.
-
-    Args:
-        generated_tokens (`int`):
-            Completion tokens that the policy wrote for training, including those that were discarded.
-        trained_tokens (`int`):
-            Completion tokens that were in a loss, including copies, counted once for each generation batch.
-        generation_rounds (`int`):
-            Rounds of generation. (The number of optimizer steps is `trainer.state.global_step`.)
-        batches_without_variance (`int`):
-            Generation batches in which no group had reward variance.
-    """
-
-    generated_tokens: int = 0
-    trained_tokens: int = 0
-    generation_rounds: int = 0
-    batches_without_variance: int = 0
 
 
 def reward_name(func: Any) -> str:
@@ -102,7 +87,7 @@ class GRPOTrainer(CriticSeams):
             The chooser of this run's prompts.
         observers (`list[RolloutObserver]`):
             Objects that see every generation batch of training. The first is the chooser; [`add_observer`] adds more.
-        counters ([`Counters`]):
+        counters ([`~trl_ext.rollouts.statistics.Counters`]):
             Totals of the run.
         saved_compute ([`~trl_ext.rollouts.micro_batches.SavedCompute`]):
             How much less was computed than by TRL.
@@ -242,9 +227,13 @@ class GRPOTrainer(CriticSeams):
         further = self.prompt_stream.draw(
             (self.chooser.lookahead - 1) * len(dealt), exclude=set(map(prompt_key, dealt))
         )
-        chosen = self.chooser.choose(dealt + further, len(dealt), self.progress, dealt=len(dealt))
-        kept, replacements = set(chosen), iter([further[i - len(dealt)] for i in chosen if i >= len(dealt)])
-        self.batch.group_rows = [row if i in kept else next(replacements) for i, row in enumerate(dealt)]
+        candidates = dealt + further
+        chosen = self.chooser.choose(candidates, len(dealt), self.progress, dealt=len(dealt))
+        kept, replacements = set(chosen), iter([candidates[i] for i in chosen if i >= len(dealt)])
+        if len(kept) < len(chosen):  # some prompts get several slots, next to each other
+            self.batch.group_rows = [candidates[i] for i in chosen]
+        else:
+            self.batch.group_rows = [row if i in kept else next(replacements) for i, row in enumerate(dealt)]
         self.batch.replaced = sum(i not in kept for i in range(len(dealt)))
         return self._local_rows(self.batch.group_rows, self.num_generations)
 
@@ -255,12 +244,19 @@ class GRPOTrainer(CriticSeams):
         start = self.accelerator.process_index * per_rank
         return [copy.deepcopy(row) for row in repeated[start : start + per_rank]]
 
-    def _observe(self, rows: Rows, outcomes: torch.Tensor) -> list[bool]:
-        """Show a round of generation to all observers. Returns for each group whether it is live."""
+    def _observe(self, rows: Rows, rewards: torch.Tensor) -> list[bool]:
+        """
+        Show a round of generation to all observers. `rows` are those of its slots, if they are known, and `rewards`
+        `(N, F)` those of all ranks. Returns for each slot whether its group is live.
+        """
+        numbers = self.batch.count_prompts(len(rewards) // self.num_generations, rows)
+        groups = Groups(numbers, self.num_generations)
+        outcomes = self.group_outcomes(groups.padded(rewards), groups.size)
         live: list[bool] = has_variance(outcomes).tolist()
+        of_prompts = list(dict(zip(numbers, rows, strict=False)).values())
         for observer in self.observers:
-            observer.observe(rows, outcomes.cpu(), live)
-        return live
+            observer.observe(of_prompts, outcomes.cpu(), live)
+        return [live[number] for number in numbers]
 
     # Selection
 
@@ -284,7 +280,7 @@ class GRPOTrainer(CriticSeams):
 
     def select_groups(self) -> GroupSelection:
         first = self.batch.rounds[0]
-        live = self._observe(self.batch.group_rows, self.group_outcomes(first.rewards, self.num_generations))
+        live = self._observe(self.batch.group_rows, first.rewards)
         self._acceptance.observe(sum(live), len(live))
         selection = GroupSelection(live, self.num_generations, rows_per_rank=len(first.rollouts))
         assert self.rollout_selection.fill is not None
@@ -314,7 +310,7 @@ class GRPOTrainer(CriticSeams):
                 return
             scored = self.score_round(self._local_rows(rows, size))
             rounds.append(scored)
-            live = self._observe(rows, self.group_outcomes(scored.rewards, size))
+            live = self._observe(rows, scored.rewards)
             self._acceptance.observe(sum(live), len(live))
             yield FurtherRound(len(rounds) - 1, live, rows_per_rank=len(scored.rollouts))
 
@@ -342,17 +338,21 @@ class GRPOTrainer(CriticSeams):
     ) -> torch.Tensor | None:
         if self.estimator.computed_by == "critic":  # advantages of tokens, set in `credit_tokens`
             return rewards.new_zeros(len(rewards))
-        if self.estimator.function is None:
+        in_slot = self.num_generations if training else self.num_generations_eval
+        groups = Groups(self.batch.selected_prompts or range(len(rewards) // in_slot), in_slot)
+        estimator = self.estimator if groups.equal or self.estimator.function is not None else RAGGED_GROUP
+        if estimator.function is None:
             return None
-        num_generations = self.num_generations if training else self.num_generations_eval
-        reward = aggregate_rewards(rewards, self.reward_weights, self.multi_objective_aggregation, num_generations)
+        weights, aggregation = self.reward_weights, self.multi_objective_aggregation
+        reward = groups.unpadded(aggregate_rewards(groups.padded(rewards), weights, aggregation, groups.size))
         reward = self.shaped_rewards(reward, output, training)
-        available = {"num_generations": num_generations, "baseline": self._baseline}
-        advantages = self.estimator.function(reward, **{name: available[name] for name in self.estimator.needs})
+        available = {"num_generations": groups.size, "baseline": self._baseline}
+        padded = groups.padded(reward)
+        advantages = estimator.function(padded, **{name: available[name] for name in estimator.needs})
         momentum = self.args.reinforce_baseline_momentum
         if momentum is not None and training:
             self._baseline = updated_baseline(self._baseline, reward, momentum)
-        return scale_advantages(advantages, reward, self.scale_rewards, num_generations)
+        return groups.weighted(groups.unpadded(scale_advantages(advantages, padded, self.scale_rewards, groups.size)))
 
     def old_logps_for_loss(
         self, per_token_logps: torch.Tensor, inputs: dict[str, Any], mask: torch.Tensor
@@ -450,13 +450,14 @@ class GRPOTrainer(CriticSeams):
             observer.end(self, batch)
         if batch.selection is None:  # with a selection, every round was observed when it was scored
             assert batch.rewards is not None
-            self._observe(batch.group_rows, self.group_outcomes(batch.rewards, self.num_generations))
+            self._observe(batch.group_rows, batch.rewards)
 
     def _log_selection(self, batch: GenerationBatch, selection: GroupSelection) -> None:
         metrics = self.train_metrics
-        rewards = torch.cat([scored.rewards for scored in batch.rounds])
-        counts = census(self.group_outcomes(rewards, self.num_generations), self.args.success_threshold)
-        counts["kept"] = sum(selection.live)
+        groups = batch.generated_groups(self.num_generations)
+        rewards = groups.padded(torch.cat([scored.rewards for scored in batch.rounds]))
+        counts = census(self.group_outcomes(rewards, groups.size), self.args.success_threshold)
+        counts["kept"] = batch.kept_groups
         counts["surplus"] = selection.surplus
         counts["duplicated"] = sum(source != slot for slot, source in enumerate(selection.sources))
         for name, value in counts.items():

@@ -26,6 +26,7 @@ from ..rollouts.outlook import REFILL_DRAWS
 from ..rollouts.selection import SELECTIONS
 from .arguments import adopted
 from .config_checks import check_types
+from .generation_checks import check_generation, check_group_sizes
 from .sampling import check_sampling
 
 
@@ -106,6 +107,11 @@ class GRPOConfig(trl.GRPOConfig):
             Optimizer steps for each generation batch. Sets `steps_per_generation` to this number times
             `gradient_accumulation_steps`. `None`: the method's default, unless `steps_per_generation` or
             `generation_batch_size` is set.
+        max_num_generations (`int`, *optional*):
+            Most completions of one prompt in a generation batch, a multiple of `num_generations`. Within the fixed
+            size of the batch, `refill_draws="informed"` then decides how many times `num_generations` completions each
+            prompt gets, before they are generated. Advantages compare all completions of a prompt, and are weighted so
+            that every prompt counts the same. `None`: every prompt gets `num_generations`.
         epsilon (`float`, *optional*):
             Lower clip range, and the upper one unless `epsilon_high` is set. `None`: TRL's 0.2.
         scale_rewards (`str`, *optional*):
@@ -204,6 +210,13 @@ class GRPOConfig(trl.GRPOConfig):
         default=None,
         metadata={"help": "Optimizer steps for each generation batch. None: the method's default."},
     )
+    max_num_generations: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most completions of one prompt in a batch, a multiple of num_generations: 'informed' decides how "
+            "many each prompt gets. None: num_generations."
+        },
+    )
     epsilon: float | None = field(  # type: ignore[assignment]  # None is resolved in __post_init__
         default=None,
         metadata={"help": "Lower clip range, and the upper one unless epsilon_high is set. None: TRL's 0.2."},
@@ -274,7 +287,7 @@ class GRPOConfig(trl.GRPOConfig):
             self.use_bias_correction_kl = self.importance_sampling_level != "sequence_token"
         self._check_overlong()
         self._check_rewards_ahead()
-        self._check_generation()
+        check_generation(self)
         self._set_updates_per_generation()
         try:
             with self._shown_to_trl():
@@ -287,6 +300,7 @@ class GRPOConfig(trl.GRPOConfig):
                 "steps_per_generation (default: gradient_accumulation_steps) as a multiple of num_generations."
             ) from error
         self._check_token_normalization()
+        check_group_sizes(self)
         check_sampling(self)
         for note in self._notes:
             logger.warning(note)
@@ -422,22 +436,6 @@ class GRPOConfig(trl.GRPOConfig):
             0 <= self.soft_punish_cache <= (self.max_completion_length or math.inf),
             f"soft_punish_cache={self.soft_punish_cache} must lie between 0 (no punishment) and "
             f"max_completion_length={self.max_completion_length}.",
-        )
-
-    def _check_generation(self) -> None:
-        """What TRL finds out when it generates."""
-        require(
-            self.num_generations is None or self.num_generations >= 2 or self._has_critic,
-            f"num_generations={self.num_generations}: advantages compare at least 2 generations per prompt. Set "
-            "num_generations=2 or more, or use PPOTrainer, whose critic needs only one.",
-        )
-        for name in ("max_completion_length", "num_generations_eval"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name}={value} must be at least 1.")
-        require(
-            self.temperature > 0,
-            f"temperature={self.temperature} must be above 0, because log-probabilities are divided by it. Set it to "
-            "1.0, or to 0.6 for less random completions.",
         )
 
     def _check_rewards_ahead(self) -> None:

@@ -343,8 +343,9 @@ class GRPOSeams(CheckpointSeams):
             self._credit(output)
             if batch.logged_prompts is not None:
                 self._relog("prompt", gather_object(batch.logged_prompts))
-            if len(batch.rounds) > 1:
-                named = self.reward_weights, self.reward_func_names, self.num_generations
+            groups = batch.generated_groups(self.num_generations)
+            if len(batch.rounds) > 1 or not groups.equal:
+                named = self.reward_weights, self.reward_func_names, groups
                 restate_rounds(self.train_metrics, batch.rounds, *named, zero_std=self._compares_within_groups)
             if training:
                 self.on_rollouts(output, batch)
