@@ -94,7 +94,10 @@ def test_packed_rows_are_padded_to_a_multiple():
 
 
 def test_random_rows_see_exactly_themselves(subtests):
-    """Whatever is shared: a token sees the tokens of its row up to itself, each once, in its order of positions."""
+    """
+    Whatever is shared: a token sees the tokens of its row up to itself, each once, in its order of positions. In a
+    window it sees the last of them.
+    """
     generator = torch.Generator().manual_seed(0)
     for trial in range(30):
         with subtests.test(trial=trial):
@@ -111,6 +114,8 @@ def test_random_rows_see_exactly_themselves(subtests):
                     assert packed.positions[r][seen].sort().values.tolist() == list(range(t + 1))
                     order = packed.positions[r][seen].argsort()
                     assert packed.input_ids[r][seen][order].tolist() == row[: t + 1].tolist()
+                    near = packed.positions[r][packed.visible_within(3)[r, column]]
+                    assert near.sort().values.tolist() == list(range(max(0, t - 2), t + 1))
 
 
 class TestCost:
@@ -133,5 +138,9 @@ class TestCost:
         assert Cost(0.5).of(2, 4, seen=10) == 2 * 4 * 6.0
 
 
-def test_short_packed_rows_lie_in_one():
-    assert [sorted(b) for b in bins([5, 2, 4, 1, 3])] == [[0], [2, 3], [1, 4]]
+def test_packed_rows_lie_in_one_where_padding_costs_more():
+    # Three rows of 5 without padding; in one of 15, attention would cost 15 · 15 and not 3 · 5 · 5
+    assert [sorted(b) for b in bins([5, 2, 4, 1, 3], Cost(0.1))] == [[0], [2, 3], [1, 4]]
+    # 5, 4 and 4: one row of 13 costs 13 · 1.13, two of 8 and 5 cost 16 · 1.08, three cost 15 · 1.05
+    assert bins([5, 4, 4], Cost(0.01)) == [[0, 1, 2]]
+    assert bins([5, 4, 4], Cost(0.1)) == [[0], [1], [2]]

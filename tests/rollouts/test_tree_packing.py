@@ -19,6 +19,7 @@ def test_tokens_by_hand():
     assert sizes.tokens([0, 1]) == 10 + (1 + 1) + (2 + 1)
     assert sizes.shared([0, 1, 2, 3]) == (15.0 + 29.0, 15 + 29)
     assert sizes.unshared([0, 1, 2, 3]) == 4 * (20 + 4)
+    assert sizes.tokens([1]) == 10 + 2  # alone, it repeats nothing
 
 
 def test_groups_stay_whole_where_they_fit():
@@ -31,6 +32,27 @@ def test_a_group_that_is_too_large_is_split_evenly():
     sizes = sizes_of([100], [10] * 8, 8)
     bins = fewest_bins(sizes, list(range(8)), cap=100 + 4 * 11, at_most=8)
     assert sorted(map(len, bins)) == [4, 4]
+
+
+def test_one_long_row_leaves_the_others_together():
+    sizes = sizes_of([100], [70, *[10] * 5], 6)
+    assert fewest_bins(sizes, list(range(6)), cap=170, at_most=6) == [[0], [1, 2, 3, 4, 5]]
+
+
+def test_rows_of_a_prompt_meet_where_micro_batches_have_one_row():
+    """Those that are together no longer than the longest row, here of 20 + 9 tokens."""
+    sizes = sizes_of([20, 15], [9, 3, 3, 2, 9, 4, 4, 4], 4)
+    dealt = deal(sizes.rows, list(range(8)), 1, 8)
+    assert all(len(batch) == 1 for batch in dealt[0])
+    (found,) = deal_trees(sizes, list(range(8)), 1, 8, dealt)
+    # 20 + 3 + 2 and 15 + 4 + 4, and two repeated tokens each
+    assert sorted(map(sorted, found)) == [[FILLER], [FILLER], [0], [1, 3], [2], [4], [5, 7], [6]]
+
+
+def test_rows_as_long_as_the_longest_stay_alone():
+    """Two of them would take more memory than a micro-batch of one row."""
+    sizes = sizes_of([20], [9] * 4, 4)
+    assert deal_trees(sizes, list(range(4)), 1, 4, deal(sizes.rows, list(range(4)), 1, 4)) is None
 
 
 def test_two_small_groups_share_a_bin():
@@ -72,5 +94,5 @@ def test_random_cases(subtests):
             real = [[row for row in batch if row != FILLER] for of_rank in dealt for batch in of_rank]
             largest = max(sizes.rows.tokens(batch) for batch in real if batch)
             for batch in (batch for of_rank in found for batch in of_rank if len(batch) > 1):
-                assert sum(sizes.tokens(tree) for tree in sizes.trees(batch)) <= largest
+                assert sizes.shared(batch)[1] <= largest
     assert used > 10

@@ -136,8 +136,10 @@ CASES = {
         lambda tmp_path: {"train_dataset": tiny.ragged(8)},
     ),
     "one_micro_batch": Case({"gradient_accumulation_steps": 1, "steps_per_generation": 2}, saves={"skip", "trim"}),
+    # Rows of a prompt meet that are together no longer than the longest row: those of short prompts
     "one_row": Case(
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "steps_per_generation": 16}, shares=False
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "steps_per_generation": 16},
+        lambda tmp_path: {"train_dataset": tiny.ragged().map(lambda row: {"prompt": " ".join([row["prompt"]] * 3)})},
     ),
     "multiple": Case({"pad_to_multiple_of": 4}),
     "lora": Case(arguments=lora),

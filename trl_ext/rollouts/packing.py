@@ -5,16 +5,18 @@ A *row* is one completion with its prompt, and is given by its number.
 """
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise, zip_longest
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 
 # TRL takes a tensor of one column for one value per sequence, so completions keep at least two
 FEWEST_COLUMNS = 2
 # Stands in place of a row's number for a filler: a row without a token in the loss
 FILLER = -1
+
+T = TypeVar("T")
 
 
 class Width(NamedTuple):
@@ -67,6 +69,17 @@ class RowSizes:
         for size, row in enumerate(rows, start=1):
             prompt, completion = max(prompt, self.prompt[row]), max(completion, self.completion[row])
             yield size * self.rounded(prompt, completion).total
+
+
+def evenly(items: Sequence[T], sizes: Sequence[int], count: int) -> list[list[T]]:
+    """Items in `count` bins of about the same size: each goes to the emptiest bin, in turn. Give the largest first."""
+    emptiest = [(0, i) for i in range(count)]
+    bins: list[list[T]] = [[] for _ in range(count)]
+    for item, size in zip(items, sizes, strict=True):
+        load, i = emptiest[0]
+        bins[i].append(item)
+        heapq.heapreplace(emptiest, (load + size, i))
+    return bins
 
 
 # Neighbours in a list of sorted rows

@@ -11,6 +11,7 @@ Rows are sorted, so that those which share most stand side by side. How many of 
 cost: a packed row computes shared tokens once, but attention over it grows with the square of its length.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+
+from .packing import evenly
 
 
 # Shared tokens that are worth a segment of their own; each segment repeats one
@@ -210,6 +213,10 @@ class PackedRows:
             masks.append((positions < below) & (positions <= positions.unsqueeze(1)))
         return torch.stack(masks)
 
+    def visible_within(self, window: int) -> torch.Tensor:
+        """As `visible`, for layers in which a token sees the last `window` tokens of its row, itself included."""
+        return self.visible & (self.positions.unsqueeze(2) - self.positions.unsqueeze(1) < window)
+
 
 def cut_by_cost(rows: SortedRows, cost: Cost) -> list[tuple[int, int]]:
     """
@@ -243,18 +250,18 @@ def cut_by_cost(rows: SortedRows, cost: Cost) -> list[tuple[int, int]]:
     return stretches[::-1]
 
 
-def bins(sizes: Sequence[int]) -> list[list[int]]:
-    """Numbers of the packed rows that lie in one row, so that none is longer than the longest and few are short."""
-    capacity = max(sizes)
-    filled: list[int] = []
-    found: list[list[int]] = []
-    for number in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        where = next((i for i, used in enumerate(filled) if used + sizes[number] <= capacity), len(filled))
-        if where == len(filled):
-            filled.append(0)
-            found.append([])
-        filled[where] += sizes[number]
-        found[where].append(number)
+def bins(sizes: Sequence[int], cost: Cost) -> list[list[int]]:
+    """Numbers of the packed rows that lie in one row, so that rows padded to the longest cost least."""
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    total, longest = sum(sizes), sizes[order[0]]
+    best, found = math.inf, []
+    for count in range(len(sizes), 0, -1):
+        if total * (1 + cost.pair * max(total / count, longest)) >= best:  # even without padding
+            continue
+        filled = evenly(order, [sizes[i] for i in order], count)
+        padded = cost.of(count, max(sum(sizes[i] for i in numbers) for numbers in filled))
+        if padded < best:
+            best, found = padded, filled
     return found
 
 
@@ -278,7 +285,7 @@ def packed_rows(
     trees = [ordered.segments(*stretch) for stretch in cut_by_cost(ordered, cost)]
     sizes = [sum(segment.size for segment in tree) for tree in trees]
     joined = []
-    for numbers in bins(sizes):
+    for numbers in bins(sizes, cost):
         packed: list[Segment] = []
         for number in numbers:
             offset = len(packed)

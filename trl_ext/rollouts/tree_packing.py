@@ -3,14 +3,15 @@ Deals rows to micro-batches and processes so that rows with the same prompt meet
 share once. Works on integers: no tensors, no collectives.
 
 A *tree* is a prompt and some of the rows that have it. A micro-batch may hold several. Filling few micro-batches
-computes fewest tokens; the cap keeps the largest no larger than without sharing.
+computes fewest tokens; the cap keeps the largest no larger than without sharing, so that a pass takes no more memory.
+Where micro-batches have one row, those of a prompt meet that are together no longer than the longest row.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .packing import FILLER, RowSizes
+from .packing import FILLER, RowSizes, evenly
 from .prefix_trees import WORTH, Cost
 
 
@@ -40,21 +41,23 @@ class TreeSizes:
         return list(found.values())
 
     def tokens(self, tree: list[int]) -> int:
-        """Tokens of a tree whose prompt is computed once. Each completion repeats the prompt's last token."""
-        return max(self.rows.prompt[row] for row in tree) + sum(self.rows.completion[row] + 1 for row in tree)
+        """
+        Tokens of a tree whose prompt is computed once. If there are several completions, each repeats the prompt's
+        last token.
+        """
+        repeated = len(tree) if len(tree) > 1 else 0
+        return max(self.rows.prompt[row] for row in tree) + sum(self.rows.completion[row] for row in tree) + repeated
+
+    def split(self, tree: list[int]) -> list[list[int]]:
+        """Parts of a tree of which each computes the prompt once, at the least cost."""
+        powers = [2**i for i in range(len(tree).bit_length())]
+        splits = [[tree[part::parts] for part in range(parts)] for parts in powers]
+        return min(splits, key=lambda split: sum(self.cost.of(1, self.tokens(part)) for part in split))
 
     def shared(self, rows: list[int]) -> tuple[float, int]:
         """Cost and tokens of a pass over these rows, where what is cheaper decides how many share a prompt."""
-        cost, tokens = 0.0, 0
-        for tree in self.trees(rows):
-            best = (float("inf"), 0)
-            parts = 1
-            while parts <= len(tree):
-                split = [self.tokens(tree[part::parts]) for part in range(parts)]
-                best = min(best, (sum(self.cost.of(1, size) for size in split), sum(split)))
-                parts *= 2
-            cost, tokens = cost + best[0], tokens + best[1]
-        return cost, tokens
+        tokens = [self.tokens(part) for tree in self.trees(rows) for part in self.split(tree)]
+        return sum(self.cost.of(1, size) for size in tokens), sum(tokens)
 
     def unshared(self, rows: list[int]) -> float:
         """Cost of a pass over these rows as one padded batch."""
@@ -65,24 +68,24 @@ def _units(sizes: TreeSizes, rows: list[int], cap: int) -> list[list[int]]:
     """Trees of at most `cap` tokens, or of one row."""
     units = []
     for tree in sizes.trees(rows):
-        parts = 1
-        while parts < len(tree) and any(sizes.tokens(tree[part::parts]) > cap for part in range(parts)):
-            parts += 1
-        units += [tree[part::parts] for part in range(parts)]
+        divided = sizes.split(tree)
+        while len(divided) < len(tree) and any(sizes.tokens(part) > cap for part in divided):
+            divided = evenly(tree, [sizes.rows.completion[row] for row in tree], len(divided) + 1)
+        units += divided
     return sorted(units, key=lambda unit: -sizes.tokens(unit))
 
 
 def _filled(sizes: TreeSizes, units: list[list[int]], count: int, cap: int) -> list[list[int]] | None:
     """Rows of `count` bins of at most `cap` tokens, the fullest first. `None` if the units don't fit."""
-    loads, filled = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[int]]]
-    for unit in units:
-        emptiest = min(range(count), key=lambda i: loads[i])
-        loads[emptiest] += sizes.tokens(unit)
-        filled[emptiest] += unit
-    if max(loads) > cap and any(len(unit) > 1 for unit in units):
+    filled = evenly(units, list(map(sizes.tokens, units)), count)
+    loads = [sum(map(sizes.tokens, some)) for some in filled]
+    if any(load > cap and len(some) > 1 for load, some in zip(loads, filled, strict=True)):
         return None
-    order = sorted(range(count), key=lambda i: -loads[i])
-    return [filled[i] for i in order]
+    rows = [[row for unit in some for row in unit] for some in filled]
+    # Where units of a tree meet again, they are split in another way
+    if any(len(some) > 1 and sizes.shared(of_bin)[1] > cap for some, of_bin in zip(filled, rows, strict=True)):
+        return None
+    return [rows[i] for i in sorted(range(count), key=lambda i: -loads[i])]
 
 
 def fewest_bins(
