@@ -1,5 +1,6 @@
 """
-What is said of padding, against the outputs of all architectures of transformers that can be built tiny.
+What is said of padding and of shared prompts, against the outputs of all architectures of transformers that can be
+built tiny.
 """
 
 from typing import Any
@@ -8,8 +9,12 @@ import architectures
 import pytest
 import torch
 from torch import nn
+from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.rollouts.exactness import fewest_rows, has_relative_positions, needs_full_width
+from trl_ext.rollouts.prefix_exactness import attention_window, sharing_obstacles
+from trl_ext.rollouts.prefix_trees import Cost
+from trl_ext.rollouts.shared_pass import SharedPass, Sharing
 
 
 TOLERANCE = 1e-4
@@ -51,6 +56,23 @@ def moved_alone(model: Any, columns: int) -> float:
     return (alone - together)[mask.bool()].abs().max().item()
 
 
+def moved_by_sharing(model: Any, columns: int) -> float:
+    """How far log-probabilities move when rows that begin with the same tokens share them."""
+    implementation = model.config._attn_implementation
+    if sharing_obstacles(model, implementation):
+        return 0.0
+    ids = torch.randint(4, 24, (3, columns), generator=torch.Generator().manual_seed(0))
+    ids[1:, : columns // 2] = ids[0, : columns // 2]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "fused_lm_head": True}
+    add_fused_lm_head(model)
+    window = attention_window(model)
+    sharing = Sharing(Cost(0.0), attention=implementation, always=True, window=window)
+    with torch.no_grad():
+        alone, shared = model(**inputs).log_probs, SharedPass(model, sharing, model)(**inputs).log_probs
+    assert sharing.packed_passes == (window is None or window.masks is not None)
+    return (shared - alone).abs().max().item()
+
+
 def wrong(model: Any) -> list[str]:
     """What is said of a model and isn't true."""
     full_width, found = needs_full_width(model), []
@@ -63,6 +85,9 @@ def wrong(model: Any) -> list[str]:
             found.append(f"left padding moves {columns} columns")
         if fewest_rows(model) == 1 and not moved_alone(model, columns) <= TOLERANCE:
             found.append(f"{columns} columns are moved by other rows")
+    # Beyond the tiny windows, within the width that the angles of rotary embeddings depend on
+    if not moved_by_sharing(model, architectures.SHORT - 1) <= TOLERANCE:
+        found.append("sharing moves them")
     return found
 
 

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import architectures
 import pytest
 import tiny
 import torch
 from trl.trainer.utils import add_fused_lm_head
 
+from trl_ext.rollouts import shared_pass
 from trl_ext.rollouts.kept_states import KeptStates
+from trl_ext.rollouts.prefix_exactness import Window, attention_window
 from trl_ext.rollouts.prefix_trees import Cost, packed_rows
 from trl_ext.rollouts.shared_pass import SharedPass, Sharing, attention_mask
 
@@ -15,8 +18,11 @@ from trl_ext.rollouts.shared_pass import SharedPass, Sharing, attention_mask
 PROMPT, COMPLETION = 12, 9
 
 
-def model_with_head(implementation: str = "sdpa") -> Any:
-    model = tiny.qwen2(num_key_value_heads=1)
+def model_with_head(implementation: str = "sdpa", **settings: Any) -> Any:
+    return with_head(tiny.qwen2(num_key_value_heads=1, **settings), implementation)
+
+
+def with_head(model: Any, implementation: str) -> Any:
     model.set_attn_implementation(implementation)
     add_fused_lm_head(model, 1.0, False, ("log_probs", "entropy"))
     return model.train()
@@ -83,25 +89,53 @@ def test_numbers_and_gradients_are_the_models(how, implementation):
         assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
 
 
+@pytest.mark.parametrize(
+    "name, masks, implementation",
+    [
+        ("qwen2_sliding", "by_layer_type", "sdpa"),
+        ("gemma2", "by_layer_type", "eager"),
+        ("mistral_sliding", "one", "sdpa"),
+    ],
+)
+def test_windows_shorter_than_a_row(name, masks, implementation):
+    """Numbers and gradients are the model's, and they depend on the window."""
+    model, inputs = with_head(architectures.model(name), implementation), batch()
+    window = attention_window(model)
+    assert window.masks == masks and window.tokens < PROMPT
+    sharing = Sharing(Cost(0.0), attention=implementation, always=True, window=window)
+    mine, theirs = found(SharedPass(model, sharing, model, COMPLETION), inputs), found(model, inputs)
+    assert sharing.packed_passes == 1
+    sharing.window = None
+    without = found(SharedPass(model, sharing, model, COMPLETION), inputs)
+    for ours, windowless, given in zip(mine, without, theirs, strict=True):
+        assert (ours - given).norm() <= 1e-5 * given.norm() < (windowless - given).norm()
+
+
 @pytest.mark.slow
 def test_the_mask_of_flex_attention_is_the_dense_one():
-    """Forward only: on a CPU, FlexAttention has no backward."""
-    flex, dense, inputs = model_with_head("flex_attention"), model_with_head(), batch()
-    with torch.no_grad():
-        mine = SharedPass(flex, sharing_as("packed", "flex_attention"), flex, COMPLETION)(**inputs)
-        theirs = SharedPass(dense, sharing_as("packed"), dense, COMPLETION)(**inputs)
-    torch.testing.assert_close(mine.log_probs, theirs.log_probs)
+    """With a window. Forward only: on a CPU, FlexAttention has no backward."""
+    outputs = []
+    for implementation in ("flex_attention", "sdpa"):
+        model = model_with_head(implementation, use_sliding_window=True, sliding_window=4, max_window_layers=0)
+        sharing = sharing_as("packed", implementation)
+        sharing.window = attention_window(model)
+        with torch.no_grad():
+            outputs.append(SharedPass(model, sharing, model, COMPLETION)(**batch()).log_probs)
+        assert sharing.packed_passes == 1
+    torch.testing.assert_close(*outputs)
 
 
-def test_block_mask_and_dense_mask_place_by_place():
+@pytest.mark.parametrize("window", [None, 3])
+def test_block_mask_and_dense_mask_place_by_place(window):
     inputs = batch()
     rows = [row[kept] for row, kept in zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)]
     packed = packed_rows(rows, Cost(0.02), fewest=2)
-    block = attention_mask(packed, "flex_attention", torch.float32, torch.device("cpu"))
+    block = attention_mask(packed, "flex_attention", torch.float32, torch.device("cpu"), window)
+    dense = attention_mask(packed, "sdpa", torch.float32, torch.device("cpu"), window)
     looks, seen = torch.meshgrid(torch.arange(packed.width), torch.arange(packed.width), indexing="ij")
     for row in range(len(packed.segments)):
         of_block = block.mask_mod(torch.tensor(row), torch.tensor(0), looks, seen)
-        assert torch.equal(of_block, packed.visible[row])
+        assert torch.equal(of_block, dense[row, 0])
 
 
 def test_labels_anywhere():
@@ -135,12 +169,24 @@ def test_what_is_not_understood_goes_to_the_model_as_it_is(reason, more):
     assert given["input_ids"].shape == (16, PROMPT + COMPLETION)
 
 
-@pytest.mark.parametrize("limits", [{"window": PROMPT + COMPLETION - 1}, {"full_width_from": PROMPT + COMPLETION}])
+@pytest.mark.parametrize(
+    "limits", [{"window": Window(PROMPT + COMPLETION - 1)}, {"full_width_from": PROMPT + COMPLETION}]
+)
 def test_rows_too_long_for_a_layer_are_not_shared(limits):
     model, sharing = model_with_head(), Sharing(Cost(0.0), always=True, **limits)
     SharedPass(model, sharing, model, COMPLETION)(**batch())
     assert sharing.passes == 1 and sharing.packed_passes == 0
     assert sharing.token_slots == sharing.token_slots_unshared
+    assert sharing.any_length == ("window" not in limits)
+
+
+@pytest.mark.parametrize("how, packed_passes", [("packed", 0), ("packed in several rows", 1)])
+def test_a_mask_may_be_as_large_as_that_of_the_padded_rows(how, packed_passes, monkeypatch):
+    """One packed row has a larger mask than 16 rows of 21 columns, several short ones a smaller one."""
+    monkeypatch.setattr(shared_pass, "MASK_BUDGET", 0)
+    model, sharing = model_with_head(), sharing_as(how)
+    SharedPass(model, sharing, model, COMPLETION)(**batch())
+    assert sharing.packed_passes == packed_passes
 
 
 def test_what_costs_more_is_not_shared():

@@ -21,6 +21,8 @@ from trl_ext.rollouts.micro_batches import SavedCompute
 
 
 TOLERANCE = 1e-4
+# Of passes that share prompts, which have no padding to mask
+TOLERANCE_SHARED = 1e-5
 
 NAMES = [
     *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text"),
@@ -128,11 +130,10 @@ def test_shared_prompts_have_trls_gradient_too(name, tmp_path):
     shared, gradient = run(
         without_cache(trl_ext.GRPOTrainer), trl_ext.GRPOConfig, name, tmp_path / "ours", share_prefixes="always"
     )
-    assert largest_relative_error(gradient, their_gradient) <= TOLERANCE
+    assert largest_relative_error(gradient, their_gradient) <= TOLERANCE_SHARED
     assert shared.largest_log_ratio == pytest.approx(theirs.largest_log_ratio, abs=TOLERANCE)
     relative = shared.exact_savings.trim_prompts and shared.exact_savings.full_width_from is None
-    sees_all = shared.sharing.window is None  # the tiny windows are shorter than a row
-    assert (shared.sharing.packed_passes > 0) == (relative and sees_all and name not in NOT_SHARED)
+    assert (shared.sharing.packed_passes > 0) == (relative and name not in NOT_SHARED)
 
 
 @pytest.mark.train

@@ -15,7 +15,7 @@ from peft import get_peft_model
 
 import trl_ext
 from trl_ext.rollouts.pair_dealing import WHOLE_BATCH_LOSSES
-from trl_ext.rollouts.prefix_exactness import attention_window, pass_cost, sharing_obstacles
+from trl_ext.rollouts.prefix_exactness import Window, attention_window, common_window, pass_cost, sharing_obstacles
 from trl_ext.rollouts.shared_pass import SharedPass
 
 
@@ -204,7 +204,15 @@ def test_what_stands_in_the_way(subtests):
 def test_a_window_is_that_of_layers_that_have_one():
     assert attention_window(tiny.qwen2()) is None
     sliding = tiny.qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    assert attention_window(sliding) == 8
+    assert attention_window(sliding) == Window(8, "by_layer_type")
+
+
+def test_models_that_get_the_same_mask_have_the_same_window():
+    """Otherwise no mask is right for all of them, and rows longer than the shortest window are not shared."""
+    short, long = (tiny.qwen2(use_sliding_window=True, sliding_window=n, max_window_layers=1) for n in (8, 9))
+    assert common_window([short, short]) == Window(8, "by_layer_type")
+    assert common_window([tiny.qwen2(), long, short]) == Window(8)
+    assert common_window([tiny.qwen2()]) is None
 
 
 def test_the_cost_of_attention_by_hand():

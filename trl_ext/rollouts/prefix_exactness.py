@@ -3,8 +3,8 @@ Whether the passes of a model may compute shared prompts once, and what that cos
 """
 
 import inspect
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -18,6 +18,26 @@ DROPOUT_LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Alpha
 # How much longer a multiplication takes in attention than in a linear layer. `benchmarks/prefix_cost.py` measures it;
 # on a GPU it has not been measured yet, and the number is on the safe side.
 SLOWER_IN_ATTENTION = {"cpu": 1.5, "cuda": 4.0}
+# What stands in the source of models of transformers that take a mask for each type of layer, and of those in which
+# every layer has the window
+BY_LAYER_TYPE = "attention_mask, dict)"
+IN_EVERY_LAYER = "create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask"
+
+
+class Window(NamedTuple):
+    """
+    A sliding window of a model's attention.
+
+    Args:
+        tokens (`int`):
+            Last tokens that a token sees, itself included.
+        masks (`str`, *optional*):
+            How the model takes a mask of places that keeps to the window: `"by_layer_type"`, with a second mask for
+            layers that see all, or `"one"`. `None`: it can't be given one.
+    """
+
+    tokens: int
+    masks: str | None = None
 
 
 def dropout_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
@@ -54,12 +74,28 @@ def sharing_obstacles(model: Any, attention: str | None) -> list[str]:
     return obstacles
 
 
-def attention_window(model: Any) -> int | None:
-    """Tokens that a layer of a model sees, if it sees fewer than all."""
+def attention_window(model: Any) -> Window | None:
+    """The sliding window of a model, if it has one in any layer."""
     config: Any = model.config.get_text_config()
     layers = getattr(config, "layer_types", None)
-    window: int | None = getattr(config, "sliding_window", None)
-    return None if layers is not None and "sliding_attention" not in layers else window
+    tokens: int | None = getattr(config, "sliding_window", None)
+    if tokens is None or (layers is not None and "sliding_attention" not in layers):
+        return None
+    try:
+        source = " ".join(inspect.getsource(type(model.base_model).forward).split())
+    except (OSError, TypeError):  # no source
+        return Window(tokens)
+    if layers is not None and BY_LAYER_TYPE in source:
+        return Window(tokens, "by_layer_type")
+    return Window(tokens, "one" if IN_EVERY_LAYER in source else None)
+
+
+def common_window(models: Iterable[Any]) -> Window | None:
+    """The sliding window of models that get the same mask. Where they differ, no mask keeps to it."""
+    windows = list(map(attention_window, models))
+    if len(set(windows)) <= 1:
+        return next(iter(windows), None)
+    return Window(min(window.tokens for window in windows if window is not None))
 
 
 def can_repeat_cache(model: Any) -> bool:

@@ -20,11 +20,11 @@ from torch import nn
 from transformers import DynamicCache
 
 from .kept_states import ActorCriticOutput, KeptStates, picked
-from .prefix_exactness import can_repeat_cache
+from .prefix_exactness import Window, can_repeat_cache
 from .prefix_trees import FEWEST_POSSIBLE, FEWEST_SHARED, WORTH, Cost, PackedRows, packed_rows
 
 
-# Bytes of the mask of a packed pass, in booleans
+# Bytes of the masks of a packed pass, in booleans, unless the mask of the padded rows is as large
 MASK_BUDGET = 2**28
 # What TRL passes to a model that reads text alone
 TEXT_INPUTS = {"input_ids", "attention_mask", "labels", "fused_lm_head"}
@@ -49,8 +49,8 @@ class Sharing:
             Share whatever can be shared, at any cost.
         multiple (`int`):
             Packed rows are padded to a multiple of this.
-        window (`int`, *optional*):
-            Tokens that a layer sees, if it sees fewer than all: longer rows are not shared.
+        window ([`~trl_ext.rollouts.prefix_exactness.Window`], *optional*):
+            Sliding window of the models. If they can't be given a mask for it, longer rows are not shared.
         full_width_from (`int`, *optional*):
             Columns from which on a model's outputs depend on the width of the batch: wider ones are not shared.
 
@@ -70,7 +70,7 @@ class Sharing:
     cache: bool = False
     always: bool = False
     multiple: int = 1
-    window: int | None = None
+    window: Window | None = None
     full_width_from: int | None = None
     passes: int = field(default=0, init=False)
     packed_passes: int = field(default=0, init=False)
@@ -81,9 +81,18 @@ class Sharing:
     met_pairs: int = field(default=0, init=False)
 
     @property
+    def any_length(self) -> bool:
+        """Whether passes share the prompts of rows of any length, so that it pays to bring them together."""
+        return self.pack and (self.window is None or self.window.masks is not None)
+
+    @property
     def fewest(self) -> int:
         """Shared tokens that are worth a segment of their own."""
         return FEWEST_POSSIBLE if self.always else FEWEST_SHARED
+
+    def window_within(self, longest: int) -> Window | None:
+        """The window, if it is shorter than the longest row."""
+        return self.window if self.window is not None and self.window.tokens < longest else None
 
 
 class _PaddedRows:
@@ -179,14 +188,17 @@ class SharedPass:
         sharing, cost = self.sharing, self.sharing.cost
         unshared = cost.of(rows.count, rows.columns)
         options: list[tuple[float, Callable[[], Any], int]] = []
-        too_long = sharing.window is not None and max(rows.sizes) > sharing.window
+        window = sharing.window_within(max(rows.sizes))
+        too_long = window is not None and window.masks is None
         too_wide = sharing.full_width_from is not None and rows.columns >= sharing.full_width_from
         if min(rows.sizes) == 0 or rows.count == 1 or too_long or too_wide:
             return None, rows.ids.numel()
         if sharing.pack:
             packed = packed_rows(rows.rows, cost, sharing.fewest, sharing.multiple)
             count = len(packed.segments)
-            if count * packed.width**2 <= MASK_BUDGET:
+            masks = 2 if window is not None and window.masks == "by_layer_type" else 1
+            # Never the padded rows instead, many more tokens, to save a mask that is no larger than theirs
+            if masks * count * packed.width**2 <= max(MASK_BUDGET, masks * rows.count * rows.columns**2):
                 options.append((cost.of(count, packed.width), partial(self._packed, rows, packed), packed.tokens))
         if sharing.cache and rows.completion_columns is not None and can_repeat_cache(self.base):
             first, prompt_of, sizes = rows.prompts()
@@ -210,10 +222,11 @@ class SharedPass:
         place = torch.zeros(rows.ids.shape, dtype=torch.long, device=device)
         place[rows.mask] = torch.cat([packed.places(i) for i in range(rows.count)]).to(device)
         places = place[wanted]
+        window = self.sharing.window_within(max(rows.sizes))
         with KeptStates.of(self.base).keeping(places):
             output = self.model(
                 input_ids=packed.input_ids.to(device),
-                attention_mask=attention_mask(packed, self.sharing.attention, self.base.dtype, device),
+                attention_mask=attention_masks(packed, self.sharing.attention, self.base.dtype, device, window),
                 position_ids=packed.positions.to(device),
                 shift_labels=labels[wanted].unsqueeze(0),
                 fused_lm_head=True,
@@ -258,26 +271,53 @@ class SharedPass:
         )
 
 
-def attention_mask(packed: PackedRows, implementation: str | None, dtype: torch.dtype, device: torch.device) -> Any:
-    """Which places of packed rows see which, in the form that an `attn_implementation` takes."""
+def attention_masks(
+    packed: PackedRows, implementation: str | None, dtype: torch.dtype, device: torch.device, window: Window | None
+) -> Any:
+    """Which places of packed rows see which, in the form that a model with this `window` takes."""
+    if window is None:
+        return attention_mask(packed, implementation, dtype, device)
+    sliding = attention_mask(packed, implementation, dtype, device, window.tokens)
+    if window.masks == "one":
+        return sliding
+    return {
+        "full_attention": attention_mask(packed, implementation, dtype, device),
+        "sliding_attention": sliding,
+    }
+
+
+def attention_mask(
+    packed: PackedRows,
+    implementation: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    window: int | None = None,
+) -> Any:
+    """
+    Which places of packed rows see which, in the form that an `attn_implementation` takes. With a `window`, a place
+    sees that many last tokens of its row.
+    """
     if implementation == "flex_attention":
-        return block_mask(packed, device)
-    visible = packed.visible.unsqueeze(1).to(device)  # (R, 1, N, N)
+        return block_mask(packed, device, window)
+    visible = packed.visible if window is None else packed.visible_within(window)
+    visible = visible.unsqueeze(1).to(device)  # (R, 1, N, N)
     if implementation == "sdpa":
         return visible
     lowest = torch.finfo(dtype).min
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest)
 
 
-def block_mask(packed: PackedRows, device: torch.device) -> Any:
+def block_mask(packed: PackedRows, device: torch.device, window: int | None = None) -> Any:
     """The same for FlexAttention, which skips blocks of places that don't see each other."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     limits, segments, positions = (t.to(device) for t in (packed.limits, packed.segment_of, packed.positions))
+    count, width = packed.input_ids.shape
+    sees_back = width if window is None else window
 
     def sees(row: Any, head: Any, looks: Any, seen: Any) -> Any:
         limit = limits[row, segments[row, looks], segments[row, seen]]
-        return (positions[row, seen] < limit) & (positions[row, seen] <= positions[row, looks])
+        back = positions[row, looks] - positions[row, seen]
+        return (positions[row, seen] < limit) & (back >= 0) & (back < sees_back)
 
-    count, width = packed.input_ids.shape
     return create_block_mask(sees, count, None, width, width, device=str(device))

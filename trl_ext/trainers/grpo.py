@@ -166,7 +166,7 @@ class GRPOTrainer(CriticSeams):
     @property
     def sharing_cost(self) -> Cost | None:
         """What computing costs, if passes share prompts."""
-        return self.sharing.cost if self.sharing is not None and self.sharing.pack else None
+        return self.sharing.cost if self.sharing is not None and self.sharing.any_length else None
 
     @staticmethod
     def _add_overlong_punishment(given: dict[str, Any]) -> None:

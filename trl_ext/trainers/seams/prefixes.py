@@ -12,7 +12,7 @@ import trl
 
 from ...roles.critic import base_model_of, critic_of
 from ...rollouts.exactness import needs_full_width
-from ...rollouts.prefix_exactness import attention_window, pass_cost, sharing_obstacles
+from ...rollouts.prefix_exactness import common_window, pass_cost, sharing_obstacles
 from ...rollouts.prefix_trees import Cost
 from ...rollouts.shared_pass import SharedPass, Sharing
 
@@ -51,15 +51,15 @@ def sharing_of(trainer: trl.GRPOTrainer | trl.DPOTrainer, always: bool = False) 
         obstacles.append("policy, reference and critic differ in their attn_implementation")
     # A second call of the model on one process alone would leave the others waiting in its collectives
     alone = trainer.accelerator.num_processes == 1 and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
-    windows = [window for window in map(attention_window, models) if window is not None]
+    window = common_window(models)
     sharing = Sharing(
         Cost(0.0) if obstacles else pass_cost(policy, trainer.accelerator.device.type),
         attention=attention,
         pack=not obstacles,
-        cache=not obstacles and alone and not reads and not windows,
+        cache=not obstacles and alone and not reads and window is None,
         always=always,
         multiple=int(args.pad_to_multiple_of or 1),
-        window=min(windows, default=None),
+        window=window,
         full_width_from=min((width.columns for width in map(needs_full_width, models) if width), default=None),
     )
     return sharing, obstacles
