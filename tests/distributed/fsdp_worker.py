@@ -1,0 +1,91 @@
+"""
+Trains with FSDP2 on two processes, with shared prompts and without: `fsdp_worker.py OUTPUT`. Started by `test_fsdp.py`
+with torchrun.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import tiny
+
+import trl_ext
+
+
+CASES: dict[str, Any] = {
+    "grpo": (trl_ext.GRPOTrainer, {}),
+    "ppo_head": (trl_ext.PPOTrainer, {"critic": "head", "critic_trunk_grad": 0.5, "critic_learning_rate": 0.1}),
+}
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+def allow_fsdp_on_cpus() -> None:
+    """Accelerate ignores its FSDP plugin where there is no GPU, which torch doesn't need."""
+    init = AcceleratorState.__init__
+
+    def forced(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = forced
+    os.environ.update(FSDP2)
+
+
+def weights(model: Any) -> torch.Tensor:
+    """All weights of all processes as one vector."""
+    return torch.cat([getattr(p, "full_tensor", lambda p=p: p)().detach().flatten() for p in model.parameters()])
+
+
+def train(name: str, output_dir: Path, share: Any) -> dict[str, Any]:
+    """Two optimizer steps in float64, whose rounding is far below what the steps move."""
+    trainer_class, settings = CASES[name]
+    trainer = tiny.trainer(
+        trainer_class,
+        output_dir,
+        arguments={"model": tiny.stopping().double(), "train_dataset": tiny.ragged(64)},
+        share_prefixes=share,
+        per_device_train_batch_size=4,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        learning_rate=0.1,
+        max_steps=2,
+        **settings,
+    )
+    before = weights(trainer.model)
+    trainer.train()
+    assert trainer.accelerator.num_processes == 2
+    assert any(isinstance(module, FSDPModule) for module in trainer.model_wrapped.modules())
+    return {"before": before, "after": weights(trainer.model), "sharing": trainer.sharing}
+
+
+def main(output_dir: Path) -> None:
+    allow_fsdp_on_cpus()
+    found = {
+        name: {how: train(name, output_dir / f"{name}_{how}", how) for how in (False, "always")} for name in CASES
+    }
+    if int(os.environ["RANK"]) == 0:
+        torch.save(found, output_dir / "found.pt")
+    tiny.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,26 @@
+"""Shared prompts with FSDP2, whose processes gather the layers of a model as a pass comes to them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run
+
+
+pytestmark = pytest.mark.distributed
+
+
+def test_shared_prompts_take_the_same_steps(tmp_path, subtests):
+    worker = Path(__file__).with_name("fsdp_worker.py")
+    run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker, tmp_path])
+    for name, runs in torch.load(tmp_path / "found.pt", weights_only=False).items():
+        with subtests.test(name):
+            plain, shared = runs[False], runs["always"]
+            assert torch.equal(shared["before"], plain["before"])
+            movement = (plain["after"] - plain["before"]).norm()
+            error = (shared["after"] - plain["after"]).norm() / movement
+            assert movement > 0 and error <= 1e-5
+            assert plain["sharing"] is None
+            assert shared["sharing"].packed_passes > 0
+            # A second call of the model on one process would leave the other waiting
+            assert shared["sharing"].cached_passes == 0
