@@ -21,6 +21,8 @@ EXPLAINED_VARIANCE = "val/explained_variance"
 
 # Logged by the engine
 COMPUTE_SAVED = "compute/saved"
+DROPPED_TOKENS = "trust_region/dropped"  # share of tokens
+DIVERGENCE = "trust_region/divergence"  # mean over tokens
 COMPLETION_LIMIT = "curriculum/completion_length"
 SELECTION = "selection/"  # before the totals of a run, by their names in `Counters`
 GENERATED_TOKENS = f"{SELECTION}generated_tokens"

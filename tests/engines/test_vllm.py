@@ -1,8 +1,10 @@
 """
 Training with TRL's colocated vLLM engine, with a stub in its place (`vllm_stub.py`): rollouts come from the engine,
-nothing else changes, and the engine generates with the weights that the policy has.
+nothing else changes, and the engine generates with the weights that the policy has. Where the engine's
+log-probabilities are not the policy's, TRL's correction reaches the loss, each row with its own weight.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from engines.vllm_stub import SamplingParams, StubLLM
+import trl
+from comparing import Gradients, largest_relative_error
+from engines.vllm_stub import SamplingParams, StubLLM, skew_of
 from trl.generation import vllm_generation
 
 from trl_ext import (
@@ -165,3 +169,107 @@ def test_the_engine_ends_completions_where_it_is_told(trainer_class, settings, e
     assert all(not ends & set(ids[:-1]) and (len(ids) == 16 or ids[-1] in ends) for ids in found)
     assert {ids[-1] for ids in found if len(ids) < 16} == ends
     assert trainer.args.generation_kwargs == settings.get("generation_kwargs")
+
+
+# An engine whose log-probabilities are off. By how much follows from token and position, so that the weights of a row
+# follow from its ids.
+
+SKEW = 0.4
+# Bounds that some ratios exceed on each side
+BOUNDS = {"vllm_importance_sampling_clip_min": 0.7, "vllm_importance_sampling_clip_max": 1.4}
+SGD = {"optim": "sgd", "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+
+
+def weights_of(ids: list[int], mode: str) -> list[float]:
+    """π_old/μ of a completion's tokens, or of the whole, clipped or masked."""
+    differences = [-SKEW * skew_of(token, position) for position, token in enumerate(ids)]
+    ratios = [math.exp(d) for d in ([sum(differences)] * len(ids) if "sequence" in mode else differences)]
+    low, high = BOUNDS.values()
+    if "truncate" in mode:
+        return [min(max(ratio, low), high) for ratio in ratios]
+    return [ratio if low <= ratio <= high else 0.0 for ratio in ratios]
+
+
+def skewed(trainer_class: Any, mode: str, tmp_path: Path, policy: str, engines: Any, **settings: Any) -> Any:
+    """A trainer that was trained with such an engine, and the gradients of its steps."""
+    gradients = Gradients()
+    given = {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_correction": True, **BOUNDS, **SGD}
+    if trainer_class is trl.GRPOTrainer:
+        given |= {"use_vllm": True, "vllm_mode": "colocate", "seed": 3}
+        arguments = {"model": policy, "train_dataset": tiny.prompts(), "processing_class": tiny.tokenizer()}
+        config = trl.GRPOConfig(**tiny.cpu_settings(tmp_path, **{**given, **settings}))
+        trainer = trl.GRPOTrainer(reward_funcs=SOME, args=config, callbacks=[gradients], **arguments)
+    else:
+        trainer = built(trainer_class, tmp_path, policy, {"callbacks": [gradients]}, **{**given, **settings})
+    engines[-1].skew = SKEW
+    trainer.train()
+    return trainer, gradients.vectors
+
+
+CORRECTED: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "token": (GRPOTrainer, "token_truncate", {}),
+    "sequence": (GRPOTrainer, "sequence_mask", {}),
+    "refilled": (DAPOTrainer, "sequence_truncate", {}),
+    "copied": (DUPOTrainer, "token_mask", {"updates_per_generation": 1}),
+    "replayed": (PPOTrainer, "token_truncate", {"num_iterations": 1, "replay_ratio": 0.5, "max_steps": 3}),
+}
+
+
+@pytest.mark.parametrize("case", CORRECTED)
+def test_every_row_has_its_own_correction(case, engines, policy, tmp_path):
+    """From fitted micro-batches and shared prompts, the gradient is TRL's, or that of the same run without them."""
+    trainer_class, mode, settings = CORRECTED[case]
+    plain = (trl.GRPOTrainer, settings) if trainer_class is GRPOTrainer else None
+    plain = plain or (trainer_class, {"fit_micro_batches": False, "share_prefixes": False, **settings})
+    _, theirs = skewed(plain[0], mode, tmp_path / "plain", policy, engines, **plain[1])
+    trainer, ours = skewed(
+        trainer_class, mode, tmp_path / "ours", policy, engines, share_prefixes="always", **settings
+    )
+    assert largest_relative_error(ours, theirs) <= 1e-5
+    seen = set()
+    for batch in trainer.losses:
+        mask = batch["completion_mask"].bool()
+        weights = batch["importance_sampling_ratio"].expand(-1, mask.size(1))
+        for ids, found, tokens in zip(batch["completion_ids"], weights, mask, strict=True):
+            expected = weights_of(ids[tokens].tolist(), mode)
+            assert found[tokens].tolist() == pytest.approx(expected, abs=1e-4)
+            seen |= set(expected)
+    assert any(0 < abs(weight - 1) < 0.3 for weight in seen) and any(
+        weight in (0, *BOUNDS.values()) for weight in seen
+    )
+    assert (
+        trainer.saved_compute.regrouped_rows > 0 and trainer.sharing.token_slots < trainer.sharing.token_slots_unshared
+    )
+    assert case != "refilled" or any(len(batch.rounds) > 1 for batch in trainer.batches)
+    assert case != "copied" or trainer.saved_compute.merged_rows > 0
+
+
+def test_a_trust_region_is_around_the_policy_of_the_engine(engines, policy, tmp_path):
+    """The ratio is π/μ, with TRL's correction of π/π_old or without one. Tokens are dropped before any update."""
+    settings = {"trust_region": "binary_tv", "trust_region_threshold": 0.05}
+    whole = {"vllm_importance_sampling_clip_min": None, "vllm_importance_sampling_clip_max": 1e6}
+    runs = {
+        correction: skewed(
+            GRPOTrainer,
+            "token_truncate",
+            tmp_path / str(correction),
+            policy,
+            engines,
+            **{**settings, **whole, "vllm_importance_sampling_correction": correction},
+        )
+        for correction in (True, False)
+    }
+    assert largest_relative_error(runs[True][1], runs[False][1]) <= 1e-5
+    trainer = runs[True][0]
+    dropped, total = 0, 0
+    for batch in trainer.losses[: len(trainer.losses) // 2]:  # of the first generation batch
+        mask = batch["completion_mask"].bool()
+        logps, rows = batch["old_per_token_logps"], zip(batch["completion_ids"], mask, strict=True)
+        for (ids, tokens), of_row, advantage in zip(rows, logps, batch["advantages"], strict=True):
+            for position, (token, logp) in enumerate(zip(ids[tokens].tolist(), of_row[tokens].tolist(), strict=True)):
+                mu = math.exp(logp + SKEW * skew_of(token, position))
+                away = advantage * (math.exp(logp) - mu) > 0
+                dropped += bool(away and abs(math.exp(logp) - mu) > 0.05)
+        total = batch["fit"].all_tokens
+    found = tiny.history(trainer)[0]["trust_region/dropped"]
+    assert 0 < found == pytest.approx(dropped / total, rel=1e-4)

@@ -4,6 +4,7 @@ is strict where vLLM is: weights must have names that it knows, and settings of 
 refused.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -51,6 +52,11 @@ class Request:
     outputs: list[Completion]
 
 
+def skew_of(token: int, position: int) -> float:
+    """A number in [−1, 1] that tells a completion's tokens apart, so that they can be recognised by it."""
+    return math.sin(12.9898 * token + 78.233 * position)
+
+
 @dataclass
 class StubLLM:
     """
@@ -63,12 +69,15 @@ class StubLLM:
             How often the weights were replaced.
         on_sync (`Callable`):
             Called when they were.
+        skew (`float`):
+            How far the log-probabilities that it reports are from those that it samples with, see [`skew_of`].
     """
 
     model_path: str
     on_sync: Callable[[], None] = lambda: None
     syncs: int = 0
     lengths: list[list[int]] = field(default_factory=list)
+    skew: float = 0.0
 
     def __post_init__(self) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32).eval()
@@ -102,5 +111,6 @@ class StubLLM:
             logps = (self.model(torch.tensor([ids])).logits[0, -1] / params.temperature).log_softmax(-1)
             token = int(torch.multinomial(logps.exp(), 1))
             ids.append(token)
-            logprobs.append({token: Logprob(float(logps[token]))})
+            skewed = float(logps[token]) + self.skew * skew_of(token, len(logprobs))
+            logprobs.append({token: Logprob(skewed)})
         return Request(prompt, [Completion(ids[len(prompt) :], logprobs)])

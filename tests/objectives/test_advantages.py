@@ -1,5 +1,6 @@
 """Advantages against values derived by hand, against slow twins in plain Python, and their properties."""
 
+import itertools
 import math
 import statistics
 
@@ -10,6 +11,7 @@ from trl_ext.objectives.advantages import (
     STD_EPSILON,
     aggregate_rewards,
     leave_one_out,
+    maxrl,
     normalize_advantages,
     reinforce,
     scale_advantages,
@@ -93,6 +95,35 @@ class TestLeaveOneOut:
         first, second = leave_one_out(rewards, 4)[:4], leave_one_out(changed, 4)[:4]
         assert first.isfinite().any()
         torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+
+
+class TestMaxRL:
+    def test_by_hand(self):
+        # Group 1: one of four solved, mean 1/4: (1 − 1/4)/(1/4) = 3, and −1 for the others; they sum to 0.
+        # Group 2: graded, 0.5, n/a, 1, 0: mean 1/2 of what is known, so 0, n/a, 1, −1.
+        # Group 3: nothing solved, mean 0: 0. Group 4: all solved: 0. Group 5: nothing known.
+        rewards = [*(1.0, 0, 0, 0), *(0.5, NAN, 1.0, 0.0), *(0.0, 0.0, NAN, 0.0), *(1.0,) * 4, *(NAN,) * 4]
+        expected = [*(3.0, -1, -1, -1), *(0.0, NAN, 1.0, -1.0), *(0.0, 0.0, NAN, 0.0), *(0.0,) * 4, *(NAN,) * 4]
+        found = maxrl(torch.tensor(rewards, dtype=torch.float64), 4)
+        exactly = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), **exactly)
+
+    @pytest.mark.parametrize("size", [2, 3, 5])
+    @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+    def test_is_the_gradient_of_the_likelihood_cut_off(self, size, p):
+        # A policy solves a prompt with probability p = σ(θ). The score of a completion is R − p, dp/dθ = p(1 − p), and
+        # −d/dθ Σ_{k=1}^{K} (1 − p)^k/k = Σ_{k=0}^{K−1} (1 − p)^k · p(1 − p), which is (1 − p)(1 − (1 − p)^K). Over all
+        # 2^G outcomes of a group, the mean of 1/G Σ_i A_i (R_i − p) is that with K = G − 1: for G = 2, p(1 − p).
+        expectation = 0.0
+        for outcome in itertools.product((0.0, 1.0), repeat=size):
+            probability = math.prod(p if reward else 1 - p for reward in outcome)
+            rewards = torch.tensor(outcome, dtype=torch.float64)
+            expectation += probability * (maxrl(rewards, size) * (rewards - p)).mean().item()
+        assert expectation == pytest.approx((1 - p) * (1 - (1 - p) ** (size - 1)), rel=1e-12)
+
+    def test_a_negative_mean_does_not_turn_the_sign(self):
+        # (R − R̄)/R̄ would be negative for the better completion. The trainer refuses such rewards.
+        assert maxrl(torch.tensor([-1.0, -3.0]), 2).tolist() == [0.0, 0.0]
 
 
 class TestReinforce:

@@ -16,7 +16,7 @@ CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 CONFIG_CLASSES = {
     name.lower(): getattr(trl_ext, f"{name}Config") for name in ("GRPO", "RLOO", "DAPO", "DUPO", "GSPO", "PPO")
 }
-CONFIG_CLASSES |= {"reinforce": trl_ext.GRPOConfig}
+CONFIG_CLASSES |= {"reinforce": trl_ext.GRPOConfig, "maxrl": trl_ext.GRPOConfig}
 # With arguments of their own
 SUPERVISED = {
     "pairs": (arguments.PairArguments, trl_ext.GRPOConfig),

@@ -157,7 +157,7 @@ def test_ppo_from_pairs_to_pictures(task, reward_model):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "estimator"), [("rloo", "leave_one_out"), ("reinforce", "reinforce")], ids=["rloo", "reinforce"]
+    ("recipe", "estimator"), [("rloo", "leave_one_out"), ("reinforce", "reinforce"), ("maxrl", "maxrl")]
 )
 def test_recipes_with_another_baseline(recipe, estimator, task, monkeypatch):
     made = []

@@ -30,7 +30,7 @@ SMALL = "--output_dir out --use_cpu true --report_to none --model_name_or_path m
 SAMPLING = f"{SMALL} --dataset_name prompts.jsonl --reward_funcs rewards.py:even --max_completion_length 4"
 OF_PAIRS = f"{SMALL} --dataset_name pairs.jsonl"
 # Of each recipe, a command line that is right
-RIGHT = dict.fromkeys(("grpo", "dapo", "dupo", "gspo", "ppo", "rloo", "reinforce"), SAMPLING)
+RIGHT = dict.fromkeys(("grpo", "dapo", "dupo", "gspo", "ppo", "rloo", "reinforce", "maxrl"), SAMPLING)
 RIGHT |= dict.fromkeys(("dpo_then_ppo", "make_pairs", "filter_prompts"), SAMPLING)
 RIGHT["dpo_then_ppo"] += " --use_peft true"
 RIGHT |= {"dpo": OF_PAIRS, "reward": OF_PAIRS, "sft": OF_PAIRS, "sort_digits": "--output_dir out"}
@@ -48,6 +48,7 @@ ppo          | --max_steps                             | --max_steps: expected o
 sft          | --lr_scheduler_type lineer              | --lr_scheduler_type: invalid choice: 'lineer' (choose from …linear
 sort_digits  | --sft_size few                          | --sft_size is 'few', but takes a whole number
 dapo         | --loss_type dapoo                       | loss_type='dapoo' is unknown. Choose one of …'dapo'
+maxrl        | --scale_rewards group                   | scale_rewards='group' … Set scale_rewards to 'none'
 dpo          | --loss_type sigmod                      | loss_type…'sigmod'… Choose …'sigmoid'
 dpo          | --loss_type                             | --loss_type: expected at least one argument
 gspo         | --importance_sampling_level word        | importance_sampling_level='word' is unknown

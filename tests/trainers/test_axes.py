@@ -1,5 +1,5 @@
 """
-The tables of the three axes: a new entry is one function and one entry and reaches training; an unknown or
+The tables of the axes: a new entry is one function and one entry and reaches training; an unknown or
 half-written one is an error at construction.
 """
 
@@ -10,10 +10,12 @@ import pytest
 import tiny
 import torch
 
-from trl_ext import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
+from trl_ext import DAPOConfig, GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, RLOOConfig
 from trl_ext.objectives.advantages import ESTIMATORS, AdvantageEstimator, leave_one_out
 from trl_ext.objectives.ppo import LOSS_TERMS
 from trl_ext.objectives.ratios import IMPORTANCE_LEVELS, ImportanceLevel
+from trl_ext.objectives.trust_region import TRUST_REGIONS
+from trl_ext.rewards.guard import RewardFunctionError
 from trl_ext.rollouts.selection import SELECTIONS, RolloutSelection
 
 
@@ -72,7 +74,7 @@ def test_an_entry_that_is_half_written(entry, told):
 
 
 @pytest.mark.parametrize(
-    "name", ["rollout_selection", "advantage_estimator", "importance_sampling_level", "refill_draws"]
+    "name", ["rollout_selection", "advantage_estimator", "importance_sampling_level", "trust_region", "refill_draws"]
 )
 @pytest.mark.parametrize("config_class", [GRPOConfig, PPOConfig])
 def test_an_unknown_name(config_class, name, tmp_path):
@@ -94,6 +96,7 @@ def test_defaults_are_in_the_tables():
     assert defaults["advantage_estimator"] in ESTIMATORS
     assert defaults["rollout_selection"] in SELECTIONS
     assert defaults["importance_sampling_level"] in IMPORTANCE_LEVELS
+    assert defaults["trust_region"] in TRUST_REGIONS
 
 
 @pytest.mark.train
@@ -177,3 +180,57 @@ def test_what_is_an_outcome_says_what_is_scored(tmp_path, estimator):
     assert torch.allclose(advantages[:, [0, 1, 3]], expected.expand(4, 3), atol=1e-5)
     (log,) = tiny.history(trainer)
     assert log["reward"] == pytest.approx(1.0) and log["rewards/of_form/mean"] == pytest.approx(1 / 3)
+
+
+# MaxRL
+
+
+def test_maxrl_divides_by_the_share_that_is_solved(tmp_path):
+    """Over all completions of a prompt, (1 − p)/p for those that solve it and −1 for the others; 0 where none does."""
+
+    def seldom(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        return [float(ids[0] % 3 == 0) for ids in completion_ids]
+
+    settings = {"advantage_estimator": "maxrl", "trust_region": "binary_tv", "max_steps": 1}
+    trainer = tiny.trained(GRPOTrainer, tmp_path, seldom, **settings)
+    (batch,) = trainer.batches
+    solved = torch.tensor(seldom(batch.completions)).view(4, 4)
+    shares = solved.mean(dim=1)
+    assert {0.0} < set(shares.tolist())
+    advantages = batch.output["advantages"].view(4, 4)
+    for of_group, found, p in zip(solved, advantages, shares.tolist(), strict=True):
+        expected = [((1 - p) / p if right else -1.0) if p else 0.0 for right in of_group.tolist()]
+        assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    trainer.create_model_card(model_name="tiny")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    for paper in ("2402.03300", "2602.02710", "2602.04879"):  # GRPO's by TRL, MaxRL's and DPPO's
+        assert card.count(f"https://huggingface.co/papers/{paper}") == 1
+    assert "@article{tajwar2026maxrl" in card and "@article{qi2026rethinking" in card
+
+
+def test_maxrl_takes_no_negative_rewards(tmp_path):
+    def punished(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        return [-0.5 * (i == 3) for i in range(len(completion_ids))]
+
+    settings = {"advantage_estimator": "maxrl", "reward_weights": [1.0, 2.0]}
+    constant = tiny.trainer(GRPOTrainer, tmp_path, [tiny.constant, punished], **settings)
+    told = "a completion has the reward -1 .`constant` 0, `punished` -0.5.. Return rewards of 0 and more"
+    with pytest.raises(RewardFunctionError, match=told):
+        constant.train()
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changed", "told"),
+    [
+        (GRPOConfig, {"scale_rewards": "group"}, "a group already. Set scale_rewards to 'none'"),
+        (GRPOConfig, {"scale_rewards": "batch"}, "a group already. Set scale_rewards to 'none'"),
+        (GRPOConfig, {"multi_objective_aggregation": "normalize_then_sum"}, "makes rewards negative"),
+        (GRPOConfig, {"reinforce_baseline_momentum": 0.9}, "Set advantage_estimator='reinforce'"),
+        (DAPOConfig, {"max_completion_length": 50}, "soft_punish_cache=10 adds a negative reward"),
+        (RLOOConfig, {"beta": 0.1}, "beta=0.1 subtracts a KL from the rewards"),
+    ],
+)
+def test_what_maxrl_refuses(config_class, changed, told, tmp_path):
+    with pytest.raises(ValueError) as error:
+        config_class(**tiny.cpu_settings(tmp_path, advantage_estimator="maxrl", **changed))
+    assert told in str(error.value)

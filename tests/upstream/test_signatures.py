@@ -30,6 +30,8 @@ REPLACED = {
     "beta": "not zero while TRL is asked for a reference that its loss doesn't need; adapted by PPO",
     "eos_token_ids": "PPO's stop_token_id",
     "importance_sampling_level": "TRL's loss runs at level 'token' under GSPO-token",
+    "epsilon_low": "infinite where a trust region takes the clip's place",
+    "epsilon_high": "infinite where a trust region takes the clip's place",
 }
 
 

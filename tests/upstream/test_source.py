@@ -13,7 +13,7 @@ import pytest
 import trl
 from upstream import record
 
-from trl_ext.trainers import dpo, grpo_config
+from trl_ext.trainers import dpo, ratio_checks
 
 
 RECORDED = record.recorded()
@@ -77,5 +77,5 @@ def compared_with(method, names: set[str]) -> set[str]:
 
 
 def test_trl_knows_the_losses_that_are_listed():
-    assert set(grpo_config.LOSS_TYPES) == compared_with(trl.GRPOTrainer._compute_loss, {"loss_type"})
+    assert set(ratio_checks.LOSS_TYPES) == compared_with(trl.GRPOTrainer._compute_loss, {"loss_type"})
     assert set(dpo.LOSS_TYPES) == compared_with(trl.DPOTrainer._compute_loss, {"loss_type"})

@@ -7,13 +7,14 @@ advantage is NaN too, so that it counts in no mean and no deviation; the trainer
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from trl.trainer.utils import nanstd
 
 from ..errors import require, require_one_of
+from .papers import MAXRL
 
 
 # What TRL adds to a standard deviation before it divides by it. Equal here, so that scaled advantages are comparable.
@@ -84,6 +85,29 @@ def leave_one_out(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
     others = (~grouped.isnan()).sum(dim=1, keepdim=True) - 1
     baseline = (grouped.nansum(dim=1, keepdim=True) - grouped) / others.clamp(min=1)
     return (grouped - baseline).masked_fill(others < 1, torch.nan).view(-1)
+
+
+def maxrl(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """
+    A_i = (R_i − R̄)/R̄ with the group's mean reward R̄, and 0 if that is 0 (MaxRL, algorithm 1,
+    https://huggingface.co/papers/2602.02710).
+
+    With rewards of 0 and 1, R̄ estimates the probability p that the prompt is solved, and the policy gradient with
+    these advantages is in expectation that of log p, cut off after G − 1 terms of −Σ_k (1 − p)^k/k, where G is the
+    size of a group. The first term alone is the usual objective, p.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N,)`):
+            One reward for each completion, not negative. NaN is left out of the means.
+        num_generations (`int`):
+            Size of a group.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: NaN if the reward is NaN.
+    """
+    grouped = rewards.view(-1, num_generations)  # (P, G)
+    mean = torch.nanmean(grouped, dim=1, keepdim=True)
+    return torch.where(mean > 0, (grouped - mean) / mean, grouped * 0).view(-1)
 
 
 def reinforce(rewards: torch.Tensor, baseline: float | None = None) -> torch.Tensor:
@@ -192,6 +216,10 @@ class AdvantageEstimator:
             Value of TRL's `scale_rewards` if the user doesn't set it.
         refused_scales (`dict[str, str]`):
             Values of `scale_rewards` that make no sense with this estimator, and why.
+        takes_negative (`bool`):
+            Whether rewards may be negative.
+        paper (`Mapping[str, str]`, *optional*):
+            Where it comes from, if a model card has to say that beside the trainer's own paper.
 
     Raises:
         ValueError: if the arguments contradict each other or the signature of `function`.
@@ -202,6 +230,8 @@ class AdvantageEstimator:
     computed_by: str = "function"
     scale_rewards: str = "none"
     refused_scales: dict[str, str] = field(default_factory=dict)
+    takes_negative: bool = True
+    paper: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         require_one_of("computed_by", self.computed_by, COMPUTED_BY)
@@ -228,6 +258,13 @@ RAGGED_GROUP = AdvantageEstimator(group_relative, needs=("num_generations",))
 ESTIMATORS = {
     "group": AdvantageEstimator(computed_by="trl", scale_rewards="group"),
     "leave_one_out": AdvantageEstimator(leave_one_out, needs=("num_generations",)),
+    "maxrl": AdvantageEstimator(
+        maxrl,
+        needs=("num_generations",),
+        refused_scales=dict.fromkeys(("group", "batch"), "it divides by the mean reward of a group already"),
+        takes_negative=False,
+        paper=MAXRL,
+    ),
     "reinforce": AdvantageEstimator(
         reinforce,
         needs=("baseline",),

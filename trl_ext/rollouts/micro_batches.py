@@ -32,7 +32,12 @@ FIT, SOURCE_ROW = "fit", "source_row"
 KEY_BASE = 0x5851F42D4C957F2D
 # Values that make a filler of a row: no token is in the loss. Ratios become 1 because the filler's prompt may be cut:
 # an infinite ratio times a mask of 0 would not be 0.
-NEUTRAL = {"completion_mask": 0, "old_per_token_logps": 0, "importance_sampling_ratio": 1}
+NEUTRAL = {
+    "completion_mask": 0,
+    "old_per_token_logps": 0,
+    "sampling_per_token_logps": 0,
+    "importance_sampling_ratio": 1,
+}
 
 
 # Rows and their tensors

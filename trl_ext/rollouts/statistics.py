@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from trl.trainer.utils import nanstd
 
-from ..metric_keys import KL_PER_TOKEN
+from ..metric_keys import DIVERGENCE, DROPPED_TOKENS, KL_PER_TOKEN
 from .exactness import ROW_MEAN_LOSSES, ExactSavings
 from .groups import Groups
 from .micro_batches import Fit
@@ -145,17 +145,22 @@ def restate_rounds(
             metrics[key][-1] = value
 
 
-# Metrics to which TRL appends a value for every micro-batch. They are means over tokens. Clip ratios are means over
-# rows if there is one importance ratio for each sequence.
+# Metrics to which TRL, or the trust region, appends a value for every micro-batch. They are means over tokens. Clip
+# ratios are means over rows if there is one importance ratio for each sequence.
 LOSS_MEANS = (
     KL_PER_TOKEN,
+    DIVERGENCE,
+    DROPPED_TOKENS,
     "entropy",
     *(f"clip_ratio/{which}_mean" for which in ("low", "high", "region")),
     "cispo_clip_ratio",
     "vespo/phi_seq_mean",
 )
 # Those of them that are zero for a row without advantage
-ZERO_WITHOUT_ADVANTAGE = {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio"}
+ZERO_WITHOUT_ADVANTAGE = {
+    *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio"),
+    DROPPED_TOKENS,
+}
 # Extremes over rows
 LOSS_EXTREMES = ("clip_ratio/low_min", "clip_ratio/high_max")
 # Metrics that are means over rows even at token level, with their value for a row without a token in the loss

@@ -6,7 +6,7 @@ What is wrong in TRL's model cards, put right: the example runs, the metadata ar
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,10 +146,20 @@ class CardAdditions:
             Each returns Markdown that follows TRL's.
         metrics (`dict[str, float]`, *optional*):
             Held-out results, for the metadata.
+        papers (`list[Mapping[str, str]]`, *optional*):
+            What is cited beside the trainer's own paper, each in the form of `_paper` of TRL's trainers.
     """
 
     sections: list[Callable[[], str]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    papers: list[Mapping[str, str]] = field(default_factory=list)
+
+
+def papers_section(papers: Sequence[Mapping[str, str]]) -> str:
+    """Links and citations of papers."""
+    links = "\n".join(f"- [{paper['title']}](https://huggingface.co/papers/{paper['id']})" for paper in papers)
+    citations = "\n\n".join(paper["citation"] for paper in papers)
+    return f"## Methods\n\nThe run also uses the methods of\n\n{links}\n\n```bibtex\n{citations}\n```"
 
 
 def complete_card(trainer: Any, additions: CardAdditions) -> None:
@@ -170,10 +180,10 @@ def complete_card(trainer: Any, additions: CardAdditions) -> None:
         base_model=base_of(started_from),
         metrics=additions.metrics,
     )
-    text = completed(file.read_text(encoding="utf-8"), facts)
-    file.write_text(
-        "\n\n".join([text.rstrip(), *(section() for section in additions.sections)]) + "\n", encoding="utf-8"
-    )
+    parts = [completed(file.read_text(encoding="utf-8"), facts).rstrip()]
+    if additions.papers:
+        parts.append(papers_section(additions.papers))
+    file.write_text("\n\n".join([*parts, *(section() for section in additions.sections)]) + "\n", encoding="utf-8")
 
 
 def as_written(folder: Path) -> str:

@@ -1,8 +1,8 @@
 """
-TRL's GRPO with three axes that can be combined freely. [`GRPOConfig`] has their values.
+TRL's GRPO with four axes that can be combined freely. [`GRPOConfig`] has their values.
 
-With `all`, `group` and `token` (or `sequence`), the gradient is that of `trl.GRPOTrainer`, for a fraction of the
-compute. With `fit_micro_batches=False` as well, all numbers are the same.
+With `all`, `group`, `token` (or `sequence`) and `ratio_clip`, the gradient is that of `trl.GRPOTrainer`, for a
+fraction of the compute. With `fit_micro_batches=False` as well, all numbers are the same.
 """
 
 import copy
@@ -31,6 +31,7 @@ from ..objectives.advantages import (
     updated_baseline,
 )
 from ..objectives.ratios import IMPORTANCE_LEVELS
+from ..objectives.trust_region import TRUST_REGIONS
 from ..rewards.guard import RewardFunctionError
 from ..rollouts.choosers import PromptChooser, RolloutObserver
 from ..rollouts.generation_batch import GenerationBatch, Rows
@@ -56,10 +57,11 @@ from .cards import CardAdditions, complete_card
 from .data_checks import check_inputs, check_loaded, check_prompts, rows_of
 from .grpo_config import GRPOConfig
 from .references import check_reference
-from .reward_checks import check_outcome_names
+from .reward_checks import check_not_negative, check_outcome_names
 from .seams.critic import CriticSeams
 from .seams.prefixes import sharing_of
 from .seams.probes import savings_of, without_trace
+from .trust_region import confined_advantages, old_logps_with_region
 
 
 logger = get_logger(__name__)
@@ -120,7 +122,8 @@ class GRPOTrainer(CriticSeams):
         self.selects = self.rollout_selection.fill is not None
         self.estimator = ESTIMATORS[config.advantage_estimator]
         self.level = IMPORTANCE_LEVELS[config.importance_sampling_level]
-        self.card = CardAdditions()
+        self.trust_region = TRUST_REGIONS[config.trust_region]
+        self.card = CardAdditions(papers=[e.paper for e in (self.estimator, self.trust_region) if e.paper])
         self.counters, self.saved_compute = Counters(), SavedCompute()
         self.sharing_obstacles: list[str] = []
         self._acceptance = AcceptanceRate()
@@ -129,6 +132,8 @@ class GRPOTrainer(CriticSeams):
         super().__init__(**given)
         check_loaded(self, sample)
         self.importance_sampling_level = self.level.trl_level
+        if self.trust_region.divergence is not None:
+            self.epsilon_low = self.epsilon_high = math.inf  # TRL's loss is then the ratio times the advantage
         self._set_up_selection(config)
         self._set_up_roles(config)
         self._set_up_micro_batches(config)
@@ -346,6 +351,8 @@ class GRPOTrainer(CriticSeams):
         weights, aggregation = self.reward_weights, self.multi_objective_aggregation
         reward = groups.unpadded(aggregate_rewards(groups.padded(rewards), weights, aggregation, groups.size))
         reward = self.shaped_rewards(reward, output, training)
+        if not self.estimator.takes_negative:
+            check_not_negative(self.args.advantage_estimator, reward, rewards, self.reward_func_names)
         available = {"num_generations": groups.size, "baseline": self._baseline}
         padded = groups.padded(reward)
         advantages = estimator.function(padded, **{name: available[name] for name in estimator.needs})
@@ -354,9 +361,18 @@ class GRPOTrainer(CriticSeams):
             self._baseline = updated_baseline(self._baseline, reward, momentum)
         return groups.weighted(groups.unpadded(scale_advantages(advantages, padded, self.scale_rewards, groups.size)))
 
+    def advantages_for_loss(
+        self, per_token_logps: torch.Tensor, inputs: dict[str, Any], mask: torch.Tensor
+    ) -> torch.Tensor | None:
+        if self.trust_region.divergence is None:
+            return None
+        return confined_advantages(self, per_token_logps.detach(), inputs, mask)
+
     def old_logps_for_loss(
         self, per_token_logps: torch.Tensor, inputs: dict[str, Any], mask: torch.Tensor
     ) -> torch.Tensor | None:
+        if self.trust_region.divergence is not None:
+            return old_logps_with_region(per_token_logps.detach(), inputs)
         if self.level.old_logps is None:
             return None
         old = inputs.get("old_per_token_logps")

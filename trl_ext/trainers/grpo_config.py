@@ -1,12 +1,13 @@
 """
-Settings of [`~trl_ext.GRPOTrainer`]: TRL's, and three axes that can be combined freely. Combinations that would be
+Settings of [`~trl_ext.GRPOTrainer`]: TRL's, and four axes that can be combined freely. Combinations that would be
 ignored or inexact are refused here.
 
 | axis | values | table of the values |
 |---|---|---|
 | `rollout_selection` | `all` · `refill` (DAPO) · `duplicate` (DUPO) | `rollouts/selection.py` |
-| `advantage_estimator` | `group` · `leave_one_out` (RLOO) · `reinforce` · `gae` (PPO) | `objectives/advantages.py` |
+| `advantage_estimator` | `group` · `leave_one_out` · `maxrl` · `reinforce` · `gae` | `objectives/advantages.py` |
 | `importance_sampling_level` | `token` · `sequence` · `sequence_token` · `sequence_product` | `objectives/ratios.py` |
+| `trust_region` | `ratio_clip` · `binary_tv` · `binary_kl` (DPPO) | `objectives/trust_region.py` |
 """
 
 import math
@@ -22,11 +23,13 @@ from accelerate.logging import get_logger
 from ..errors import require, require_one_of
 from ..objectives.advantages import ESTIMATORS
 from ..objectives.ratios import IMPORTANCE_LEVELS
+from ..objectives.trust_region import TRUST_REGIONS
 from ..rollouts.outlook import REFILL_DRAWS
 from ..rollouts.selection import SELECTIONS
 from .arguments import adopted
 from .config_checks import check_types
 from .generation_checks import check_generation, check_group_sizes
+from .ratio_checks import check_ratios, note_idle_region
 from .sampling import check_sampling
 
 
@@ -36,14 +39,10 @@ TOKEN_NORMALIZATIONS = ("generation_batch", "mini_batch")
 # Values of `share_prefixes`
 SHARING = (True, False, "always")
 
-# Losses that clip the ratio to 1 ± epsilon, and losses that divide by a number of tokens
-CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+# Values of TRL's `scale_rewards`
+SCALES = ("none", "batch", "group")
+# Losses that divide by a number of tokens
 TOKEN_COUNT_LOSSES = ("dapo", "cispo", "vespo")
-LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo")  # that TRL's trainer knows
-# A sequence ratio is a geometric mean over tokens: it differs from 1 by 1e-4 to 1e-3 when token ratios differ by 1e-1.
-# Clip ranges in use are well within these limits (0.1–0.3 for tokens, 2e-4–3e-3 for sequences).
-SMALLEST_TOKEN_EPSILON = 0.005
-LARGEST_SEQUENCE_EPSILON = 0.05
 
 
 def _shown(values: dict[str, Any]) -> dict[str, Any]:
@@ -54,8 +53,8 @@ def _shown(values: dict[str, Any]) -> dict[str, Any]:
 @dataclass
 class GRPOConfig(trl.GRPOConfig):
     """
-    [`~trl.GRPOConfig`] with three axes: `rollout_selection`, `advantage_estimator` and `importance_sampling_level`.
-    Every argument of TRL keeps its meaning and, unless it is listed here, its default.
+    [`~trl.GRPOConfig`] with four axes: `rollout_selection`, `advantage_estimator`, `importance_sampling_level` and
+    `trust_region`. Every argument of TRL keeps its meaning and, unless it is listed here, its default.
 
     Args:
         rollout_selection (`str`, *optional*, defaults to `"all"`):
@@ -85,8 +84,9 @@ class GRPOConfig(trl.GRPOConfig):
             Smallest outcome reward with which a completion counts as solved, in metrics and pass rates.
         advantage_estimator (`str`, *optional*, defaults to `"group"`):
             How advantages are computed from rewards. `"group"`: TRL's group-relative advantage. `"leave_one_out"`: the
-            reward minus the mean reward of the group's other completions (RLOO). `"reinforce"`: the reward, minus a
-            running mean if `reinforce_baseline_momentum` is set.
+            reward minus the mean reward of the group's other completions (RLOO). `"maxrl"`: the reward minus the mean
+            reward of its group, divided by that mean (MaxRL); no reward may be negative. `"reinforce"`: the reward,
+            minus a running mean if `reinforce_baseline_momentum` is set.
         reinforce_baseline_momentum (`float`, *optional*):
             Momentum, in [0, 1), of the running mean that `"reinforce"` subtracts. `None`: nothing is subtracted.
         importance_sampling_level (`str`, *optional*, defaults to `"token"`):
@@ -94,6 +94,14 @@ class GRPOConfig(trl.GRPOConfig):
             has the value of a sequence ratio and the gradient of a token ratio, for advantages that differ between
             tokens. `"sequence_product"`: the ratio of a whole completion, which is the product of its tokens' ratios
             (RLOO), and not their geometric mean as with `"sequence"`.
+        trust_region (`str`, *optional*, defaults to `"ratio_clip"`):
+            What keeps the policy near the one that sampled. `"ratio_clip"`: the clip of TRL's loss. `"binary_tv"` and
+            `"binary_kl"`: no clip; a token doesn't move the policy while the divergence of the two policies on it is
+            above the threshold and the update would raise it further (DPPO). The divergence is a total variation or a
+            KL, of the sampled token against the rest of the vocabulary.
+        trust_region_threshold (`float`, *optional*):
+            Largest divergence inside of the trust region, a difference of probabilities or in nats. `None`: 0.15 for
+            `"binary_tv"`, 0.05 for `"binary_kl"`.
         token_normalization (`str`, *optional*, defaults to `"generation_batch"`):
             Which tokens are counted by losses that divide by a number of tokens (`dapo`, `cispo`, `vespo`).
             `"generation_batch"`: as in TRL, those of the generation batch, scaled to one optimizer step.
@@ -113,7 +121,8 @@ class GRPOConfig(trl.GRPOConfig):
             prompt gets, before they are generated. Advantages compare all completions of a prompt, and are weighted so
             that every prompt counts the same. `None`: every prompt gets `num_generations`.
         epsilon (`float`, *optional*):
-            Lower clip range, and the upper one unless `epsilon_high` is set. `None`: TRL's 0.2.
+            Lower clip range, and the upper one unless `epsilon_high` is set. `None`: TRL's 0.2, or no clip if
+            `trust_region` takes its place.
         scale_rewards (`str`, *optional*):
             TRL's argument. `None`: `"group"` for the estimator `"group"`, as in TRL, and `"none"` for the others.
         use_bias_correction_kl (`bool`, *optional*):
@@ -177,7 +186,7 @@ class GRPOConfig(trl.GRPOConfig):
     )
     advantage_estimator: str = field(
         default="group",
-        metadata={"help": "How advantages are computed: 'group', 'leave_one_out' (RLOO) or 'reinforce'."},
+        metadata={"help": "How advantages are computed: 'group', 'leave_one_out' (RLOO), 'maxrl' or 'reinforce'."},
     )
     reinforce_baseline_momentum: float | None = field(
         default=None,
@@ -191,6 +200,16 @@ class GRPOConfig(trl.GRPOConfig):
             "help": "Level of the importance ratio: 'token', 'sequence' (GSPO), 'sequence_token' (GSPO-token) or "
             "'sequence_product' (RLOO)."
         },
+    )
+    trust_region: str = field(
+        default="ratio_clip",
+        metadata={
+            "help": "What keeps the policy near the one that sampled: 'ratio_clip', 'binary_tv' or 'binary_kl' (DPPO)."
+        },
+    )
+    trust_region_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Largest divergence in the trust region. None: 0.15 for 'binary_tv', 0.05 for 'binary_kl'."},
     )
     token_normalization: str | None = field(
         default="generation_batch",
@@ -277,12 +296,11 @@ class GRPOConfig(trl.GRPOConfig):
         self._left_open = {f.name for f in fields(self) if f.default is None and getattr(self, f.name) is None}
         self._check_axes()
         inherited: dict[str, Any] = {f.name: f.default for f in fields(trl.GRPOConfig)}
-        if self.epsilon is None:
+        if self.epsilon is None and TRUST_REGIONS[self.trust_region].divergence is None:
             self.epsilon = inherited["epsilon"]
         if self.scale_rewards is None:
             self.scale_rewards = ESTIMATORS[self.advantage_estimator].scale_rewards
-        self._check_clip()
-        self._check_replaced_ratio()
+        check_ratios(self)
         if self.use_bias_correction_kl is None:
             self.use_bias_correction_kl = self.importance_sampling_level != "sequence_token"
         self._check_overlong()
@@ -301,6 +319,7 @@ class GRPOConfig(trl.GRPOConfig):
             ) from error
         self._check_token_normalization()
         check_group_sizes(self)
+        note_idle_region(self)
         check_sampling(self)
         for note in self._notes:
             logger.warning(note)
@@ -324,6 +343,7 @@ class GRPOConfig(trl.GRPOConfig):
             ("refill_draws", REFILL_DRAWS),
             ("advantage_estimator", critics if self._has_critic else [n for n in ESTIMATORS if n not in critics]),
             ("importance_sampling_level", IMPORTANCE_LEVELS),
+            ("trust_region", TRUST_REGIONS),
             ("token_normalization", TOKEN_NORMALIZATIONS),
             ("share_prefixes", SHARING),
         ):
@@ -355,8 +375,13 @@ class GRPOConfig(trl.GRPOConfig):
         require(
             scale not in estimator.refused_scales,
             f"scale_rewards={self.scale_rewards!r} makes no sense with advantage_estimator="
-            f"{self.advantage_estimator!r}: {estimator.refused_scales.get(str(scale))}. Set scale_rewards='none' or "
-            "'batch'.",
+            f"{self.advantage_estimator!r}: {estimator.refused_scales.get(str(scale))}. Set scale_rewards to "
+            f"{' or '.join(repr(name) for name in SCALES if name not in estimator.refused_scales)}.",
+        )
+        require(
+            estimator.takes_negative or self.multi_objective_aggregation != "normalize_then_sum",
+            "multi_objective_aggregation='normalize_then_sum' makes rewards negative, and advantage_estimator="
+            f"{self.advantage_estimator!r} divides by their mean. Set 'sum_then_normalize'.",
         )
 
     def _check_refilling(self) -> None:
@@ -381,53 +406,6 @@ class GRPOConfig(trl.GRPOConfig):
             "rollout_selection='all' or 'duplicate'.",
         )
 
-    def _check_clip(self) -> None:
-        """Token ratios and sequence ratios need clip ranges of different sizes."""
-        require_one_of("loss_type", self.loss_type, LOSS_TYPES)
-        assert self.epsilon is not None
-        if self.loss_type not in CLIPPED_LOSSES:
-            return
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        size = IMPORTANCE_LEVELS[self.importance_sampling_level].of
-        if size == "token":
-            require(
-                max(self.epsilon, high) >= SMALLEST_TOKEN_EPSILON,
-                f"epsilon={self.epsilon}, epsilon_high={high} are clip ranges for sequence ratios (GSPO), but "
-                "importance_sampling_level='token': most token ratios are outside of so narrow a range. Set "
-                "importance_sampling_level='sequence', or epsilon=0.2.",
-            )
-        elif size == "sequence" and max(self.epsilon, high) > LARGEST_SEQUENCE_EPSILON:
-            problem = (
-                f"epsilon={self.epsilon}, epsilon_high={high} are clip ranges for token ratios, but "
-                f"importance_sampling_level={self.importance_sampling_level!r}: almost no sequence would be clipped. "
-                "Set epsilon=3e-4 and epsilon_high=4e-4 (GSPO), or importance_sampling_level='token'."
-            )
-            # A script for TRL that sets the level but no clip range has to run as it does with TRL
-            defaults = {f.name: f.default for f in fields(self)}
-            set_by_user = [
-                name
-                for name in ("epsilon", "epsilon_high")
-                if name not in self._left_open and getattr(self, name) != defaults[name]
-            ]
-            if set_by_user:
-                raise ValueError(problem)
-            self._notes.append(f"{problem} Training continues with this range, as in TRL.")
-
-    def _check_replaced_ratio(self) -> None:
-        level = self.importance_sampling_level
-        if IMPORTANCE_LEVELS[level].old_logps is None:
-            return
-        refused = {"loss_type": (self.loss_type == "vespo", "'grpo'")}  # which computes a ratio of its own
-        if level == "sequence_token":
-            refused["use_bias_correction_kl"] = (bool(self.use_bias_correction_kl), "False")
-            refused["top_entropy_quantile"] = (self.top_entropy_quantile < 1.0, "1.0")
-        for name, (wrong, remedy) in refused.items():
-            require(
-                not wrong,
-                f"{name}={getattr(self, name)!r} is not exact with importance_sampling_level={level!r}. Set "
-                f"{name}={remedy}, or importance_sampling_level='sequence'.",
-            )
-
     def _check_overlong(self) -> None:
         if self.soft_punish_cache is None:
             # The proportion of the DAPO paper, 4,096 of 20,480
@@ -436,6 +414,12 @@ class GRPOConfig(trl.GRPOConfig):
             0 <= self.soft_punish_cache <= (self.max_completion_length or math.inf),
             f"soft_punish_cache={self.soft_punish_cache} must lie between 0 (no punishment) and "
             f"max_completion_length={self.max_completion_length}.",
+        )
+        require(
+            ESTIMATORS[self.advantage_estimator].takes_negative or not self.soft_punish_cache,
+            f"soft_punish_cache={self.soft_punish_cache} adds a negative reward, and advantage_estimator="
+            f"{self.advantage_estimator!r} divides by the mean reward. Set soft_punish_cache=0; to leave overlong "
+            "completions out instead, set mask_truncated_completions=True.",
         )
 
     def _check_rewards_ahead(self) -> None:
@@ -497,6 +481,7 @@ class GRPOConfig(trl.GRPOConfig):
             self.rollout_selection == "all"
             and self.advantage_estimator == "group"
             and IMPORTANCE_LEVELS[self.importance_sampling_level].old_logps is None
+            and TRUST_REGIONS[self.trust_region].divergence is None
             and self.token_normalization == "generation_batch"
         )
 

@@ -6,12 +6,14 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import trl.rewards
 from torch import nn
 from transformers import AutoConfig
 from trl.trainer.utils import get_callable_name
 
 from ..errors import require, shown
+from ..rewards.guard import RewardFunctionError
 from ..rewards.models import RewardModelOnIds
 from .grpo_config import GRPOConfig
 from .tokenizer_checks import check_tokenizer
@@ -212,3 +214,22 @@ def check_outcome_names(config: GRPOConfig, names: list[str]) -> None:
             f"outcome_reward_funcs names {name!r}, but the reward functions are {', '.join(names)}. Name some of "
             "these.",
         )
+
+
+def check_not_negative(estimator: str, totals: torch.Tensor, rewards: torch.Tensor, names: list[str]) -> None:
+    """
+    For an advantage estimator that divides by rewards: raises an error if one of the `totals` `(N,)` is negative.
+    `rewards` `(N, F)` are those of the functions, whose names are `names`, and everything is the same on every rank.
+
+    Raises:
+        RewardFunctionError: so that what was trained is saved.
+    """
+    lowest = totals.nan_to_num(nan=0.0).argmin()
+    if totals.numel() == 0 or not totals[lowest] < 0:
+        return
+    parts = [f"`{name}` {value:g}" for name, value in zip(names, rewards[lowest].tolist(), strict=True)]
+    raise RewardFunctionError(
+        f"advantage_estimator={estimator!r} divides by the mean reward of a group, and a completion has the reward "
+        f"{totals[lowest].item():g} ({', '.join(parts)}). Return rewards of 0 and more, such as 0 and 1, and leave "
+        "out punishments and negative reward_weights, or choose another advantage_estimator."
+    )

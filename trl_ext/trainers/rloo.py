@@ -80,6 +80,12 @@ class RLOOConfig(GRPOConfig):
         used = [f"{name}={getattr(self, name)}" for name, is_used in shaping.items() if is_used]
         estimator = ESTIMATORS.get(self.advantage_estimator)
         require(
+            self.beta == 0 or estimator is None or estimator.takes_negative,
+            f"beta={self.beta} subtracts a KL from the rewards, which makes some of them negative, and "
+            f"advantage_estimator={self.advantage_estimator!r} divides by their mean. Set beta=0, or use "
+            "GRPOConfig and GRPOTrainer, whose beta weighs a KL in the loss.",
+        )
+        require(
             not used or estimator is None or estimator.computed_by != "trl",
             f"{' and '.join(used)} would have no effect on the advantages that TRL computes with "
             f"advantage_estimator={self.advantage_estimator!r}. Set advantage_estimator='leave_one_out', or use "

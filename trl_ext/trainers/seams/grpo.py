@@ -27,6 +27,7 @@ underscore, the others are hooks. A line is called from within the line above it
       _get_per_token_logps_and_entropies
         with_extras                       as above
         credit_late                       advantages of tokens, if the pass of the loss stands for the old policy's
+        advantages_for_loss               advantages of tokens, once it is known how far the policy has moved
         old_logps_for_loss                what TRL's importance ratio is taken against
       restate_loss                        TRL's loss and metrics, as TRL's own micro-batches would have them
       added_loss                          gets TRL's loss and the tensors of the pass; adds terms
@@ -195,6 +196,12 @@ class GRPOSeams(CheckpointSeams):
         self, per_token_logps: torch.Tensor, inputs: dict[str, Any], mask: torch.Tensor
     ) -> torch.Tensor | None:
         """Old log-probabilities `(B, T)` for TRL's loss. `None`: those in `inputs` are used."""
+        return None
+
+    def advantages_for_loss(
+        self, per_token_logps: torch.Tensor, inputs: dict[str, Any], mask: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Advantages `(B, T)` for TRL's loss. `None`: those in `inputs` are used."""
         return None
 
     def credit_tokens(self, output: dict[str, Any], rewards: torch.Tensor, training: bool) -> None:
@@ -431,9 +438,11 @@ class GRPOSeams(CheckpointSeams):
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
-        replaced = self.old_logps_for_loss(logps, inputs, mask)
-        if replaced is not None:
-            inputs["old_per_token_logps"] = replaced
+        replaced = {
+            "advantages": self.advantages_for_loss(logps, inputs, mask),
+            "old_per_token_logps": self.old_logps_for_loss(logps, inputs, mask),
+        }
+        inputs.update({name: value for name, value in replaced.items() if value is not None})
         return result[:3]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
