@@ -3,6 +3,9 @@ Trust regions in training: the gradient is DPPO's, from micro-batches and select
 ignored is refused.
 """
 
+import math
+from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from comparing import Gradients, largest_relative_error
 
 from trl_ext import DAPOConfig, DUPOConfig, DUPOTrainer, GRPOConfig, GRPOTrainer, GSPOConfig, PPOConfig, PPOTrainer
 from trl_ext.objectives.trust_region import TRUST_REGIONS, TrustRegion
+from trl_ext.trainers.trust_region import confined_advantages
 
 
 TOLERANCE = 1e-5
@@ -125,6 +129,30 @@ def test_ppo(tmp_path):
         assert largest_relative_error(found, runs[0][1]) <= TOLERANCE
         assert tiny.history(trainer)[1]["trust_region/dropped"] > 0
         assert largest_relative_error(found[1:], wide[1:]) > 0.01
+
+
+def test_tokens_of_an_environment_are_not_counted():
+    """And a token that the engine could not score (NaN) is where the old policy is, whatever that is."""
+    metrics: dict[str, list[float]] = defaultdict(list)
+    trainer: Any = SimpleNamespace(
+        trust_region=TRUST_REGIONS["binary_tv"],
+        args=SimpleNamespace(trust_region_threshold=0.15),
+        accelerator=SimpleNamespace(reduce=lambda sums, reduction: sums),
+        model=SimpleNamespace(training=True),
+        _metrics={"train": metrics},
+    )
+    logps = torch.tensor([[0.9, 0.9, 0.9, 0.4]]).log()
+    inputs = {
+        "advantages": torch.tensor([2.0]),
+        "old_per_token_logps": torch.tensor([[0.9, 0.9, 0.5, 0.5]]).log(),
+        "sampling_per_token_logps": torch.tensor([[0.5, 0.5, math.nan, 0.3]]).log(),
+    }
+    found = confined_advantages(trainer, logps, inputs, torch.tensor([[1, 0, 1, 1]]))
+    assert found.tolist() == [[0.0, 0.0, 0.0, 2.0]]
+    assert metrics == {
+        "trust_region/dropped": [pytest.approx(2 / 3)],
+        "trust_region/divergence": [pytest.approx((0.4 + 0.4 + 0.1) / 3)],
+    }
 
 
 def test_a_new_region_is_a_function_and_an_entry(tmp_path, monkeypatch, caplog):
