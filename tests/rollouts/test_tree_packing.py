@@ -1,6 +1,7 @@
 """Rows with the same prompt meet in a micro-batch."""
 
 import random
+from dataclasses import replace
 
 from trl_ext.rollouts.packing import FILLER, RowSizes, Width, deal
 from trl_ext.rollouts.prefix_trees import Cost
@@ -11,7 +12,7 @@ def sizes_of(prompts: list[int], completions: list[int], group: int, pair: float
     """Rows in groups of `group`, with the same prompt in each."""
     widest = Width(max(prompts), max(completions))
     rows = RowSizes([prompts[i // group] for i in range(len(completions))], completions, 1, widest)
-    return TreeSizes(rows, [i // group for i in range(len(completions))], Cost(pair))
+    return TreeSizes(rows, [i // group for i in range(len(completions))], Cost(pair), fewest=2)
 
 
 def test_tokens_by_hand():
@@ -20,6 +21,12 @@ def test_tokens_by_hand():
     assert sizes.shared([0, 1, 2, 3]) == (15.0 + 29.0, 15 + 29)
     assert sizes.unshared([0, 1, 2, 3]) == 4 * (20 + 4)
     assert sizes.tokens([1]) == 10 + 2  # alone, it repeats nothing
+
+
+def test_a_prompt_too_short_to_share_is_computed_each_time():
+    sizes = replace(sizes_of([7, 8], [1, 2, 3, 4], 2), fewest=8)
+    assert sizes.tokens([0, 1]) == 2 * 7 + 1 + 2
+    assert sizes.tokens([2, 3]) == 8 + (3 + 1) + (4 + 1)
 
 
 def test_groups_stay_whole_where_they_fit():

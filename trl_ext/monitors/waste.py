@@ -11,7 +11,7 @@ from ..errors import require_type
 from ..metric_keys import COMPUTE_SAVED
 from ..rollouts.exactness import ExactSavings
 from ..rollouts.micro_batches import MicroBatch, SavedCompute, fit_step
-from ..rollouts.prefix_trees import Cost
+from ..rollouts.shared_pass import Sharing
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.seams.prefixes import sharing_of
 from ..trainers.seams.probes import generation_is_used_up, last_micro_batch, savings_of
@@ -63,7 +63,7 @@ class WasteCallback(TrainerCallback):
         self.since_log = SavedCompute()
         self.micro_batches: list[MicroBatch] = []  # those of the current optimizer step and generation
         self.savings: ExactSavings | None = None
-        self.sharing: Cost | None = None
+        self.sharing: Sharing | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.micro_batches = []  # an interrupted training may have left some
@@ -81,7 +81,7 @@ class WasteCallback(TrainerCallback):
         if self.savings is None:
             self.savings = savings_of(trainer)
             sharing, obstacles = sharing_of(trainer)
-            self.sharing = None if obstacles else sharing.cost
+            self.sharing = sharing if sharing.any_length and not obstacles else None
         multiple = int(trainer.pad_to_multiple_of or 1)
         saved = SavedCompute()
         kind, accelerator = trainer.loss_type, trainer.accelerator

@@ -20,7 +20,8 @@ from torch import nn
 
 from .exactness import ROW_MEAN_LOSSES, ExactSavings
 from .packing import FEWEST_COLUMNS, FILLER, RowSizes, Width, deal, pack
-from .prefix_trees import WORTH, Cost
+from .prefix_trees import WORTH
+from .shared_pass import Sharing
 from .tree_packing import TreeSizes, deal_trees
 
 
@@ -386,7 +387,7 @@ def fit_step(
     loss_type: str,
     multiple: int,
     saved: SavedCompute,
-    sharing: Cost | None = None,
+    sharing: Sharing | None = None,
 ) -> list[MicroBatch]:
     """
     Deal the rows of one optimizer step again. Must be called on every rank, with the same number of micro-batches.
@@ -404,9 +405,8 @@ def fit_step(
             Prompts and completions are padded to a multiple of this.
         saved ([`SavedCompute`]):
             What was saved is added to it, in place.
-        sharing ([`~trl_ext.rollouts.prefix_trees.Cost`], *optional*):
-            Of computing, if passes share prompts. Rows with the same prompt then meet in a micro-batch where that is
-            cheaper.
+        sharing ([`~trl_ext.rollouts.shared_pass.Sharing`], *optional*):
+            What passes share. Rows with the same prompt then meet in a micro-batch where that is cheaper.
 
     Returns:
         `list[dict]`: the same number of micro-batches. Their rows have TRL's tensors. If rows were dealt again, the
@@ -438,7 +438,7 @@ def fit_step(
     same_padding = bool((padding == padding[0]).all())
     homes = None if same_padding else [step.place(row)[0] for row in range(len(step))]
     dealt = deal(sizes, computed, step.ranks, step.micro_batches, homes)
-    trees = None if sharing is None else TreeSizes(sizes, step.summary.prompt_key.tolist(), sharing)
+    trees = None if sharing is None else TreeSizes.of(sizes, step.summary.prompt_key.tolist(), sharing)
     if trees is not None and computed and not any(kept.values()):
         dealt = deal_trees(trees, computed, step.ranks, step.micro_batches, dealt) or dealt
     only_fillers = Width(
@@ -491,7 +491,7 @@ def fitted_pass(
     savings: ExactSavings,
     multiple: int,
     *args: Any,
-    sharing: Cost | None = None,
+    sharing: Sharing | None = None,
     **kwargs: Any,
 ) -> Any:
     """
@@ -505,8 +505,8 @@ def fitted_pass(
             Says which padding may be cut.
         multiple (`int`):
             Prompts and completions are padded to a multiple of this.
-        sharing ([`~trl_ext.rollouts.prefix_trees.Cost`], *optional*):
-            Of computing, if passes share prompts and their number needn't be the same on all ranks.
+        sharing ([`~trl_ext.rollouts.shared_pass.Sharing`], *optional*):
+            What passes share, if their number needn't be the same on all ranks.
 
     Returns:
         What `forward` returns, with 0 in padding as TRL has it. With images, if an auxiliary loss is asked for, or if
@@ -529,7 +529,7 @@ def fitted_pass(
     chunks = pack(sizes, list(range(len(ids))), -(-len(ids) // batch_size))
     if sharing is not None:
         keys = prompt_keys(ids[:, : old.prompt], mask[:, : old.prompt]).tolist()
-        chunks = _tree_chunks(TreeSizes(sizes, keys, sharing), chunks)
+        chunks = _tree_chunks(TreeSizes.of(sizes, keys, sharing), chunks)
     # Log-probabilities, entropies, auxiliary loss (`None` here), and any further tensors
     whole: list[torch.Tensor | None] = []
     for chunk in chunks:

@@ -10,9 +10,11 @@ Where micro-batches have one row, those of a prompt meet that are together no lo
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 from .packing import FILLER, RowSizes, evenly
-from .prefix_trees import WORTH, Cost
+from .prefix_trees import FEWEST_SHARED, WORTH, Cost
+from .shared_pass import Sharing
 
 
 @dataclass
@@ -27,11 +29,19 @@ class TreeSizes:
             For each row a number, the same for the same prompt.
         cost ([`~trl_ext.rollouts.prefix_trees.Cost`]):
             Of computing.
+        fewest (`int`, *optional*, defaults to `FEWEST_SHARED`):
+            Tokens of a prompt that are worth sharing.
     """
 
     rows: RowSizes
     prompts: list[int]
     cost: Cost
+    fewest: int = FEWEST_SHARED
+
+    @classmethod
+    def of(cls, rows: RowSizes, prompts: list[int], sharing: Sharing) -> Self:
+        """For passes that share as `sharing` says."""
+        return cls(rows, prompts, sharing.cost, sharing.fewest)
 
     def trees(self, rows: Iterable[int]) -> list[list[int]]:
         """The rows by their prompt, the longest first."""
@@ -43,10 +53,13 @@ class TreeSizes:
     def tokens(self, tree: list[int]) -> int:
         """
         Tokens of a tree whose prompt is computed once. If there are several completions, each repeats the prompt's
-        last token.
+        last token. A short prompt is computed with each.
         """
-        repeated = len(tree) if len(tree) > 1 else 0
-        return max(self.rows.prompt[row] for row in tree) + sum(self.rows.completion[row] for row in tree) + repeated
+        prompt = max(self.rows.prompt[row] for row in tree)
+        completions = sum(self.rows.completion[row] for row in tree)
+        if len(tree) == 1 or prompt < self.fewest:
+            return len(tree) * prompt + completions
+        return prompt + completions + len(tree)
 
     def split(self, tree: list[int]) -> list[list[int]]:
         """Parts of a tree of which each computes the prompt once, at the least cost."""

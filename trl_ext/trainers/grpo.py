@@ -38,7 +38,6 @@ from ..rollouts.generation_batch import GenerationBatch, Rows
 from ..rollouts.groups import Groups
 from ..rollouts.micro_batches import FIT, SavedCompute, fit_step, fitted_pass
 from ..rollouts.outlook import REFILL_DRAWS
-from ..rollouts.prefix_trees import Cost
 from ..rollouts.rollout import ScoredGroups
 from ..rollouts.selection import (
     SELECTIONS,
@@ -50,6 +49,7 @@ from ..rollouts.selection import (
     only_scored,
     outcome_rewards,
 )
+from ..rollouts.shared_pass import Sharing
 from ..rollouts.statistics import Counters, restate_loss_metrics
 from ..rollouts.stream import PromptStream, prompt_key
 from .arguments import bound, model_name
@@ -169,9 +169,9 @@ class GRPOTrainer(CriticSeams):
             )
 
     @property
-    def sharing_cost(self) -> Cost | None:
-        """What computing costs, if passes share prompts."""
-        return self.sharing.cost if self.sharing is not None and self.sharing.any_length else None
+    def sharing_of_steps(self) -> Sharing | None:
+        """What passes share, if it pays to bring the completions of a prompt together."""
+        return self.sharing if self.sharing is not None and self.sharing.any_length else None
 
     @staticmethod
     def _add_overlong_punishment(given: dict[str, Any]) -> None:
@@ -423,7 +423,7 @@ class GRPOTrainer(CriticSeams):
         for start, stop in slices:
             step, multiple = micro_batches[start:stop], self.columns_multiple
             fitted += fit_step(
-                step, self.exact_savings, self.accelerator, self.loss_type, multiple, saved, self.sharing_cost
+                step, self.exact_savings, self.accelerator, self.loss_type, multiple, saved, self.sharing_of_steps
             )
         return fitted
 
@@ -435,8 +435,8 @@ class GRPOTrainer(CriticSeams):
     def pass_without_loss(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.args.fit_micro_batches:
             # Sharded weights are gathered in every pass, so that all processes must make as many of them
-            cost = self.sharing_cost if self.accelerator.num_processes == 1 else None
-            forward = partial(fitted_pass, forward, self.exact_savings, self.columns_multiple, sharing=cost)
+            sharing = self.sharing_of_steps if self.accelerator.num_processes == 1 else None
+            forward = partial(fitted_pass, forward, self.exact_savings, self.columns_multiple, sharing=sharing)
         return super().pass_without_loss(forward, *args, **kwargs)
 
     def restate_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:

@@ -70,7 +70,7 @@ class DPOSeams(WholeCheckpoints, WholeEvaluations, trl.DPOTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
         sharing = self.sharing
-        if sharing is not None and sharing.pack and {*self.loss_types} <= {*PAIR_MEAN_LOSSES}:
+        if sharing is not None and sharing.any_length and {*self.loss_types} <= {*PAIR_MEAN_LOSSES}:
             batches = dealt_anew(batches, sharing)
         return batches, items
 
