@@ -117,7 +117,7 @@ def test_metrics_of_the_loss_do_not_depend_on_who_computes_a_row(results: Any, c
     if case == "bnpo":
         pytest.skip("its micro-batches are TRL's, whose metrics do depend on them")
     alone, together = (results[key][f"fit_{case}_True"]["logs"] for key in ((1, 0), (2, 0)))
-    means = ("loss", "kl", "entropy", "clip_ratio", "step/clip_ratio", "computed/")
+    means = ("loss", "kl", "entropy", "clip_ratio", "step/clip_ratio", "computed/", "trust_region/")
     compared = 0
     for one, two in zip(alone, together, strict=True):
         for key in one:
@@ -126,6 +126,7 @@ def test_metrics_of_the_loss_do_not_depend_on_who_computes_a_row(results: Any, c
                 assert one[key] == known, key
                 compared += 1
     assert compared >= 4
+    assert case != "trust_region" or 0 < alone[1]["trust_region/dropped"] < 0.5
 
 
 @pytest.mark.parametrize("case", RLOO_CASES)

@@ -87,6 +87,7 @@ FIT_CASES: dict[str, dict[str, Any]] = {
     "kl": {"loss_type": "grpo", "beta": 0.1},
     "copies": {"loss_type": "dapo", "rollout_selection": "duplicate"},
     "mostly_dead": {"loss_type": "dapo", "rare": True},
+    "trust_region": {"num_iterations": 2, "trust_region": "binary_tv", "trust_region_threshold": 0.02},
 }
 
 # RLOO: TRL's gradient, on one process and on two
