@@ -5,7 +5,8 @@ Does it pay to choose what comes next? Two studies on set N of the sorting task,
   [`~trl_ext.curriculum.schedule.DifficultyCurriculum`]. The prompts are few, so that each is met several times.
 - `stages`: DPO and then PPO, against PPO alone and DPO alone, on LoRA adapters. Pairs are the best and the worst of 8
   completions of the policy as it is, judged by the reward that PPO gets, and all 8 count as generated. DPO makes new
-  pairs in every round; a round's reference is the policy that wrote them.
+  pairs in every round; a round's reference is the policy that wrote them. In the last arm, all completions of a prompt
+  that differ in reward are in pairs, and the same completions fit PPO's critic before its first step.
 
 Every run generates 60 batches of 256 completions. The reward is exact match. What is measured is exact match, too,
 sampled at temperature 1 on 512 held-out prompts (pass@1); tokens and CPU-seconds count everything but that
@@ -21,7 +22,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,11 +94,38 @@ CURRICULA: dict[str, dict[str, Any] | None] = {
     "easy to hard": {"schedule": "easy_to_hard", "column": "digits"},
     "mixed": {"schedule": "mixed"},
 }
-# Of all generation batches, the share whose worth of completions is for pairs, by round, and the share of PPO
-SCHEDULES: dict[str, tuple[list[float], float]] = {
-    "PPO": ([], 1.0),
-    "DPO": ([0.1] * 10, 0.0),
-    "DPO then PPO": ([0.2], 0.8),
+
+
+@dataclass
+class Schedule:
+    """
+    Args:
+        rounds (`list[float]`):
+            Of all generation batches, the share whose worth of completions is for pairs, by round.
+        ppo (`float`):
+            The share of PPO.
+        pairs, dpo (`dict`):
+            What differs from `PAIRS` and `DPO`.
+        fit_critic (`int`):
+            Passes over the completions of the pairs that fit PPO's critic.
+    """
+
+    rounds: list[float]
+    ppo: float
+    pairs: dict[str, Any] = field(default_factory=dict)
+    dpo: dict[str, Any] = field(default_factory=dict)
+    fit_critic: int = 0
+
+
+ALL_PAIRS: dict[str, Any] = {
+    "pairs": {"strategy": "margin"},
+    "dpo": {"weight_column": "pair_weight", "group_by_prompt": True, "beta": 0.03},
+}
+SCHEDULES: dict[str, Schedule] = {
+    "PPO": Schedule([], 1.0),
+    "DPO": Schedule([0.1] * 10, 0.0),
+    "DPO then PPO": Schedule([0.2], 0.8),
+    "all pairs, fitted critic": Schedule([0.1], 0.9, **ALL_PAIRS, fit_critic=2),
 }
 
 
@@ -162,8 +190,8 @@ def by_prompts(arm: str, start: Path, seed: int, directory: str, size: Size) -> 
 
 def scheduled(arm: str, batches: int) -> tuple[list[int], int]:
     """Generation batches' worth of pairs in each round, and generation batches of PPO; a round has one at least."""
-    rounds, of_ppo = SCHEDULES[arm]
-    return [max(1, round(share * batches)) for share in rounds[:batches]], round(of_ppo * batches)
+    schedule = SCHEDULES[arm]
+    return [max(1, round(share * batches)) for share in schedule.rounds[:batches]], round(schedule.ppo * batches)
 
 
 def by_stages(arm: str, start: Path, seed: int, directory: str, size: Size) -> dict[str, Any]:
@@ -176,7 +204,7 @@ def by_stages(arm: str, start: Path, seed: int, directory: str, size: Size) -> d
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(start), LORA)
     curve.begin(model)
     if rounds and batches:
-        dpo_then_ppo(task, curve, model, directory, rounds[0], batches)
+        dpo_then_ppo(task, curve, model, directory, rounds[0], batches, SCHEDULES[arm])
     elif rounds:
         dpo_alone(task, curve, model, directory, rounds)
     else:
@@ -190,12 +218,20 @@ def ppo_config(task: TrainingTask, directory: str, batches: int) -> trl_ext.PPOC
     return trl_ext.PPOConfig(**task.settings(directory, **PPO, max_steps=EPOCHS * MINI_BATCHES * batches))
 
 
-def dpo_config(task: TrainingTask, directory: str) -> trl_ext.DPOConfig:
+def dpo_config(task: TrainingTask, directory: str, **overrides: Any) -> trl_ext.DPOConfig:
     settings = task.settings(directory)
-    return trl_ext.DPOConfig(**{name: settings[name] for name in SHARED}, **DPO)
+    return trl_ext.DPOConfig(**{name: settings[name] for name in SHARED}, **{**DPO, **overrides})
 
 
-def dpo_then_ppo(task: TrainingTask, curve: StagesCurve, model: Any, directory: str, size: int, batches: int) -> None:
+def dpo_then_ppo(
+    task: TrainingTask,
+    curve: StagesCurve,
+    model: Any,
+    directory: str,
+    size: int,
+    batches: int,
+    schedule: Schedule,
+) -> None:
     arguments = task.arguments()
 
     def prepare(name: str, trainer: Any) -> None:
@@ -208,11 +244,12 @@ def dpo_then_ppo(task: TrainingTask, curve: StagesCurve, model: Any, directory: 
         arguments["reward_funcs"],
         arguments["train_dataset"],
         output_dir=directory,
-        dpo_args=dpo_config(task, directory),
+        dpo_args=dpo_config(task, directory, **schedule.dpo),
         policy_args=ppo_config(task, directory, batches),
-        pair_settings={**PAIRS, "prompts": size * COMPLETIONS // PAIRS["num_generations"]},
+        pair_settings={**PAIRS, **schedule.pairs, "prompts": size * COMPLETIONS // PAIRS["num_generations"]},
         processing_class=task.tokenizer,
         accuracy_threshold=None,
+        fit_critic=schedule.fit_critic,
         prepare=prepare,
     ).train()
 
@@ -264,6 +301,7 @@ COLOURS = {
     "PPO": "#000000",
     "DPO": "#0072B2",
     "DPO then PPO": "#D55E00",
+    "all pairs, fitted critic": "#009E73",
 }
 
 

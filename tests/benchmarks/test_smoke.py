@@ -114,7 +114,16 @@ def test_ppo_learning(study, start, tmp_path):
 def test_curriculum(start, tmp_path):
     sizes = ("--seeds", 1, "--batches", 1, "--points", 1, "--model", start)
     printed = run([BENCHMARKS / "curriculum.py", *sizes, "--output_dir", tmp_path])
-    for arm in ("uniform", "frontier", "easy to hard", "mixed", "PPO", "DPO", "DPO then PPO"):
+    for arm in (
+        "uniform",
+        "frontier",
+        "easy to hard",
+        "mixed",
+        "PPO",
+        "DPO",
+        "DPO then PPO",
+        "all pairs, fitted critic",
+    ):
         assert f"seed 0 {arm}: " in printed
     assert (tmp_path / "curriculum.png").is_file()
 

@@ -22,6 +22,7 @@ if __name__ == "__main__":
         reward_funcs=[tiny.low_ids],
         policy_args=PPOConfig(**policy_settings()),
         reference="dpo",
+        fit_critic=0,
         peft_config=lora(lora_dropout=0.0),
     ).train()
     tiny.leave()

@@ -64,6 +64,7 @@ def schedule(output_dir: Any, **overrides: Any) -> DPOThenPPO:
         "pair_settings": {"num_generations": 4, "truncated": "keep", "prompts": 12},
         "peft_config": lora(),
         "processing_class": tiny.tokenizer(),
+        "fit_critic": 1,
         "held_out": prompts(6),
         "held_out_samples": 2,
         **overrides,

@@ -44,6 +44,7 @@ def short(output_dir: Any, **overrides: Any) -> DPOThenPPO:
         "reward_funcs": tiny.low_ids,
         "dpo_args": dpo_args(max_steps=2),
         "policy_args": PPOConfig(**policy_settings(max_steps=2)),
+        "fit_critic": 0,
         "held_out": None,
         **overrides,
     }

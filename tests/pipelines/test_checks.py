@@ -14,6 +14,9 @@ from trl_ext import PPOConfig
 from trl_ext.rewards.implicit import IMPLICIT_REWARD
 
 
+GRPO: Any = {"policy_trainer": trl_ext.GRPOTrainer, "policy_args": trl_ext.GRPOConfig(**policy_settings())}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -22,6 +25,9 @@ from trl_ext.rewards.implicit import IMPLICIT_REWARD
         ({"rounds": 0}, "rounds=0"),
         ({"accuracy_threshold": 1.5}, "accuracy_threshold=1.5"),
         ({"accuracy_logs": 0}, "accuracy_logs=0"),
+        ({"fit_critic": -1}, "fit_critic=-1"),
+        ({"fit_critic": 1}, "pairs were given"),
+        ({"fit_critic": 1, "pairs": None, **GRPO}, "GRPOTrainer has no critic"),
         ({"reward_funcs": IMPLICIT_REWARD, "pairs": None}, "can't judge those it learns from"),
         ({"reward_funcs": IMPLICIT_REWARD, "rounds": 2}, "can't judge those it learns from"),
         ({"pairs": prompts()}, r"pairs lacks the columns \['chosen', 'rejected'\]"),

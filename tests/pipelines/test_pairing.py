@@ -10,6 +10,7 @@ from pipelines.runs import Looks, adapter, adapter_of, same, short
 
 from trl_ext import PPOConfig
 from trl_ext.curriculum.schedule import DifficultyCurriculum
+from trl_ext.pipelines.pairing import prompts_of_round, scored_completions
 from trl_ext.preferences.cleaning import CleaningReport
 from trl_ext.preferences.pairs import NoPairsError
 from trl_ext.rewards.implicit import IMPLICIT_REWARD
@@ -90,3 +91,21 @@ def test_reward_weights_of_those_that_judge(tmp_path: Path) -> None:
     assert sampler.reward_func_names == ["low_ids", "first_token_even"]
     assert sampler.reward_weights.tolist() == [1.0, 3.0]
     assert run.policy_args.reward_weights == [0.5, 1.0, 3.0]
+
+
+@pytest.mark.train
+def test_the_critic_is_fitted_to_what_pairs_were_made_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """To all completions, with the rewards and weights that judged."""
+    args = PPOConfig(**policy_settings(max_steps=2, save_steps=1, reward_weights=[2.0, 0.1]))
+    looks = Looks(lambda trainer: getattr(trainer, "critic", None) and trainer.critic.head.out.bias.item())
+    settings = {"reward_funcs": [tiny.low_ids, IMPLICIT_REWARD], "pairs": None, "policy_args": args, "fit_critic": 3}
+    run = short(tmp_path, prepare=looks, **settings)
+    run.train()
+    assert looks.seen["ppo"] != 0
+    assert "critic fitted to 48 completions in 18 steps" in capsys.readouterr().out
+    sampler = run._second_trainer(args, [tiny.low_ids, tiny.first_token_even], {})
+    sampler.reward_func_names[1] = IMPLICIT_REWARD
+    asked = prompts_of_round(run.train_dataset, run.pair_settings, 1, args.seed)
+    found = scored_completions(sampler, asked, tmp_path / "round_1/pairs")
+    assert [one.score for one in found] == [pytest.approx(2 * tiny.low_ids([one.completion_ids])[0]) for one in found]
+    assert found[0].prompt_ids == tiny.tokenizer()(asked[0]["prompt"])["input_ids"] != found[-1].prompt_ids

@@ -243,6 +243,7 @@ def _pipeline(chosen: Feature, settings: dict[str, Any], model: Any, output: Pat
         policy_args=PPOConfig(**tiny.cpu_settings("unused", **{**ONCE, **settings})),
         pairs=pairs(),
         pair_settings={},
+        fit_critic=0,
         held_out=None,
         peft_config=None if chosen == FEATURES["plain"] else lora(),
         prepare=prepare,

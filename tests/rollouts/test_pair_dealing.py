@@ -68,6 +68,7 @@ def batches(count: int = 2) -> list[dict[str, Any]]:
                 ),
                 "ref_chosen_logps": torch.tensor([float(200 + i) for i in numbers]),
                 "ref_rejected_logps": torch.tensor([float(300 + i) for i in numbers]),
+                "pair_weights": torch.tensor([float(400 + i) for i in numbers]),
             }
         )
     return found
@@ -84,9 +85,10 @@ def read(found: list[dict[str, Any]]) -> dict[int, Any]:
             half = chosen if i < len(batch["input_ids"]) // 2 else rejected
             half.append((ids[mask & ~answer].tolist(), ids[answer].tolist()))
             assert not (answer & ~mask).any()
-        of_reference = zip(batch["ref_chosen_logps"].tolist(), batch["ref_rejected_logps"].tolist(), strict=True)
-        for first, second, logps in zip(chosen, rejected, of_reference, strict=True):
-            pairs[first[1][0] - 200] = (first, second, logps)
+        names = ("ref_chosen_logps", "ref_rejected_logps", "pair_weights")
+        of_reference = zip(*(batch[name].tolist() for name in names), strict=True)
+        for first, second, numbers in zip(chosen, rejected, of_reference, strict=True):
+            pairs[first[1][0] - 200] = (first, second, numbers)
     return pairs
 
 

@@ -191,7 +191,7 @@ def test_it_is_trls():
 
 def test_defaults_are_trls(tmp_path):
     ours, theirs = (config(**settings(tmp_path)) for config in (trl_ext.DPOConfig, trl.DPOConfig))
-    own = {"logging_dir", "share_prefixes"}
+    own = {"logging_dir", "share_prefixes", "weight_column", "group_by_prompt"}
     assert {k: v for k, v in ours.to_dict().items() if k not in own} == theirs.to_dict()
 
 

@@ -27,6 +27,7 @@ CONFIGS = [cls for cls in record.our_classes() if issubclass(cls, transformers.T
 # Attributes of TRL's that are ours to replace
 REPLACED = {
     "reward_funcs": "wrapped, so that a fault names the function and the sample",
+    "data_collator": "DPO's, wrapped, so that a batch has the weights of its pairs",
     "beta": "not zero while TRL is asked for a reference that its loss doesn't need; adapted by PPO",
     "eos_token_ids": "PPO's stop_token_id",
     "importance_sampling_level": "TRL's loss runs at level 'token' under GSPO-token",

@@ -81,6 +81,7 @@ def check_arguments(run: "DPOThenPPO") -> None:
     _check_configurations(run)
     _check_trainers(run)
     _check_parallelism(run)
+    _check_fitting(run)
     _check_rewards(run)
     _check_data(run)
     _check_pairs(run)
@@ -189,6 +190,27 @@ def _check_parallelism(run: "DPOThenPPO") -> None:
         not (scores_with_adapters and is_deepspeed_zero3_enabled()),
         f"{IMPLICIT_REWARD!r} and clean={CROSS_FITTING!r} score with whole adapters, which ZeRO-3 shards over "
         "processes. Use ZeRO-2, or leave them out.",
+    )
+
+
+def _check_fitting(run: "DPOThenPPO") -> None:
+    require_count("fit_critic", run.fit_critic, least=0)
+    if run.fit_critic == 0:
+        return
+    require(
+        run.policy_trainer.has_value_loss,
+        f"fit_critic={run.fit_critic}, and {run.policy_trainer.__name__} has no critic. Leave it out.",
+    )
+    require(
+        run.pairs is None or run.rounds > 1,
+        f"fit_critic={run.fit_critic} fits the critic to the completions that pairs are made of, and pairs were "
+        "given. Leave one of them out.",
+    )
+    sharded = run.policy_args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    require(
+        not sharded,
+        f"fit_critic={run.fit_critic} comes before the second stage's engine, and DeepSpeed's shards the weights. Use "
+        "DDP, or leave it out.",
     )
 
 

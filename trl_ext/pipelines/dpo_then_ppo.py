@@ -37,8 +37,19 @@ from ..trainers.grpo import GRPOTrainer
 from ..trainers.ppo import PPOTrainer
 from ..trainers.reward_checks import as_list
 from ..trainers.seams.names import method_name
+from ..trainers.value_fitting import fit_values
 from .checks import BASE, adopted_as, check_arguments, check_types
-from .pairing import Clean, clean_pairs, cross_fitting, read_pairs, sample_pairs, without_implicit_reward, write_pairs
+from .pairing import (
+    Clean,
+    clean_pairs,
+    cross_fitting,
+    prompts_of_round,
+    read_pairs,
+    sample_pairs,
+    scored_completions,
+    without_implicit_reward,
+    write_pairs,
+)
 from .settings import described, fingerprint, settings_of
 from .shared_policy import SharedPolicy, release
 from .stages import DATA, DPO, PAIRS, POLICY, START, StageFile, StageResult, print_once, whole_checkpoint
@@ -122,6 +133,10 @@ class DPOThenPPO:
             Preference accuracy, in (0, 1), that ends DPO. `None`: DPO runs to its last step.
         accuracy_logs (`int`, *optional*, defaults to `5`):
             How many logs in a row have to be above the threshold.
+        fit_critic (`int`, *optional*, defaults to `0`):
+            Passes over the completions that were sampled for the pairs of a round, in which the critic is fitted to
+            their rewards before the second stage's first step ([`~trl_ext.trainers.value_fitting.fit_values`]): what
+            was paid for those rewards is used twice. 0: none. A round whose pairs were given has no such completions.
         held_out ([`~datasets.Dataset`], *optional*):
             Prompts on which the policy is measured at the start, after DPO and after the second stage.
         held_out_samples (`int`, *optional*, defaults to `4`):
@@ -169,6 +184,7 @@ class DPOThenPPO:
         rounds: int = 1,
         accuracy_threshold: float | None = 0.75,
         accuracy_logs: int = 5,
+        fit_critic: int = 0,
         held_out: Dataset | None = None,
         held_out_samples: int = 4,
         held_out_every: int = 0,
@@ -194,6 +210,7 @@ class DPOThenPPO:
         self.dpo_kwargs, self.policy_kwargs = dict(dpo_kwargs or {}), dict(policy_kwargs or {})
         self.reference, self.rounds = reference, rounds
         self.accuracy_threshold, self.accuracy_logs = accuracy_threshold, accuracy_logs
+        self.fit_critic = fit_critic
         self.held_out, self.held_out_samples = held_out, held_out_samples
         self.held_out_every, self.held_out_seed = held_out_every, held_out_seed
         self.prepare = prepare
@@ -264,6 +281,7 @@ class DPOThenPPO:
             POLICY: {
                 "policy_trainer": self.policy_trainer.__name__,
                 "reference": self.reference,
+                "fit_critic": self.fit_critic,
                 **kwargs[POLICY],
                 **settings_of(self.policy_args, "policy_args"),
             },
@@ -397,6 +415,8 @@ class DPOThenPPO:
         critic, before = getattr(trainer, "critic", None), self._adapter_before(round_) / CRITIC
         if critic is not None and before.is_dir():
             critic.load(before)
+        if self.fit_critic and whole_checkpoint(folder) is None:
+            self._fit_critic(trainer, round_)
         held_out = None
         if self.held_out is not None:
             held_out = HeldOut(trainer, list(self.held_out), every=self.held_out_every, **self._measurement)
@@ -413,6 +433,20 @@ class DPOThenPPO:
         release(trainer)
         result.seconds = time.monotonic() - started
         self.file.finish(result)
+
+    def _fit_critic(self, trainer: Any, round_: int) -> None:
+        """A critic that has seen the rewards of the round's completions. A checkpoint of the stage holds it."""
+        seed = self.policy_args.seed
+        prompts = prompts_of_round(self.train_dataset, self.pair_settings, round_, seed)
+        completions = scored_completions(trainer, prompts, self._folder(PAIRS, round_))
+        if not completions:
+            print_once("fit_critic: the pairs of this round were given, there are no completions to fit to")
+            return
+        fitted = fit_values(trainer, completions, self.fit_critic, seed)
+        print_once(
+            f"critic fitted to {fitted['completions']} completions in {fitted['steps']} steps, explained variance "
+            f"{fitted['explained_variance']:.3f}"
+        )
 
     def _implicit_reward(self, round_: int) -> ImplicitReward:
         """What DPO of this round has learned. It depends on saved adapters only, and so not on the process."""

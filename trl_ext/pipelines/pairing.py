@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset, load_from_disk
 from trl import DPOConfig as TRLDPOConfig
 
 from ..preferences.cleaning import clean_by_cross_fitting
-from ..preferences.pairs import make_pairs
+from ..preferences.pairs import PAIR_WEIGHT, make_pairs, read_completions, with_equal_budgets
 from ..preferences.scorers import ImplicitRewardScorer, ImplicitRewardTraining
-from ..rewards.implicit import IMPLICIT_REWARD
+from ..rewards.implicit import IMPLICIT_REWARD, token_ids
 from ..roles.trunk import ADAPTER
 from ..trainers.dpo import DPOConfig
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.seams.processes import forget_accelerator
+from ..trainers.value_fitting import ScoredCompletion
 from .shared_policy import SharedPolicy
 from .stages import print_once
 
@@ -30,6 +31,8 @@ Clean = Callable[[Dataset], tuple[Dataset, Any]]
 
 # Distance of the seeds of two rounds; large, because `make_pairs` adds the number of the row to the seed
 SEEDS_OF_A_ROUND = 1_000_003
+# All completions that were sampled for pairs, with their rewards, in the stage's folder
+COMPLETIONS = "completions.jsonl"
 
 
 def without_implicit_reward(
@@ -62,6 +65,12 @@ def without_implicit_reward(
     return of_judges(reward_funcs), args, kwargs
 
 
+def prompts_of_round(prompts: Dataset, settings: Mapping[str, Any], round_: int, seed: int) -> Dataset:
+    """The prompts of a round, in the order in which they are sampled for. The arguments are [`sample_pairs`]'s."""
+    count = settings.get("prompts")
+    return prompts if count is None else prompts.shuffle(seed=seed + round_).take(min(count, len(prompts)))
+
+
 def sample_pairs(
     trainer: GRPOTrainer, prompts: Dataset, settings: Mapping[str, Any], folder: Path, round_: int, seed: int
 ) -> tuple[Dataset, int]:
@@ -88,15 +97,13 @@ def sample_pairs(
     Raises:
         NoPairsError: if no prompt gave a pair.
     """
-    own = dict(settings)
-    count = own.pop("prompts", None)
-    if count is not None:
-        prompts = prompts.shuffle(seed=seed + round_).take(min(count, len(prompts)))
+    own, prompts = dict(settings), prompts_of_round(prompts, settings, round_, seed)
+    own.pop("prompts", None)
     own.setdefault("seed", seed + SEEDS_OF_A_ROUND * round_)
     pairs, report = make_pairs(
         trainer,
         prompts,
-        partial_results=folder / "completions.jsonl",
+        partial_results=folder / COMPLETIONS,
         on_progress=lambda done, rows: print_once(f"sampled for {done} of {rows} prompts"),
         **own,
     )
@@ -129,6 +136,8 @@ def clean_pairs(pairs: Dataset, clean: Clean, folder: Path, seed: int) -> Datase
     if not (isinstance(cleaned, tuple) and len(cleaned) == 2 and isinstance(cleaned[0], Dataset)):
         raise TypeError(f"clean returned a {type(cleaned).__name__}. Let it return the pairs and a report.")
     left, report = cleaned
+    if PAIR_WEIGHT in left.column_names and "prompt_row" in left.column_names and len(left) > 0:
+        left = with_equal_budgets(left)
     print_once(str(report))
     if len(left) == 0:
         raise ValueError(f"Cleaning left none of {len(pairs)} pairs:\n{report}\nClean less, or make other pairs.")
@@ -179,3 +188,38 @@ def read_pairs(folder: Path) -> Dataset | None:
     pairs = load_from_disk(str(folder / "pairs"))
     assert isinstance(pairs, Dataset)
     return pairs
+
+
+def scored_completions(trainer: GRPOTrainer, prompts: Dataset, folder: Path) -> list[ScoredCompletion]:
+    """
+    The completions that were sampled for the pairs of a round, with the weighted sum of the rewards that judged them.
+    Every process must make the call.
+
+    Args:
+        trainer ([`GRPOTrainer`]):
+            The second stage's trainer. The implicit reward that it may have judged no pairs.
+        prompts ([`~datasets.Dataset`]):
+            The prompts of the round, from [`prompts_of_round`].
+        folder (`Path`):
+            Folder of the stage that made the pairs.
+
+    Returns:
+        `list[ScoredCompletion]`: those to which a reward applied; none if the pairs were given.
+    """
+    outcome: list[Any] = [None]
+    if PartialState().is_main_process and (folder / COMPLETIONS).is_file():
+        outcome = [read_completions(folder / COMPLETIONS)]
+    broadcast_object_list(outcome)
+    template: Any = trainer.chat_template_kwargs or {}
+    named = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
+    weights = [weight for name, weight in named if name != IMPLICIT_REWARD]
+    found = []
+    for row, group in zip(prompts, outcome[0] or [], strict=False):
+        prompt: Any = row["prompt"]
+        further = {} if isinstance(prompt, str) else {"add_generation_prompt": True, **template}
+        ids = token_ids(trainer.processing_class, prompt, **further)
+        for _, completion_ids, rewards in group:
+            earned = [w * r for w, r in zip(weights, rewards, strict=True) if r is not None]
+            if earned:
+                found.append(ScoredCompletion(ids, completion_ids, sum(earned)))
+    return found

@@ -42,6 +42,7 @@ from ..trainers.samples import sample_of
 
 STRATEGIES = ("best_worst", "margin", "majority")
 TRUNCATED = ("drop", "reject", "keep")
+PAIR_WEIGHT = "pair_weight"
 CHAT_TEMPLATE_KWARGS = "chat_template_kwargs"  # TRL's name for the column
 
 NOT_SCORED = "fewer than two completions with a score"
@@ -215,7 +216,8 @@ def make_pairs(
     Returns:
         [`~datasets.Dataset`] and [`PairReport`]: one row per pair, with `prompt`, `chosen`, `rejected`,
         `score_chosen`, `score_rejected`, `score_margin` (under `"majority"`, the margin of the votes), `prompt_row`
-        (the prompt's row in `dataset`), and the sampled token ids in `chosen_sampled_ids` and `rejected_sampled_ids`.
+        (the prompt's row in `dataset`), the sampled token ids in `chosen_sampled_ids` and `rejected_sampled_ids`, and
+        `pair_weight` ([`with_equal_budgets`]).
 
     Raises:
         ValueError: for arguments that can't work, prompts that aren't text, tools, or partial results of a different
@@ -261,7 +263,24 @@ def make_pairs(
     report.pairs, report.without_pairs = len(rows), dict(reasons)
     if not rows:
         raise NoPairsError(report)
-    return Dataset.from_list(rows), report
+    return with_equal_budgets(Dataset.from_list(rows)), report
+
+
+def with_equal_budgets(pairs: Dataset) -> Dataset:
+    """
+    Pairs with weights under which each prompt counts the same, however many pairs it gave: the weights of a prompt's
+    pairs are equal, their sum is the same for all prompts, and the mean over all pairs is 1. DPO takes them with
+    `weight_column="pair_weight"`.
+
+    Args:
+        pairs ([`~datasets.Dataset`]):
+            Pairs with the column `prompt_row`. Weights that they have are replaced.
+    """
+    counts = Counter(pairs["prompt_row"])
+    budget = len(pairs) / len(counts)
+    weights = [budget / counts[row] for row in pairs["prompt_row"]]
+    kept = pairs.remove_columns(PAIR_WEIGHT) if PAIR_WEIGHT in pairs.column_names else pairs
+    return kept.add_column(PAIR_WEIGHT, weights)
 
 
 def _row(pair: Pair, prompt: Any, index: int, template: dict[str, Any] | None) -> dict[str, Any]:
@@ -403,6 +422,15 @@ def _as_lists(scored: ScoredGroups) -> list[list[Any]]:
         for (completion, ids), earned in zip(written, scored.rewards.flatten(0, 1).tolist(), strict=True)
     ]
     return [kept[i : i + samples] for i in range(0, len(kept), samples)]
+
+
+def read_completions(partial_results: str | Path) -> list[list[list[Any]]]:
+    """
+    What [`make_pairs`] wrote to `partial_results`: for each prompt its completions, as
+    `[completion, completion_ids, rewards]`, with `None` for a reward that didn't apply.
+    """
+    _, *batches = Path(partial_results).read_text(encoding="utf-8").splitlines()  # the first says whose they are
+    return [group for batch in batches for group in json.loads(batch)]
 
 
 def _as_samples(trainer: GRPOTrainer, group: list[Any]) -> list[Sample]:

@@ -24,9 +24,10 @@ PAIR_MEAN_LOSSES = (
 )
 # Those that depend on which pairs are together in a micro-batch: two sort its log-ratios, one divides by its tokens
 WHOLE_BATCH_LOSSES = ("aot", "aot_unpaired", "sft")
-# Tensors of a micro-batch of B pairs: `(2B, T)`, all chosen before all rejected, and `(B,)`
+# Tensors of a micro-batch of B pairs: `(2B, T)`, all chosen before all rejected, and `(B,)`. The last one is ours.
 ROW_KEYS = ("input_ids", "attention_mask", "completion_mask")
-PAIR_KEYS = ("ref_chosen_logps", "ref_rejected_logps")
+WEIGHTS = "pair_weights"
+PAIR_KEYS = ("ref_chosen_logps", "ref_rejected_logps", WEIGHTS)
 
 
 def deal_pairs(

@@ -156,7 +156,7 @@ class HybridArguments(PPOArguments):
         pairs (`dict` or `str`, *optional*):
             Arguments of [`~trl_ext.make_pairs`] and the number of `prompts`; or the `split` of given pairs. The
             `eval_split` holds pairs to measure on.
-        clean, reference, rounds, accuracy_threshold, accuracy_logs (*optional*):
+        clean, reference, rounds, accuracy_threshold, accuracy_logs, fit_critic (*optional*):
             As in [`~trl_ext.DPOThenPPO`].
         start_name (`str`, *optional*, defaults to `"start"`):
             What reports call the model before any stage.
@@ -178,6 +178,10 @@ class HybridArguments(PPOArguments):
     )
     accuracy_logs: int = field(
         default=_SCHEDULE["accuracy_logs"], metadata={"help": "Consecutive logs above the threshold."}
+    )
+    fit_critic: int = field(
+        default=_SCHEDULE["fit_critic"],
+        metadata={"help": "Passes over the completions of the pairs that fit the critic before PPO."},
     )
     start_name: str = field(default="start", metadata={"help": "What reports call the model before any stage."})
 

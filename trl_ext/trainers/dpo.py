@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol, Self
 
+import torch
 import trl
 from datasets import Dataset
 
@@ -26,7 +27,7 @@ from ..rollouts.pair_dealing import PAIR_MEAN_LOSSES, WHOLE_BATCH_LOSSES
 from .arguments import adopted, bound
 from .cards import CardAdditions, complete_card
 from .config_checks import check_types
-from .pair_checks import check_all_pairs, check_loaded_pairs
+from .pair_checks import check_all_pairs, check_loaded_pairs, check_weights
 from .references import check_reference
 from .seams.dpo import DPOSeams, RowOrder
 from .seams.prefixes import sharing_of
@@ -47,14 +48,25 @@ class PairOrder(Protocol):
 
 # Losses that TRL's trainer knows
 LOSS_TYPES = PAIR_MEAN_LOSSES + WHOLE_BATCH_LOSSES
+# Losses of the sorted log-ratios of a batch
+SORTING_LOSSES = ("aot", "aot_unpaired")
 # Losses that read `label_smoothing`
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
+
+
+def prompts_together(prompts: Sequence[Any], seed: int, epoch: int) -> list[int]:
+    """Rows in a random order of their prompts; the rows of a prompt follow each other, in a random order, too."""
+    generator = torch.Generator().manual_seed(seed + epoch)
+    rows: dict[str, list[int]] = {}
+    for row in torch.randperm(len(prompts), generator=generator).tolist():
+        rows.setdefault(repr(prompts[row]), []).append(row)
+    return [row for of_prompt in rows.values() for row in of_prompt]
 
 
 @dataclass
 class DPOConfig(trl.DPOConfig):
     """
-    [`~trl.DPOConfig`] with [`adopt`] and one argument more. Values that TRL would fail on later, and a
+    [`~trl.DPOConfig`] with [`adopt`] and three arguments more. Values that TRL would fail on later, and a
     `label_smoothing` without effect or out of its range, are refused before a model is loaded.
 
     Args:
@@ -62,6 +74,13 @@ class DPOConfig(trl.DPOConfig):
             Whether passes compute a prompt once for all completions of it in a micro-batch, and no padding, where the
             gradient is TRL's up to rounding and that is cheaper by an estimate. `"always"`: at any cost. `False`:
             TRL's passes.
+        weight_column (`str`, *optional*):
+            Column of `train_dataset` with the weight of each pair, a number of at least 0: the gradient is that of
+            mean(weight · loss). TRL's logs, the loss among them, and evaluation know nothing of weights.
+            [`~trl_ext.preferences.pairs.make_pairs`] writes the column `pair_weight`.
+        group_by_prompt (`bool`, *optional*, defaults to `False`):
+            Whether an epoch trains on prompts in a random order, and on all pairs of a prompt one after the other, so
+            that `share_prefixes` computes a completion once for all of its pairs in a micro-batch.
 
     Raises:
         TypeError: for text in place of a number, or one value in place of a list.
@@ -75,6 +94,11 @@ class DPOConfig(trl.DPOConfig):
             "help": "Whether passes compute a prompt once for all of its completions, where that is exact and "
             "cheaper: True, False, or always (at any cost)."
         },
+    )
+
+    weight_column: str | None = field(default=None, metadata={"help": "Column with the weights of pairs."})
+    group_by_prompt: bool = field(
+        default=False, metadata={"help": "Whether the pairs of a prompt follow each other, to be computed together."}
     )
 
     def __post_init__(self) -> None:
@@ -95,6 +119,16 @@ class DPOConfig(trl.DPOConfig):
         require(
             self.max_length is None or self.max_length >= 1,
             f"max_length={self.max_length} must be at least 1, or None for no limit.",
+        )
+        require(
+            self.weight_column is None or not {*self.loss_type} & {*SORTING_LOSSES},
+            f"loss_type={self.loss_type} compares sorted batches, in which a pair has no loss of its own to be "
+            "weighed. Choose a different loss, or leave weight_column out.",
+        )
+        require(
+            not self.group_by_prompt or self.train_sampling_strategy == "random",
+            f"group_by_prompt and train_sampling_strategy={self.train_sampling_strategy!r} both set the order of the "
+            "rows. Leave the second at 'random'.",
         )
 
     @classmethod
@@ -149,6 +183,7 @@ class DPOTrainer(DPOSeams):
         given = bound(trl.DPOTrainer, self, args, kwargs)
         prompts = check_all_pairs(given)
         self._check_curriculum(given["args"], curriculum, given.get("train_dataset"))
+        check_weights(given["args"], curriculum, given.get("train_dataset"))
         self.curriculum = curriculum
         self.card = CardAdditions()
         check_reference(given, given.get("ref_model"), wanted=True)
@@ -193,11 +228,20 @@ class DPOTrainer(DPOSeams):
 
     def row_order(self) -> RowOrder | None:
         if self.curriculum is None:
-            return None
+            if not self.args.group_by_prompt:
+                return None
+            tokenized = "prompt_ids" in self.train_dataset.column_names  # unless there are images
+            return partial(
+                prompts_together, self.train_dataset["prompt_ids" if tokenized else "prompt"], self._order_seed
+            )
         # Read again, because TRL has dropped the rows whose prompt is too long
         difficulties = self.curriculum.priors(self.train_dataset[self.curriculum.column])
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return partial(self.curriculum.epoch_order, difficulties, seed)
+        return partial(self.curriculum.epoch_order, difficulties, self._order_seed)
+
+    @property
+    def _order_seed(self) -> int:
+        seed: int = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return seed
 
     def implicit_reward(
         self,

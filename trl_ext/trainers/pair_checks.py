@@ -2,6 +2,7 @@
 Checks of preference pairs, before a model is loaded.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,3 +133,29 @@ def check_loaded_pairs(trainer: Any, prompts: list[Any]) -> None:
             f"max_length={trainer.args.max_length} leaves nothing of {name}: in every row the prompt alone is that "
             "long. Raise max_length, or set truncation_mode='keep_end'.",
         )
+
+
+def check_weights(config: Any, curriculum: Any, dataset: Any) -> None:
+    """Raises `ValueError` unless a data set is one that `weight_column` and `group_by_prompt` can be used on."""
+    for name in ("weight_column", "group_by_prompt"):
+        require(
+            not getattr(config, name) or isinstance(dataset, Dataset),
+            f"{name} needs the rows of train_dataset, which must be a datasets.Dataset, not {type(dataset).__name__}. "
+            f"Load it without streaming, or leave {name} out.",
+        )
+    require(
+        not config.group_by_prompt or curriculum is None,
+        "curriculum and group_by_prompt both set the order of the rows. Leave one of them out.",
+    )
+    column = config.weight_column
+    if column is None:
+        return
+    require(
+        column in dataset.column_names,
+        f"weight_column={column!r}, and train_dataset has {dataset.column_names}. Name a column of weights.",
+    )
+    numbers = [value for value in dataset[column] if isinstance(value, int | float) and 0 <= value < math.inf]
+    require(
+        len(numbers) == len(dataset) and any(numbers),
+        f"weight_column={column!r} must hold a number of at least 0 in each row, and not 0 in all of them.",
+    )

@@ -6,10 +6,11 @@ prompts that passes share, and the micro-batches in which pairs of one prompt me
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import trl
 from torch.utils.data import Sampler
 
-from ...rollouts.pair_dealing import PAIR_MEAN_LOSSES, dealt_anew
+from ...rollouts.pair_dealing import PAIR_MEAN_LOSSES, WEIGHTS, dealt_anew
 from ...rollouts.shared_pass import Sharing
 from .evaluation import EvaluatedBatch, WholeEvaluations
 from .prefixes import sharing_forwards
@@ -46,6 +47,50 @@ class OrderSampler(Sampler[int]):
         return self.rows
 
 
+class WeightCollator:
+    """
+    TRL's collator, which drops all columns that it doesn't know, with the weights of pairs under [`WEIGHTS`].
+
+    Args:
+        collate (`Callable`):
+            TRL's.
+        column (`str`):
+            Column of the weights. Rows without it, such as those of evaluation, get none.
+    """
+
+    def __init__(self, collate: Callable[..., dict[str, Any]], column: str) -> None:
+        self.collate, self.column = collate, column
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        if all(self.column in row for row in rows):
+            batch[WEIGHTS] = torch.tensor([float(row[self.column]) for row in rows])
+        return batch
+
+
+def _without_weights(inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """A batch as TRL knows it, and the weights of its pairs."""
+    return {name: value for name, value in inputs.items() if name != WEIGHTS}, inputs.get(WEIGHTS)
+
+
+class _Weighted:
+    """
+    Stands for the policy in TRL's loss, a mean over pairs: what flows back into the log-probabilities of a pair is
+    multiplied by its weight, which makes the gradient that of a weighted mean.
+    """
+
+    def __init__(self, model: Any, weights: torch.Tensor) -> None:
+        self.model, self.weights = model, weights
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.model(*args, **kwargs)
+        logps = getattr(output, "log_probs", None)
+        if logps is not None and logps.requires_grad:
+            weights = torch.cat([self.weights, self.weights]).unsqueeze(1).to(logps)  # chosen before rejected
+            logps.register_hook(lambda gradient: gradient * weights)
+        return output
+
+
 class DPOSeams(WholeCheckpoints, WholeEvaluations, trl.DPOTrainer):
     """
     The hook of [`~trl_ext.DPOTrainer`], which does nothing here.
@@ -59,13 +104,15 @@ class DPOSeams(WholeCheckpoints, WholeEvaluations, trl.DPOTrainer):
     # What passes share; `None`: they are TRL's
     sharing: Sharing | None = None
 
-    def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        inputs, weights = _without_weights(inputs)
+        model = model if weights is None else _Weighted(model, weights)
         with sharing_forwards(self, self.sharing):
-            return super()._compute_loss(*args, **kwargs)
+            return super()._compute_loss(model, inputs, return_outputs)
 
-    def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         with sharing_forwards(self, self.sharing):
-            return super().compute_ref_log_probs(*args, **kwargs)
+            return super().compute_ref_log_probs(model, _without_weights(inputs)[0])
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
@@ -81,6 +128,9 @@ class DPOSeams(WholeCheckpoints, WholeEvaluations, trl.DPOTrainer):
             super().__init__(*args, **kwargs)
         if given is None and kwargs["args"].precompute_ref_log_probs:
             drop_reference(self)  # its log-probabilities are there now
+        column = kwargs["args"].weight_column
+        if column is not None:
+            self.data_collator = WeightCollator(self.data_collator, column)
 
     def row_order(self) -> RowOrder | None:
         return None
@@ -90,6 +140,12 @@ class DPOSeams(WholeCheckpoints, WholeEvaluations, trl.DPOTrainer):
         chosen, rejected = (float(half.sum()) for half in mask.chunk(2))
         by_token = {"entropy": chosen + rejected, "mean_token_accuracy": chosen}
         batch.weights |= by_token | {"logits/chosen": chosen, "logits/rejected": rejected}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        column, kept = self.args.weight_column, self._signature_columns
+        if column is not None and kept is not None and column not in kept:
+            kept.append(column)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler, order = super()._get_train_sampler(train_dataset), self.row_order()

@@ -11,6 +11,7 @@ from typing import Any
 import trl
 
 from ...roles.critic import base_model_of, critic_of
+from ...rollouts.distinct_rows import distinct_rows
 from ...rollouts.exactness import needs_full_width
 from ...rollouts.prefix_exactness import common_window, pass_cost, sharing_obstacles
 from ...rollouts.prefix_trees import Cost
@@ -77,7 +78,8 @@ def sharing_forwards(trainer: Any, sharing: Sharing | None) -> Iterator[None]:
     try:
         if sharing is not None:
             for number, base in models.items():
-                base.forward = SharedPass(before[number], sharing, base)
+                shared = SharedPass(before[number], sharing, base)
+                base.forward = distinct_rows(shared, sharing) if sharing.pack else shared
         yield
     finally:
         for number, base in models.items():
