@@ -21,6 +21,7 @@ EXPLAINED_VARIANCE = "val/explained_variance"
 
 # Logged by the engine
 COMPUTE_SAVED = "compute/saved"
+PREDICTION_TOKENS = "compute/prediction_tokens"  # of prompts that were read to predict their pass rates, in total
 DROPPED_TOKENS = "trust_region/dropped"  # share of tokens
 DIVERGENCE = "trust_region/divergence"  # mean over tokens
 COMPLETION_LIMIT = "curriculum/completion_length"

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comparing import largest_relative_error
@@ -56,6 +57,18 @@ def test_metrics_do_not_depend_on_the_number_of_processes(results: Any, case: st
     assert alone["counters"] == first["counters"] == second["counters"]
     for one, two in zip(alone["logs"], first["logs"], strict=True):
         assert one == pytest.approx(two, rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "informed" in case])
+def test_two_processes_read_in_prompts_what_one_reads(results: Any, case: str) -> None:
+    alone, first, second = (results[key][case]["outlook"] for key in ((1, 0), (2, 0), (2, 1)))
+    assert alone["features"]["tokens"] == first["features"]["tokens"] == second["features"]["tokens"] > 0
+    read, one, two = (outlook["features"]["young"] for outlook in (alone, first, second))
+    assert one == two
+    assert read.keys == one.keys and len(read) > 32
+    # Those of the first batch to the last bit; the weights of the second differ by rounding
+    assert all(np.array_equal(*rows) for rows in zip(read.rows[:16], one.rows[:16], strict=True))
+    assert np.allclose(np.stack(read.rows), np.stack(one.rows), atol=0.05)
 
 
 def test_the_cases_are_what_they_say(results: Any) -> None:

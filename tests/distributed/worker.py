@@ -304,6 +304,7 @@ def train(case: dict[str, Any], output_dir: Path, processes: int) -> dict[str, A
     return {
         "weights": weights(trainer),
         "trained": trainer.trained,
+        "outlook": trainer.run_state().get("outlook"),
         "counters": trainer.counters,
         "logs": [
             {key: value for key, value in log.items() if key.startswith(LOGGED)} for log in trainer.state.log_history

@@ -9,7 +9,8 @@ import torch
 
 from trl_ext.objectives.advantages import group_relative, leave_one_out
 from trl_ext.rollouts.groups import Groups, prompts_of_slots, share_out
-from trl_ext.rollouts.outlook import AdaptiveOutlook, mixed_probability
+from trl_ext.rollouts.informed import AdaptiveOutlook
+from trl_ext.rollouts.outlook import mixed_probability
 
 
 NAN = math.nan

@@ -189,6 +189,10 @@ def test_values_that_depend_on_others():
             {"similar_prompts_columns": ["level"]},
             ["similar_prompts_columns=['level']", "refill_draws='blind'", "Set refill_draws='informed'"],
         ),
+        (DAPOConfig, {"prompt_features": "none"}, ["prompt_features='none'", "Set refill_draws='informed'"]),
+        (DAPOConfig, {"refill_value": "signal"}, ["refill_value='signal'", "Set refill_draws='informed'"]),
+        (DAPOConfig, {"refill_draws": "informed", "refill_value": "long"}, ["'long'", "'live'", "'signal'"]),
+        (DAPOConfig, {"refill_draws": "informed", "prompt_features": "words"}, ["'words'", "'hidden_states'"]),
         (
             DAPOConfig,
             {"refill_draws": "informed", "refill_exploration": 1.5},

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from .generation_batch import GenerationBatch
+from .prompt_features import Reader
 
 
 class RolloutObserver:
@@ -97,6 +98,15 @@ class PromptChooser(RolloutObserver):
             ValueError: if the chooser can't work with them.
         """
         return self
+
+    def read_prompts(self, read: Reader) -> None:
+        """
+        Called once, before training, if the policy can read prompts for a chooser that wants to know more of them.
+
+        Args:
+            read (`Reader`):
+                Returns features of prompts, see [`~trl_ext.rollouts.prompt_features.Reader`].
+        """
 
     def choose(self, rows: Sequence[dict[str, Any]], count: int, progress: float = 0.0, dealt: int = 0) -> list[int]:
         """

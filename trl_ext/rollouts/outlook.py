@@ -19,16 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from numbers import Real
 from statistics import quantiles
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
 
-from ..metric_keys import SELECTION
-from .choosers import PromptChooser
-from .generation_batch import GenerationBatch
 from .groups import share_out
 from .ledger import Ledger
+from .pass_rates import Floats, PassRateModel
+from .prompt_features import PLAIN
 from .stream import prompt_key
 
 
@@ -42,6 +40,8 @@ CONCENTRATION = (0.05, 50.0)
 # Evidence whose weight has faded below NEGLIGIBLE is dropped every SWEEP_EVERY ticks
 NEGLIGIBLE = 0.01
 SWEEP_EVERY = 100
+# How much more often prompts are chosen that are worth more. 0: all alike; infinity: the best ones only
+SHARPNESS = 2.0
 
 Bucket = tuple[str | float | bool | None, ...]
 # The bucket of all prompts
@@ -85,6 +85,31 @@ def mixed_probability(a: float, b: float, num_generations: int) -> float:
     all_pass = math.prod((a + i) / (a + b + i) for i in range(num_generations))
     all_fail = math.prod((b + i) / (a + b + i) for i in range(num_generations))
     return max(0.0, 1 - all_pass - all_fail)
+
+
+def live_probability(a: float, b: float, constant_live: float, num_generations: int) -> float:
+    """
+    Probability that a group is live: P(mixed) + (1 − P(mixed)) · P(live | constant), see [`mixed_probability`].
+
+    Args:
+        a, b (`float`):
+            Parameters of the Beta distribution of the pass rate.
+        constant_live (`float`):
+            The rate at which groups whose completions all pass or all fail are live; 0 for binary rewards.
+        num_generations (`int`):
+            G, the size of a group.
+    """
+    mixed = mixed_probability(a, b, num_generations)
+    return mixed + (1 - mixed) * constant_live
+
+
+def signal(a: float, b: float, constant_live: float, num_generations: int) -> float:
+    """E[p (1 − p)] = a b / ((a + b) (a + b + 1)), the expected variance of a binary reward within a group."""
+    return a * b / ((a + b) * (a + b + 1))
+
+
+# By `refill_value`: what the group of a prompt is worth. A new way to value groups is a function and an entry here.
+VALUES: dict[str, Callable[[float, float, float, int], float]] = {"live": live_probability, "signal": signal}
 
 
 class GroupStats(NamedTuple):
@@ -160,6 +185,14 @@ class PromptHistory(NamedTuple):
         return GroupStats.of_group(self.last_solved, self.last_tried, self.last_live)
 
 
+class Prior(NamedTuple):
+    """What is known of a prompt without its own groups: p ~ Beta(a, b), and P(live | constant)."""
+
+    a: float
+    b: float
+    constant_live: float
+
+
 class BucketSums(NamedTuple):
     """The [`GroupStats`] of a bucket, faded as of `tick`."""
 
@@ -226,6 +259,7 @@ class PromptOutlook:
         self._prompts: Ledger[str, PromptHistory] = Ledger(PromptHistory._make)
         self._numbers: Ledger[Bucket, tuple[float, ...]] = Ledger(tuple)  # of buckets
         self._buckets: Ledger[float, BucketSums] = Ledger(BucketSums._make)  # by number
+        self._rates: PassRateModel | None = None  # of features
 
     # Similarity
 
@@ -263,6 +297,8 @@ class PromptOutlook:
     def tick(self) -> None:
         """Called once for each generation batch: what was observed earlier fades."""
         self._now += 1
+        if self._rates is not None:
+            self._rates.tick()
         if self._now % SWEEP_EVERY == 0:
             self._prompts.keep(lambda known: self._fade(known.tick) >= NEGLIGIBLE)
             self._buckets.keep(lambda sums: self._fade(sums.tick) * sums.prompts >= NEGLIGIBLE)
@@ -271,7 +307,13 @@ class PromptOutlook:
         """Weight of evidence as of `tick`. It is applied when evidence is read, so that a tick costs nothing."""
         return self.memory ** (self._now - tick)
 
-    def observe(self, rows: Sequence[dict[str, Any]], outcomes: torch.Tensor, live: list[bool]) -> None:
+    def observe(
+        self,
+        rows: Sequence[dict[str, Any]],
+        outcomes: torch.Tensor,
+        live: list[bool],
+        features: Floats | None = None,
+    ) -> None:
         """
         Learn from a round of generation.
 
@@ -283,13 +325,24 @@ class PromptOutlook:
                 live, so that it counts as a group whose completions all fail.
             live (`list[bool]`):
                 For each group, whether it is live.
+            features (`np.ndarray` of shape `(P, F)`, *optional*):
+                Features of the prompts, see [`~trl_ext.rollouts.prompt_features.PromptFeatures`].
         """
         # Compared as tensors, as in `census`: 0.7 in float32 is smaller than the double 0.7
-        passes = (outcomes >= self.success_threshold).sum(dim=1).tolist()
-        rewarded = (~outcomes.isnan()).sum(dim=1).tolist()
-        for row, k, n, is_live in zip(rows, passes, rewarded, live, strict=True):
-            solved, tried = (k, n) if n >= 2 else (0, max(2, min(outcomes.shape[1], self.num_generations)))
-            self._observe_group(row, solved, tried, is_live)
+        passes = (outcomes >= self.success_threshold).sum(dim=1)
+        rewarded = (~outcomes.isnan()).sum(dim=1)
+        known = rewarded >= 2
+        solved = torch.where(known, passes, 0)
+        tried = torch.where(known, rewarded, max(2, min(outcomes.shape[1], self.num_generations)))
+        for row, k, n, is_live in zip(rows, solved.tolist(), tried.tolist(), live, strict=True):
+            self._observe_group(row, k, n, is_live)
+        if features is not None:
+            self._rate_model(features.shape[1]).observe(features, solved.double().numpy(), tried.double().numpy())
+
+    def _rate_model(self, size: int) -> PassRateModel:
+        if self._rates is None:
+            self._rates = PassRateModel(size, PLAIN, self.memory)
+        return self._rates
 
     def _observe_group(self, row: dict[str, Any], solved: int, tried: int, live: bool) -> None:
         latest = GroupStats.of_group(solved, tried, live)
@@ -332,57 +385,100 @@ class PromptOutlook:
 
     # Prediction
 
-    def live_probability(self, row: dict[str, Any], slots: int = 1) -> float:
+    def priors(self, rows: Sequence[dict[str, Any]], features: Floats | None = None) -> list[Prior]:
         """
-        Probability that the group of a prompt would be live if it were generated now.
-
-        For a new prompt this is P(mixed) + (1 − P(mixed)) · P(live | constant). P(mixed) is [`mixed_probability`] for
-        the prior Beta(a, b). P(live | constant) is the rate at which groups whose completions all pass or all fail
-        were live; it is 0 for binary rewards. For a prompt that was observed, (a, b) becomes (a + solved, b + failed),
-        and its own constant groups are added to one group with the rate of its bucket. This prediction holds with
-        probability `memory` to the power of the ticks since the observation; otherwise the prompt counts as new.
+        What is known of prompts without their own groups.
 
         The prior of a bucket comes from the moments of all prompts and of the bucket's. The estimate of each level is
         shrunk to the one of the level above, as if that had been observed with `PRIOR_PROMPTS` prompts. Above all
         prompts is the uniform distribution, with no live constant group.
 
         Args:
-            row (`dict`):
-                Data set row.
-            slots (`int`, *optional*, defaults to `1`):
-                How many times `num_generations` completions the group has.
+            rows (`list[dict]`):
+                Data set rows.
+            features (`np.ndarray` of shape `(N, F)`, *optional*):
+                Their features. Then the pass rates come from these, and not from the bucket.
         """
-        size = slots * self.num_generations
+        buckets = [self._bucket(row) for row in rows]
+        by_bucket = {bucket: self._prior(bucket) for bucket in set(buckets)}
+        priors = [by_bucket[bucket] for bucket in buckets]
+        if features is None or not rows:
+            return priors
+        model = self._rate_model(features.shape[1])
+        c, rates = model.concentration, model.rates(features).tolist()
+        return [Prior(m * c, (1 - m) * c, prior.constant_live) for m, prior in zip(rates, priors, strict=True)]
+
+    def _prior(self, bucket: Bucket) -> Prior:
         mean, second_moment, constant_live = 1 / 2, 1 / 3, 0.0
-        bucket = self._bucket(row)
         for level in (EVERYTHING, bucket) if bucket else (EVERYTHING,):
             seen = self._sums(*self._numbers.get(level, (None,)))
             weight = seen.prompts + PRIOR_PROMPTS
             mean = (seen.pass_rate + PRIOR_PROMPTS * mean) / weight
             second_moment = (seen.pair_rate + PRIOR_PROMPTS * second_moment) / weight
             constant_live = (seen.constant_live + PRIOR_PROMPTS * constant_live) / (seen.constant + PRIOR_PROMPTS)
-        a, b = beta_from_moments(mean, second_moment)
-        if_new = self._live_probability(a, b, constant_live, size)
-        own: PromptHistory | None = self._prompts.get(prompt_key(row))
-        if own is None:
-            return if_new
-        constant_live = (own.constant_live + constant_live) / (own.constant + 1)
-        if_unchanged = self._live_probability(a + own.solved, b + own.tried - own.solved, constant_live, size)
-        unchanged = self._fade(own.tick)
-        return unchanged * if_unchanged + (1 - unchanged) * if_new
+        return Prior(*beta_from_moments(mean, second_moment), constant_live)
 
-    @staticmethod
-    def _live_probability(a: float, b: float, constant_live: float, size: int) -> float:
-        mixed = mixed_probability(a, b, size)
-        return mixed + (1 - mixed) * constant_live
-
-    def choose(self, rows: Sequence[dict[str, Any]], count: int, progress: float = 0.0, dealt: int = 0) -> list[int]:
+    def values(
+        self,
+        rows: Sequence[dict[str, Any]],
+        features: Floats | None = None,
+        value: str = "live",
+        slots: Sequence[int] | None = None,
+    ) -> list[float]:
         """
-        See [`PromptChooser.choose`]. A share `exploration` of the prompts is chosen at random, from the dealt
-        candidates if there are any, so that no prompt is given up for good and buckets are judged by more than their
-        best prompts. The other prompts are those with the highest probability of a live group; of equally probable
-        ones, the first. With `most_slots` above 1, `count` is a number of slots, and those that aren't left to chance
-        are given out so that as many groups as possible are expected to be live ([`share_out`]).
+        What the groups of prompts would be worth if they were generated now.
+
+        For a new prompt this is the value of its prior Beta(a, b). For a prompt that was observed, (a, b) becomes (a +
+        solved, b + failed), and its own constant groups are added to one group with the rate of its bucket. This holds
+        with probability `memory` to the power of the ticks since the observation; otherwise the prompt counts as new.
+
+        Args:
+            rows (`list[dict]`):
+                Data set rows.
+            features (`np.ndarray` of shape `(N, F)`, *optional*):
+                Their features, see [`priors`].
+            value (`str`, *optional*, defaults to `"live"`):
+                An entry of `VALUES`: `"live"` is the probability of a live group.
+            slots (`list[int]`, *optional*):
+                For each prompt, how many times `num_generations` completions its group has. `None`: once.
+        """
+        of, values = VALUES[value], []
+        for row, prior, count in zip(rows, self.priors(rows, features), slots or [1] * len(rows), strict=True):
+            (a, b, constant_live), size = prior, count * self.num_generations
+            worth = of(a, b, constant_live, size)
+            own: PromptHistory | None = self._prompts.get(prompt_key(row))
+            if own is not None:
+                constant_live = (own.constant_live + constant_live) / (own.constant + 1)
+                if_unchanged = of(a + own.solved, b + own.tried - own.solved, constant_live, size)
+                unchanged = self._fade(own.tick)
+                worth = unchanged * if_unchanged + (1 - unchanged) * worth
+            values.append(worth)
+        return values
+
+    def live_probability(self, row: dict[str, Any], slots: int = 1) -> float:
+        """Probability that the group of a prompt would be live if it were generated now, see [`values`]."""
+        return self.values([row], slots=[slots])[0]
+
+    def choose(
+        self,
+        rows: Sequence[dict[str, Any]],
+        count: int,
+        dealt: int = 0,
+        features: Floats | None = None,
+        value: str = "live",
+    ) -> list[int]:
+        """
+        See [`~trl_ext.rollouts.choosers.PromptChooser.choose`]. A share `exploration` of the prompts is chosen at
+        random, from the dealt candidates if there are any, so that no prompt is given up for good and buckets are
+        judged by more than their best prompts. The others are taken in the order of the candidates, each with a
+        probability in proportion to what its group is worth, to the power of `SHARPNESS` (rejection sampling). If that
+        takes too few, those that were passed over follow, the best first.
+
+        Taking the best ones only would train on ever the same kind of prompt, and what the policy knows of the others
+        would be lost.
+
+        With `most_slots` above 1, `count` is a number of slots, and those that aren't left to chance are given out so
+        that groups are expected to be worth as much as possible ([`share_out`]).
         """
         if count >= len(rows) and self.most_slots == 1:
             return list(range(len(rows)))
@@ -392,13 +488,23 @@ class PromptOutlook:
         pool = min(dealt or len(rows), len(rows))
         at_random = torch.randperm(pool, generator=self._generator)[:explored].tolist()
         rest = sorted(set(range(len(rows))) - set(at_random))
-        gains = [self._gains(rows[i]) for i in rest]
-        return sorted(at_random + [rest[i] for i in share_out(gains, count - len(at_random))])
+        if self.most_slots > 1:
+            shared = share_out(self._gains(rows, features, value, rest), count - len(at_random))
+            return sorted(at_random + [rest[i] for i in shared])
+        values = self.values(rows, features, value)
+        best = max(values[i] for i in rest) if rest else 0.0
+        chances = torch.rand(len(rows), dtype=torch.float64, generator=self._generator).tolist()
+        taken = [i for i in rest if values[i] >= best * chances[i] ** (1 / SHARPNESS)]
+        passed_over = sorted(set(rest) - set(taken), key=lambda i: -values[i])
+        return sorted((at_random + taken + passed_over)[:count])
 
-    def _gains(self, row: dict[str, Any]) -> list[float]:
-        """What each further slot adds to the probability that the prompt's group is live."""
-        values = [0.0, *(self.live_probability(row, slots) for slots in range(1, self.most_slots + 1))]
-        return [more - less for less, more in pairwise(values)]
+    def _gains(
+        self, rows: Sequence[dict[str, Any]], features: Floats | None, value: str, places: list[int]
+    ) -> list[list[float]]:
+        """For each of these prompts, what each further slot adds to what its group is worth."""
+        by_slots = [self.values(rows, features, value, [slots] * len(rows)) for slots in range(1, self.most_slots + 1)]
+        totals = [[0.0, *(values[i] for values in by_slots)] for i in places]
+        return [[more - less for less, more in pairwise(of_prompt)] for of_prompt in totals]
 
     # Checkpoints
 
@@ -411,6 +517,7 @@ class PromptOutlook:
             "prompts": self._prompts.state(),
             "numbers": self._numbers.state(),
             "buckets": self._buckets.state(),
+            "rates": None if self._rates is None else self._rates.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -421,118 +528,11 @@ class PromptOutlook:
         self._prompts.load(state["prompts"])
         self._numbers.load(state["numbers"])
         self._buckets.load(state["buckets"])
-
-
-# Half-lives of 3, 14 and 69 generation batches. How fast a policy changes depends on learning rate, updates and task.
-MEMORIES = (0.8, 0.95, 0.99)
-# Factor on the log-likelihood of earlier predictions at each tick, so that about the last ten batches decide
-TRUST_MEMORY = 0.9
-
-
-class AdaptiveOutlook(PromptChooser):
-    """
-    Several [`PromptOutlook`]s that forget at different speeds. The one that predicted best in the recent past which
-    groups are live makes the prediction and the choice, measured by the log-likelihood of its predictions (prequential
-    model selection). If the policy changes fast, old evidence is wrong; if it changes slowly, forgetting wastes
-    evidence.
-
-    Args:
-        columns, num_generations, success_threshold, seed, exploration, most_slots:
-            See [`PromptOutlook`].
-    """
-
-    key = "outlook"
-    lookahead = 8
-
-    def __init__(
-        self,
-        columns: list[str],
-        num_generations: int,
-        success_threshold: float,
-        seed: int,
-        exploration: float = 0.25,
-        most_slots: int = 1,
-    ) -> None:
-        self.outlooks = [
-            PromptOutlook(columns, num_generations, success_threshold, seed, memory, exploration, most_slots)
-            for memory in MEMORIES
-        ]
-        self._log_likelihoods = [0.0] * len(MEMORIES)
-
-    @classmethod
-    def for_run(cls, dataset: Any, config: Any) -> Self:
-        """The outlook for a run with a trainer's data set and [`~trl_ext.GRPOConfig`]."""
-        columns = config.similar_prompts_columns or []
-        exploration, size = config.refill_exploration, config.num_generations
-        most_slots = (config.max_num_generations or size) // size
-        own = cls(columns, size, config.success_threshold, config.seed, exploration, most_slots)
-        if isinstance(dataset, Dataset):
-            own.set_bins({column: dataset[column] for column in columns})
-        return own
-
-    @property
-    def best(self) -> PromptOutlook:
-        """The one that predicted best; of equally good ones, the one that remembers longest."""
-        return max(reversed(self.outlooks), key=lambda outlook: self._log_likelihoods[self.outlooks.index(outlook)])
-
-    def set_bins(self, values_by_column: Mapping[str, Sequence[Any]]) -> None:
-        """See [`PromptOutlook.set_bins`]."""
-        for outlook in self.outlooks:
-            outlook.set_bins(values_by_column)
-
-    def begin(self, trainer: Any) -> None:
-        """Evidence fades with each generation batch."""
-        self.tick()
-
-    def end(self, trainer: Any, batch: GenerationBatch) -> None:
-        """Logs how many prompts that the loader dealt were replaced."""
-        trainer.train_metrics[f"{SELECTION}prompts_replaced"].append(batch.replaced)
-
-    def tick(self) -> None:
-        """See [`PromptOutlook.tick`]."""
-        self._log_likelihoods = [TRUST_MEMORY * value for value in self._log_likelihoods]
-        for outlook in self.outlooks:
-            outlook.tick()
-
-    def observe(self, rows: Sequence[dict[str, Any]], outcomes: torch.Tensor, live: list[bool]) -> None:
-        """See [`PromptOutlook.observe`]. Each outlook's predictions are scored before it learns from the groups."""
-        # Groups are filled up with NaN to the size of the largest one
-        rewarded = (~outcomes.isnan()).sum(dim=1).tolist()
-        for i, outlook in enumerate(self.outlooks):
-            for row, n, is_live in zip(rows, rewarded, live, strict=True):
-                predicted = outlook.live_probability(row, max(1, math.ceil(n / outlook.num_generations)))
-                likelihood = predicted if is_live else 1 - predicted
-                self._log_likelihoods[i] += math.log(max(likelihood, 0.01))  # so that no single group decides
-            outlook.observe(rows, outcomes, live)
-
-    def live_probability(self, row: dict[str, Any]) -> float:
-        """See [`PromptOutlook.live_probability`]."""
-        return self.best.live_probability(row)
-
-    def choose(self, rows: Sequence[dict[str, Any]], count: int, progress: float = 0.0, dealt: int = 0) -> list[int]:
-        """See [`PromptOutlook.choose`]."""
-        return self.best.choose(rows, count, progress, dealt)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that was learned. It doesn't change when the outlook is called again."""
-        outlooks = [outlook.state_dict() for outlook in self.outlooks]
-        return {"outlooks": outlooks, "log_likelihoods": list(self._log_likelihoods)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of [`state_dict`]."""
-        for outlook, saved in zip(self.outlooks, state["outlooks"], strict=True):
-            outlook.load_state_dict(saved)
-        self._log_likelihoods = list(state["log_likelihoods"])
+        self._rates = None
+        if state["rates"] is not None:
+            self._rate_model(len(state["rates"]["weights"]["mean"]) - 1).load_state_dict(state["rates"])
 
 
 def _number(value: Any) -> float:
     """A number as a float; NaN for anything else."""
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-
-
-# By `refill_draws`: a function from a trainer's data set and configuration to the chooser of its prompts. A new way to
-# choose them is a chooser and an entry here.
-REFILL_DRAWS: dict[str, Callable[[Any, Any], PromptChooser]] = {
-    "blind": lambda dataset, config: PromptChooser(),
-    "informed": AdaptiveOutlook.for_run,
-}

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 import trl
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import nn
 from trl.rewards import get_soft_overlong_punishment
@@ -36,8 +36,8 @@ from ..rewards.guard import RewardFunctionError
 from ..rollouts.choosers import PromptChooser, RolloutObserver
 from ..rollouts.generation_batch import GenerationBatch, Rows
 from ..rollouts.groups import Groups
+from ..rollouts.informed import REFILL_DRAWS
 from ..rollouts.micro_batches import FIT, SavedCompute, fit_step, fitted_pass
-from ..rollouts.outlook import REFILL_DRAWS
 from ..rollouts.rollout import ScoredGroups
 from ..rollouts.selection import (
     SELECTIONS,
@@ -61,6 +61,7 @@ from .reward_checks import check_not_negative, check_outcome_names
 from .seams.critic import CriticSeams
 from .seams.prefixes import sharing_of
 from .seams.probes import savings_of, without_trace
+from .seams.prompt_states import read_prompts
 from .trust_region import confined_advantages, old_logps_with_region
 
 
@@ -148,6 +149,8 @@ class GRPOTrainer(CriticSeams):
         self.prompt_stream: PromptStream | None = None
         if self.rollout_selection.draws_prompts or self.chooser.lookahead > 1:
             self.prompt_stream = PromptStream(self.rows_seen_in_training(), seed=config.seed)
+        if config.prompt_features == "hidden_states":
+            self.chooser.read_prompts(partial(read_prompts, self))
 
     def _set_up_micro_batches(self, config: GRPOConfig) -> None:
         exact = savings_of(self)
@@ -233,7 +236,7 @@ class GRPOTrainer(CriticSeams):
             (self.chooser.lookahead - 1) * len(dealt), exclude=set(map(prompt_key, dealt))
         )
         candidates = dealt + further
-        chosen = self.chooser.choose(candidates, len(dealt), self.progress, dealt=len(dealt))
+        chosen = self._choose(candidates, count=len(dealt), dealt=len(dealt))
         kept, replacements = set(chosen), iter([candidates[i] for i in chosen if i >= len(dealt)])
         if len(kept) < len(chosen):  # some prompts get several slots, next to each other
             self.batch.group_rows = [candidates[i] for i in chosen]
@@ -241,6 +244,11 @@ class GRPOTrainer(CriticSeams):
             self.batch.group_rows = [row if i in kept else next(replacements) for i, row in enumerate(dealt)]
         self.batch.replaced = sum(i not in kept for i in range(len(dealt)))
         return self._local_rows(self.batch.group_rows, self.num_generations)
+
+    def _choose(self, rows: Rows, count: int, dealt: int = 0) -> list[int]:
+        """The first process's choice: others may have processors on which a prediction is rounded differently."""
+        chosen: list[int] = broadcast_object_list([self.chooser.choose(rows, count, self.progress, dealt)])[0]
+        return chosen
 
     def _local_rows(self, rows: Rows, num_generations: int) -> Rows:
         """This rank's part of `rows`, with a copy for each completion, because rollouts write into their rows."""
@@ -308,7 +316,7 @@ class GRPOTrainer(CriticSeams):
             if drawn is None:
                 drawn = set(gather_object([prompt_key(rollout.row) for rollout in rounds[0].rollouts]))
             count = self._acceptance.draws_for(missing, at_most=len(selection.slots), multiple_of=multiple)
-            choose = partial(self.chooser.choose, count=count, progress=self.progress)
+            choose = partial(self._choose, count=count)
             rows = self.prompt_stream.draw(count, drawn, choose, self.chooser.lookahead)
             rows = rows[: len(rows) // multiple * multiple]
             if not rows:

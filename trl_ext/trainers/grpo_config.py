@@ -24,12 +24,14 @@ from ..errors import require, require_one_of
 from ..objectives.advantages import ESTIMATORS
 from ..objectives.ratios import IMPORTANCE_LEVELS
 from ..objectives.trust_region import TRUST_REGIONS
-from ..rollouts.outlook import REFILL_DRAWS
+from ..rollouts.informed import PROMPT_FEATURES, REFILL_DRAWS
+from ..rollouts.outlook import VALUES
 from ..rollouts.selection import SELECTIONS
 from .arguments import adopted
 from .config_checks import check_types
 from .generation_checks import check_generation, check_group_sizes
 from .ratio_checks import check_ratios, note_idle_region
+from .refill_config import RefillArguments, check_refilling
 from .sampling import check_sampling
 
 
@@ -51,31 +53,17 @@ def _shown(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass
-class GRPOConfig(trl.GRPOConfig):
+class GRPOConfig(RefillArguments, trl.GRPOConfig):
     """
     [`~trl.GRPOConfig`] with four axes: `rollout_selection`, `advantage_estimator`, `importance_sampling_level` and
-    `trust_region`. Every argument of TRL keeps its meaning and, unless it is listed here, its default.
+    `trust_region`. Every argument of TRL keeps its meaning and, unless it is listed here, its default. The arguments
+    of `rollout_selection="refill"` are in [`~trl_ext.trainers.refill_config.RefillArguments`].
 
     Args:
         rollout_selection (`str`, *optional*, defaults to `"all"`):
             Which groups are trained on once they are scored. `"all"`: all of them, as in TRL. `"refill"`: groups
             without reward variance are replaced by groups of new prompts (DAPO's dynamic sampling). `"duplicate"`:
             groups without reward variance are replaced by random copies of groups with variance (DUPO).
-        max_refill_rounds (`int`, *optional*, defaults to `10`):
-            Largest number of rounds of generation that `"refill"` adds to a generation batch. If groups without
-            variance are left after that, they are replaced by copies. If no group has variance, the batch is used as
-            TRL would use it.
-        refill_draws (`str`, *optional*, defaults to `"blind"`):
-            How `"refill"` chooses its prompts. `"blind"`: it takes those that the loader deals, and for refilling the
-            next ones of a shuffled stream, as in the DAPO paper. `"informed"`: it takes those whose groups probably
-            have variance, according to earlier groups of the same prompt and of similar prompts. Dealt prompts whose
-            groups probably have none are replaced before anything is generated for them, and return in a later pass.
-        similar_prompts_columns (`list[str]`, *optional*):
-            Columns by which `"informed"` recognises similar prompts: a difficulty, a topic, a length, a pass
-            rate. Numbers are divided at deciles. `None`: all prompts are similar.
-        refill_exploration (`float`, *optional*, defaults to `0.1`):
-            Share of the prompts, in [0, 1], that `"informed"` chooses at random, so that no prompt is given up for
-            good.
         outcome_reward_funcs (`list[str]`, *optional*):
             Names of the reward functions, as in the logs, that decide whether a group has variance, whether a
             completion is solved, and whether it can be scored: if all of them return `None` for it, it has no reward
@@ -154,24 +142,6 @@ class GRPOConfig(trl.GRPOConfig):
     rollout_selection: str = field(
         default="all",
         metadata={"help": "Which groups are trained on: 'all', 'refill' (DAPO) or 'duplicate' (DUPO)."},
-    )
-    max_refill_rounds: int = field(
-        default=10,
-        metadata={"help": "Largest number of rounds of generation that 'refill' adds to a generation batch."},
-    )
-    refill_draws: str = field(
-        default="blind",
-        metadata={
-            "help": "How 'refill' chooses its prompts: 'blind', or 'informed' by earlier groups of similar prompts."
-        },
-    )
-    similar_prompts_columns: list[str] | None = field(
-        default=None,
-        metadata={"help": "Columns by which 'informed' recognises similar prompts: a difficulty, a topic, a length."},
-    )
-    refill_exploration: float = field(
-        default=0.1,
-        metadata={"help": "Share of the prompts, in [0, 1], that 'informed' chooses at random."},
     )
     outcome_reward_funcs: list[str] | None = field(
         default=None,
@@ -341,6 +311,8 @@ class GRPOConfig(trl.GRPOConfig):
         for name, known in (
             ("rollout_selection", SELECTIONS),
             ("refill_draws", REFILL_DRAWS),
+            ("prompt_features", PROMPT_FEATURES),
+            ("refill_value", VALUES),
             ("advantage_estimator", critics if self._has_critic else [n for n in ESTIMATORS if n not in critics]),
             ("importance_sampling_level", IMPORTANCE_LEVELS),
             ("trust_region", TRUST_REGIONS),
@@ -356,7 +328,7 @@ class GRPOConfig(trl.GRPOConfig):
             "share_prefixes='always' has no effect with fit_micro_batches=False. Leave one of them out.",
         )
         self._check_estimator()
-        self._check_refilling()
+        check_refilling(self)
 
     def _check_estimator(self) -> None:
         estimator = ESTIMATORS[self.advantage_estimator]
@@ -382,28 +354,6 @@ class GRPOConfig(trl.GRPOConfig):
             estimator.takes_negative or self.multi_objective_aggregation != "normalize_then_sum",
             "multi_objective_aggregation='normalize_then_sum' makes rewards negative, and advantage_estimator="
             f"{self.advantage_estimator!r} divides by their mean. Set 'sum_then_normalize'.",
-        )
-
-    def _check_refilling(self) -> None:
-        informed = self.refill_draws == "informed"
-        require(
-            not self.similar_prompts_columns or informed,
-            f"similar_prompts_columns={self.similar_prompts_columns} has no effect with refill_draws="
-            f"{self.refill_draws!r}. Set refill_draws='informed', or leave similar_prompts_columns out.",
-        )
-        require(
-            not informed or self.rollout_selection == "refill",
-            f"refill_draws='informed' has no effect with rollout_selection={self.rollout_selection!r}. Set "
-            "rollout_selection='refill', or leave refill_draws out.",
-        )
-        require(
-            0 <= self.refill_exploration <= 1,
-            f"refill_exploration={self.refill_exploration} is a share of the prompts: choose it in [0, 1].",
-        )
-        require(
-            self.max_refill_rounds >= 1,
-            f"max_refill_rounds={self.max_refill_rounds} must be at least 1. To switch refilling off, set "
-            "rollout_selection='all' or 'duplicate'.",
         )
 
     def _check_overlong(self) -> None:

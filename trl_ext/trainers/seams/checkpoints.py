@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...rollouts.ledger import read_ledger
 from ...rollouts.micro_batches import Fit
+from ...rollouts.prompt_features import read_features
 from .evaluation import WholeEvaluations
 from .whole_checkpoints import WholeCheckpoints
 
@@ -33,7 +34,7 @@ logger = get_logger(__name__)
 
 RUN_STATE_FILE = "trl_ext_state.pt"
 # What files of state hold beside tensors and plain values, and what makes it
-STATE_TYPES: list[Any] = [Fit, read_ledger]
+STATE_TYPES: list[Any] = [Fit, read_ledger, read_features]
 
 
 def random_states() -> dict[str, Any]:
