@@ -57,7 +57,9 @@ class TestSlots:
                 outlook.tick()
                 outlook.observe(rows, seen, [True, False, False, True])
         assert parted.state_dict()["log_likelihoods"] == whole.state_dict()["log_likelihoods"]
-        assert [parted.best.live_probability(row, 2) for row in rows] == [whole.live_probability(row) for row in rows]
+        assert [parted.best.live_probability(row, 2) for row in rows] == [
+            whole.best.live_probability(row) for row in rows
+        ]
         chosen = parted.choose(rows, 4)
         assert set(chosen) <= {0, 3} and len(chosen) == 4
 

@@ -197,6 +197,11 @@ class TestSimilarPrompts:
     dataset = kinds(400, every=2)
     settings: ClassVar = {"max_steps": 8, "seed": 8, "refill_exploration": 0.0, "prompt_features": "none"}
 
+    @pytest.fixture(autouse=True)
+    def _take_the_best(self, monkeypatch):
+        """So that a few groups tell what is known of a kind."""
+        monkeypatch.setattr("trl_ext.rollouts.outlook.SHARPNESS", 1000.0)
+
     def dead(self, reward: tiny.Remembering, steps: range) -> int:
         alive = lives(self.dataset)
         return sum(not alive[prompt] for prompt in generated(reward, steps))
@@ -213,7 +218,7 @@ class TestSimilarPrompts:
         early, late = generated(reward, range(2)), generated(reward, range(2, 8))
         assert self.dead(reward, range(2))
         assert len(set(late) - set(early)) >= 16
-        assert self.dead(reward, range(2, 8)) <= 6
+        assert self.dead(reward, range(2, 8)) <= 4
         assert sum(logged(trainer, "prompts_replaced")[2:]) >= 6  # of 24 dealt
 
     @pytest.mark.train
