@@ -24,27 +24,33 @@ def prompts_of_slots(rows: Sequence[dict[str, Any]]) -> list[int]:
     return numbers
 
 
-def share_out(gains: Sequence[Sequence[float]], slots: int) -> list[int]:
+def share_out(gains: Sequence[Sequence[float]], slots: int, bars: Sequence[float]) -> list[int]:
     """
-    Which prompts take the slots of a batch, so that the sum of what their groups are worth is as large as possible.
+    Which prompts take the slots of a batch. They are passed in their order, and each takes the slots that add at least
+    its bar to the worth of its group. If they take too few, the other slots follow, those that add most first.
 
-    The next slot always goes to the prompt to which it adds most. No other choice is better if the gains of a prompt
-    never rise from slot to slot, as when the value of a group is concave in its size n. The probability that not all n
-    completions pass and not all fail, 1 − pⁿ − (1 − p)ⁿ at pass rate p, is concave: its second difference in n,
-    −pⁿ(1 − p)² − (1 − p)ⁿp², is never positive, and so is the mean of that over any distribution of p.
+    If all bars are 1, the sum of what the groups are worth is as large as it can be, as long as the gains of a prompt
+    never rise from slot to slot. They don't where worth is the probability that the n completions of a group, with
+    pass rate p, neither all pass nor all fail: the second difference of 1 − pⁿ − (1 − p)ⁿ in n, which is −pⁿ(1 − p)² −
+    (1 − p)ⁿp², is never positive, and neither is its mean over any distribution of p.
 
     Args:
         gains (`Sequence[Sequence[float]]`):
             For each prompt, what its first slot adds, its second, and so on.
         slots (`int`):
             Number of slots.
+        bars (`Sequence[float]`):
+            For each prompt, the smallest gain that is taken at once, as a share of the largest gain of all.
 
     Returns:
-        `list[int]`: the position of a prompt for each slot, ascending. Of equal gains the first counts.
+        `list[int]`: the position of a prompt for each slot, ascending.
     """
     offers = [(gain, position) for position, of_prompt in enumerate(gains) for gain in of_prompt]
-    offers.sort(key=lambda offer: -offer[0])
-    return sorted(position for _, position in offers[:slots])
+    largest = max((gain for gain, _ in offers), default=0.0)
+    taken = [position for gain, position in offers if gain >= bars[position] * largest]
+    passed_over = [(gain, position) for gain, position in offers if gain < bars[position] * largest]
+    passed_over.sort(key=lambda offer: -offer[0])
+    return sorted((taken + [position for _, position in passed_over])[:slots])
 
 
 class Groups:
@@ -105,7 +111,8 @@ class Groups:
         Advantages with which every prompt counts the same in a mean over completions, however many it has: N / (P n)
         times the advantage, for N completions of P prompts of which this one has n. The mean of A ∇log π over the
         completions is then the mean over prompts of the mean over their completions. With leave-one-out advantages its
-        expectation is the mean over prompts of the gradient of their expected reward, whatever the n are.
+        expectation, before dead groups are replaced, is the mean over prompts of the gradient of their expected
+        reward, whatever the n are.
 
         Args:
             advantages (`torch.Tensor` of shape `(N,)`):

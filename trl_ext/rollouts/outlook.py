@@ -472,13 +472,12 @@ class PromptOutlook:
         random, from the dealt candidates if there are any, so that no prompt is given up for good and buckets are
         judged by more than their best prompts. The others are taken in the order of the candidates, each with a
         probability in proportion to what its group is worth, to the power of `SHARPNESS` (rejection sampling). If that
-        takes too few, those that were passed over follow, the best first.
+        takes too few, those that were passed over follow, the best first. With `most_slots` above 1, `count` is a
+        number of slots, and a prompt takes a further slot with a probability that follows in the same way from what it
+        adds.
 
         Taking the best ones only would train on ever the same kind of prompt, and what the policy knows of the others
         would be lost.
-
-        With `most_slots` above 1, `count` is a number of slots, and those that aren't left to chance are given out so
-        that groups are expected to be worth as much as possible ([`share_out`]).
         """
         if count >= len(rows) and self.most_slots == 1:
             return list(range(len(rows)))
@@ -488,23 +487,16 @@ class PromptOutlook:
         pool = min(dealt or len(rows), len(rows))
         at_random = torch.randperm(pool, generator=self._generator)[:explored].tolist()
         rest = sorted(set(range(len(rows))) - set(at_random))
-        if self.most_slots > 1:
-            shared = share_out(self._gains(rows, features, value, rest), count - len(at_random))
-            return sorted(at_random + [rest[i] for i in shared])
-        values = self.values(rows, features, value)
-        best = max(values[i] for i in rest) if rest else 0.0
         chances = torch.rand(len(rows), dtype=torch.float64, generator=self._generator).tolist()
-        taken = [i for i in rest if values[i] >= best * chances[i] ** (1 / SHARPNESS)]
-        passed_over = sorted(set(rest) - set(taken), key=lambda i: -values[i])
-        return sorted((at_random + taken + passed_over)[:count])
+        bars = [chances[i] ** (1 / SHARPNESS) for i in rest]
+        gains = self._gains(rows, features, value)
+        shared = share_out([gains[i] for i in rest], count - len(at_random), bars)
+        return sorted(at_random + [rest[i] for i in shared])
 
-    def _gains(
-        self, rows: Sequence[dict[str, Any]], features: Floats | None, value: str, places: list[int]
-    ) -> list[list[float]]:
-        """For each of these prompts, what each further slot adds to what its group is worth."""
+    def _gains(self, rows: Sequence[dict[str, Any]], features: Floats | None, value: str) -> list[list[float]]:
+        """For each prompt, what each further slot adds to what its group is worth."""
         by_slots = [self.values(rows, features, value, [slots] * len(rows)) for slots in range(1, self.most_slots + 1)]
-        totals = [[0.0, *(values[i] for values in by_slots)] for i in places]
-        return [[more - less for less, more in pairwise(of_prompt)] for of_prompt in totals]
+        return [[more - less for less, more in pairwise([0.0, *worth])] for worth in zip(*by_slots, strict=True)]
 
     # Checkpoints
 

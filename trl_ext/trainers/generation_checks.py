@@ -39,6 +39,11 @@ def check_group_sizes(config: Any) -> None:
         f"{given} has no effect with refill_draws={config.refill_draws!r}: nothing predicts how many completions a "
         "prompt needs. Set rollout_selection='refill' and refill_draws='informed', or leave max_num_generations out.",
     )
+    require(
+        config.refill_value == "live",
+        f"{given} and refill_value={config.refill_value!r} don't go together: that value of a group doesn't depend on "
+        "its size. Leave one of them out.",
+    )
     computed_by = ESTIMATORS[config.advantage_estimator].computed_by
     require(
         computed_by != "critic",
