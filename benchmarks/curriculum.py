@@ -32,7 +32,8 @@ import matplotlib.ticker
 import numpy as np
 import torch
 from datasets import disable_progress_bars
-from learning import AXES, Budget, Curve, TokenCounter, area, code_version, mean_interval, write_report
+from learning_report import AXES, area, mean_interval, write_report
+from learning_runs import Budget, Curve, TokenCounter, code_version
 from peft import LoraConfig, get_peft_model
 from ppo_learning import start_of_outcome
 from task import ROOT, TrainingTask
@@ -399,7 +400,7 @@ def main() -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    size = Size(args.batches, args.points)
+    size, version = Size(args.batches, args.points), code_version("curriculum.py", "ppo_learning.py")
 
     found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
     for name in args.study:
@@ -410,7 +411,7 @@ def main() -> None:
             for arm in study.arms:
                 # Each finished run is kept: an interrupted benchmark goes on where it was
                 settings = f"{start.name}_{size.batches}_{size.points}"
-                done = args.output_dir / f"{name}_{arm}_{seed}_{settings}_{code_version()}.json"
+                done = args.output_dir / f"{name}_{arm}_{seed}_{settings}_{version}.json"
                 if not done.exists():
                     with tempfile.TemporaryDirectory() as directory:
                         done.write_text(json.dumps(study.run(arm, start, seed, directory, size)))

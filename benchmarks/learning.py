@@ -1,348 +1,314 @@
 """
-Which method learns faster, and by what measure? Two studies on set A of the sorting task: a model that was shown 3 to
-8 digits is trained on 4 to 14.
+Which method learns faster, and by what measure? From a supervised start, one per seed, every method of a study gets
+the same batches of 32 prompts × 8 completions (or what its name says), 4 optimizer steps on each, the same learning
+rate and schedule. Two tasks: `sort`, set A of the sorting task (the start was shown 3 to 8 digits, and is trained on
+4 to 14), and `automaton`, words whose difficulty is not to be seen (`automaton.py`).
 
 - `methods`: GRPO (TRL's own trainer), DAPO, DUPO and GSPO, each with its own defaults, over the same number of
   generation batches.
 - `refill`: TRL's GRPO against the same loss with refilled batches, from blind and from informed draws, over the same
   number of generated tokens: 2,000 prompts, passed several times.
+- `prediction`: the same question where nothing is said about the prompts, which are seen once (20,000 prompts) or
+  several times (500).
+- `objectives`: GRPO, MaxRL, DPPO, Dr. GRPO, DAPO and PPO, on prompts that are seen once.
 
-Every method gets the same start (a supervised warm-up, one per seed), batches of 32 prompts × 8 completions (or what
-its name says), 4 optimizer steps on each, the same learning rate and schedule. pass@1 is sampled at temperature 1 on
-held-out prompts; tokens and CPU-seconds count everything but evaluation.
+The last two measure pass@1 and pass@8, and *tokens to target*: how many tokens a run generates until it is as good as
+TRL's GRPO of the same seed is at its end. For that, they get a quarter more tokens than GRPO. pass@k is sampled at
+temperature 1 on held-out prompts; tokens and CPU-seconds count everything but evaluation.
 
 ```shell
 python benchmarks/learning.py --seeds 5 --report
 python benchmarks/learning.py --study refill --seeds 10 --report
+python benchmarks/learning.py --study prediction --seeds 8 --jobs 2 --report
+python benchmarks/learning.py --study objectives --seeds 8 --jobs 2 --report
 ```
 """
 
 import argparse
 import hashlib
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib as mpl
-import matplotlib.ticker
-import numpy as np
 import torch
 import trl
-from scipy import stats
+from automaton import AutomatonTask
+from datasets import disable_progress_bars
+from learning_report import Curves, markdown, plot, plot_targets, table, target_markdown, target_table, write_report
+from learning_runs import Budget, Curve, TokenCounter, code_version, warm_up, warm_up_automaton
 from task import ROOT, TrainingTask
-from transformers import TrainerCallback
+from transformers import PrinterCallback
 
 import trl_ext
-from recipes.tasks.sort_digits import exact_match
 
 
-mpl.use("Agg")
-
-OURS, OUR_CONFIG = trl_ext.GRPOTrainer, trl_ext.GRPOConfig
+TRL = (trl.GRPOTrainer, trl.GRPOConfig)
+OURS = (trl_ext.GRPOTrainer, trl_ext.GRPOConfig)
 INFORMED = {"rollout_selection": "refill", "refill_draws": "informed"}
 BY_LENGTH = {**INFORMED, "similar_prompts_columns": ["digits"]}
 HALF_BATCH = {"per_device_train_batch_size": 32}
+# As in `ppo_learning.py`
+PPO = {
+    "num_generations": 1,
+    "num_iterations": 1,
+    "kl_coef": 0.0,
+    "critic_head": "mlp",
+    "critic_trunk_grad": 1.0,
+    "critic_learning_rate": 3e-3,
+    "critic_lam": 0.5,
+    "vf_coef": 1.0,
+    "cliprange_value": None,
+}
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "GRPO": (trl.GRPOTrainer, trl.GRPOConfig, {}),
+    "GRPO": (*TRL, {}),
     "DAPO": (trl_ext.DAPOTrainer, trl_ext.DAPOConfig, {"soft_punish_cache": 0, "warmup_steps": 0}),
     "DUPO": (trl_ext.DUPOTrainer, trl_ext.DUPOConfig, {}),
     "GSPO": (trl_ext.GSPOTrainer, trl_ext.GSPOConfig, {}),
-    "blind": (OURS, OUR_CONFIG, {"rollout_selection": "refill"}),
-    "informed": (OURS, OUR_CONFIG, INFORMED),
-    "informed+length": (OURS, OUR_CONFIG, BY_LENGTH),
+    "blind": (*OURS, {"rollout_selection": "refill"}),
+    "informed": (*OURS, INFORMED),
+    "informed+length": (*OURS, BY_LENGTH),
     # What is missing after one more round is filled with copies
-    "informed+length, 1 round": (
-        OURS,
-        OUR_CONFIG,
-        {**BY_LENGTH, "max_refill_rounds": 1},
-    ),
-    "GRPO, 16 prompts": (trl.GRPOTrainer, trl.GRPOConfig, HALF_BATCH),
-    "informed+length, 16 prompts": (OURS, OUR_CONFIG, {**BY_LENGTH, **HALF_BATCH}),
+    "informed+length, 1 round": (*OURS, {**BY_LENGTH, "max_refill_rounds": 1}),
+    "GRPO, 16 prompts": (*TRL, HALF_BATCH),
+    "informed, 16 prompts": (*OURS, {**INFORMED, **HALF_BATCH}),
+    "no features, 16 prompts": (*OURS, {**INFORMED, **HALF_BATCH, "prompt_features": "none"}),
+    "informed+length, 16 prompts": (*OURS, {**BY_LENGTH, **HALF_BATCH}),
+    "MaxRL": (*OURS, {"advantage_estimator": "maxrl"}),
+    "DPPO, TV": (*OURS, {"trust_region": "binary_tv"}),
+    "DPPO, KL": (*OURS, {"trust_region": "binary_kl"}),
+    "Dr. GRPO": (*TRL, {"loss_type": "dr_grpo", "scale_rewards": "none"}),
+    "PPO": (trl_ext.PPOTrainer, trl_ext.PPOConfig, PPO),
 }
-STUDIES: dict[str, list[str]] = {
-    "methods": ["GRPO", "DAPO", "DUPO", "GSPO"],
-    "refill": [
-        "GRPO",
-        "blind",
-        "informed+length",
-        "informed+length, 1 round",
-        "GRPO, 16 prompts",
-        "informed+length, 16 prompts",
-    ],
+
+
+class Task(NamedTuple):
+    """A task, and the budget of generated tokens and the learning rate that suit it: GRPO's best in pilots."""
+
+    title: str
+    start: Callable[[Path, int, int | None], Path]
+    build: Callable[..., TrainingTask]
+    tokens: float
+    learning_rate: float
+
+
+TASKS = {
+    "sort": Task("sorting digits, set A", warm_up, partial(TrainingTask, "A"), 150_000, 1e-4),
+    "automaton": Task("walking an automaton", warm_up_automaton, AutomatonTask, 100_000, 2e-4),
 }
-# Okabe and Ito's colours
-COLOURS = {
-    "GRPO": "#000000",
-    "DAPO": "#D55E00",
-    "DUPO": "#009E73",
-    "GSPO": "#0072B2",
-    "blind": "#D55E00",
-    "informed": "#0072B2",
-    "informed+length": "#009E73",
-    "informed+length, 1 round": "#CC79A7",
-    "GRPO, 16 prompts": "#999999",
-    "informed+length, 16 prompts": "#F0E442",
-}
-BASELINES = {"GRPO": "TRL's GRPO", "blind": "blind refill"}
-AXES = {"steps": "optimizer steps", "tokens": "generated tokens", "cpu": "CPU-seconds"}
 
 
-class TokenCounter:
-    """The reward, counting every token that was generated: the same count for every trainer."""
-
-    __name__ = "exact_match"
-
-    def __init__(self) -> None:
-        self.tokens = 0
-
-    def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-        self.tokens += sum(map(len, completion_ids))
-        return exact_match(completion_ids, **kwargs)
-
-
-@dataclass
-class Budget:
+class Study(NamedTuple):
     """
-    How long a run is.
+    What a study compares.
 
     Args:
-        generations (`int`):
-            Generation batches, at most.
-        tokens (`float`):
-            Generated tokens, after which the next optimizer step is the last.
-        points (`int`):
-            Measurements of pass@1 on the way.
+        methods (`list[str]`):
+            Entries of `METHODS`.
+        prompts (`list[int]`):
+            Training prompts. The study is made with each of these numbers.
+        picture (`str`):
+            File in this folder.
+        tasks (`list[str]`):
+            Entries of `TASKS`. The study is made on each of them.
+        generations, tokens (*optional*):
+            Of a run, at most.
+        learning_rate (`float`, *optional*):
+            By default, what suits the task.
+        points, samples, test_prompts (`int`):
+            Measurements of a run, completions for each held-out prompt, and their number.
+        targets (`bool`):
+            Whether tokens to target are measured, with the tokens that suit the task.
     """
 
-    generations: int
-    tokens: float
-    points: int
+    methods: list[str]
+    prompts: list[int]
+    picture: str
+    tasks: list[str]
+    generations: int = 100_000
+    tokens: float = float("inf")
+    learning_rate: float | None = None
+    points: int = 20
+    samples: int = 2
+    test_prompts: int = 512
+    targets: bool = False
 
 
-class Curve(TrainerCallback):
-    """
-    Samples pass@1 (or another score of completions) at even distances, outside the clocks and the random state of
-    training; ends the run.
-    """
-
-    metric = "pass@1"
-
-    def score(self, ids: list[int], answer: list[int]) -> float:
-        """Of a completion and the padding after it."""
-        return float(ids[: len(answer)] == answer)  # an answer ends with eos
-
-    def __init__(self, task: TrainingTask, counter: TokenCounter, budget: Budget, samples: int) -> None:
-        self.task, self.counter, self.budget, self.samples = task, counter, budget, samples
-        self.points: list[dict[str, float]] = []
-        self.evaluating = 0.0
-
-    @torch.no_grad()
-    def measure(self, model: Any) -> float:
-        tokenizer, test = self.task.tokenizer, self.task.data["test"]
-        right = 0.0
-        training = model.training
-        model.eval()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            for start in range(0, len(test), 256):
-                rows = test[start : start + 256]
-                inputs = tokenizer(rows["prompt"], return_tensors="pt", padding=True)
-                out = model.generate(
-                    **inputs,
-                    do_sample=True,
-                    max_new_tokens=18,
-                    num_return_sequences=self.samples,
-                    top_k=0,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-                completions = out[:, inputs["input_ids"].size(1) :].tolist()
-                answers = [ids for ids in rows["answer_ids"] for _ in range(self.samples)]
-                for ids, answer in zip(completions, answers, strict=True):
-                    right += self.score(ids, answer)
-        model.train(training)
-        return right / (len(test) * self.samples)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.started = time.process_time()
-        self.point(state.global_step, model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        done = max(state.global_step / state.max_steps, self.counter.tokens / self.budget.tokens)
-        if done >= len(self.points) / self.budget.points:
-            self.point(state.global_step, model)
-        control.should_training_stop |= done >= 1
-
-    def point(self, step: int, model: Any) -> None:
-        cpu = time.process_time() - self.started - self.evaluating
-        before = time.process_time()
-        accuracy = self.measure(model)
-        self.evaluating += time.process_time() - before
-        self.points.append({"steps": step, "tokens": self.counter.tokens, "cpu": cpu, self.metric: accuracy})
+TARGETS: dict[str, Any] = {"tasks": list(TASKS), "points": 12, "samples": 8, "test_prompts": 128, "targets": True}
+STUDIES = {
+    "methods": Study(
+        ["GRPO", "DAPO", "DUPO", "GSPO"], [2048], "learning.png", ["sort"], generations=40, learning_rate=1e-4
+    ),
+    "refill": Study(
+        [
+            "GRPO",
+            "blind",
+            "informed+length",
+            "informed+length, 1 round",
+            "GRPO, 16 prompts",
+            "informed+length, 16 prompts",
+        ],
+        [2000],
+        "refill.png",
+        ["sort"],
+        tokens=400_000,
+        learning_rate=1e-4,
+    ),
+    "prediction": Study(
+        [
+            "GRPO",
+            "blind",
+            "informed",
+            "informed, 16 prompts",
+            "no features, 16 prompts",
+        ],
+        [20_000, 500],
+        "prediction.png",
+        **TARGETS,
+    ),
+    "objectives": Study(
+        ["GRPO", "MaxRL", "DPPO, TV", "DPPO, KL", "Dr. GRPO", "DAPO", "PPO"], [20_000], "objectives.png", **TARGETS
+    ),
+}
+BASELINE = "GRPO"
+MORE = 1.25  # of GRPO's tokens, for the others to reach its level
 
 
-def run_recipe(*command: Any) -> None:
-    """A recipe or the script of a task, in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, check=True, capture_output=True)
+class Run(NamedTuple):
+    """One run of a study. Equal runs of equal code are made once."""
 
+    method: str
+    task: str
+    seed: int
+    start: Path
+    budget: Budget
+    samples: int
+    prompts: int
+    test_prompts: int
+    learning_rate: float
 
-def supervised(init: Path, data: Path, target: Path, seed: int, *more: Any) -> Path:
-    """A start by the recipe for supervised training; made once."""
-    if not (target / "config.json").exists():
-        run_recipe(
-            "recipes/sft.py",
-            *("--config", "recipes/configs/quickstart_sft.yaml", "--model_name_or_path", init),
-            *("--dataset_name", data, "--output_dir", target, "--seed", seed, *more),
+    def file(self, directory: Path) -> Path:
+        about = repr((METHODS[self.method], self._replace(start=Path(self.start.name)), code_version()))
+        return (
+            directory / f"{self.task}_{self.method}_{self.seed}_{hashlib.sha256(about.encode()).hexdigest()[:12]}.json"
         )
-    return target
 
 
-def warm_up(directory: Path, seed: int, steps: int | None = None) -> Path:
-    """The supervised start of a seed on set A, after so many steps or as many as the recipe says; made once."""
-    base, target = directory / f"task_{seed}", directory / f"sft_{seed}"
-    if not (target / "config.json").exists():
-        task = ("--output_dir", base, "--task_set", "A", "--seed", seed, "--pairs_size", 0)
-        run_recipe("recipes/tasks/sort_digits.py", *task)
-    # From a start whose learning rate decayed to zero, no method improves within this budget
-    more = () if steps is None else ("--max_steps", steps)
-    return supervised(base / "init", base / "data", target, seed, "--lr_scheduler_type", "constant", *more)
-
-
-def train(method: str, start: Path, seed: int, budget: Budget, samples: int, prompts: int) -> list[dict[str, float]]:
-    trainer_class, config_class, settings = METHODS[method]
+def train(run: Run) -> list[dict[str, float]]:
+    trainer_class, config_class, settings = METHODS[run.method]
     counter = TokenCounter()
-    task = TrainingTask("A", seed, str(start), counter, prompts)
-    curve = Curve(task, counter, budget, samples)
+    task = TASKS[run.task].build(
+        seed=run.seed,
+        model_path=str(run.start),
+        reward_func=counter,
+        train_size=run.prompts,
+        test_size=run.test_prompts,
+    )
+    curve = Curve(task, counter, run.budget, run.samples)
     with tempfile.TemporaryDirectory() as output_dir:
         settings = task.settings(
             output_dir,
             gradient_accumulation_steps=1,
             steps_per_generation=4,
-            max_steps=4 * budget.generations,
+            max_steps=4 * run.budget.generations,
+            learning_rate=run.learning_rate,
+            logging_strategy="steps",
+            logging_steps=4,
             **settings,
         )
-        trainer_class(args=config_class(**settings), callbacks=[curve], **task.arguments()).train()
+        trainer = trainer_class(args=config_class(**settings), callbacks=[curve], **task.arguments())
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return curve.points
 
 
-def code_version() -> str:
-    """Digest of what a run depends on, so that results of other code are not taken for results of this."""
-    sources = sorted([*(ROOT / "trl_ext").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+def work(run: Run, directory: Path) -> tuple[list[dict[str, float]], bool]:
+    """The curve of a run, and whether it is new. Each is kept: an interrupted benchmark goes on where it was."""
+    done = run.file(directory)
+    is_new = not done.exists()
+    if is_new:
+        torch.set_num_threads(1)
+        disable_progress_bars()
+        part = done.with_suffix(".part")
+        part.write_text(json.dumps(train(run)))
+        part.rename(done)
+    return json.loads(done.read_text()), is_new
 
 
-def area(points: list[dict[str, float]], axis: str, budget: float) -> float:
-    """Mean pass@1 over the axis, up to a budget that all methods reached."""
-    xs, ys = np.array([p[axis] for p in points]), np.array([p["pass@1"] for p in points])
-    grid = np.linspace(0, budget, 200)
-    return float(np.interp(grid, xs, ys).mean())
+def start(directory: Path, task: str, seed: int, steps: int | None) -> Path:
+    return TASKS[task].start(directory, seed, steps)
 
 
-def mean_interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % t interval over seeds."""
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else float("nan")
-    return float(np.mean(values)), float(half)
+Work = Callable[[Callable[..., Any], list[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
 
 
-def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over seeds."""
-    means = np.random.default_rng(seed).choice(values, size=(10_000, len(values))).mean(axis=1)
-    return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
+@contextmanager
+def workers(count: int) -> Iterator[Work]:
+    """
+    A function that does jobs, so many at a time, each in a process of its own: it takes a function and the arguments
+    of each call, and gives the place of a call and what it returned, as they are done.
+    """
+    if count == 1:
+        yield lambda function, calls: ((place, function(*call)) for place, call in enumerate(calls))
+        return
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+
+    def do(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        places = {pool.submit(function, *call): place for place, call in enumerate(calls)}
+        for future in as_completed(places):
+            yield places[future], future.result()
+
+    try:
+        yield do
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def table(curves: dict[str, dict[int, list[dict[str, float]]]]) -> list[dict[str, Any]]:
-    """A row a method: final pass@1, and areas under the curve up to the smallest budget any run used."""
-    runs = [points for seeds in curves.values() for points in seeds.values()]
-    budgets = {axis: min(points[-1][axis] for points in runs) for axis in AXES}
-    rows = []
-    for method, seeds in curves.items():
-        row: dict[str, Any] = {"method": method, "seeds": len(seeds)}
-        row["final"] = mean_interval([points[-1]["pass@1"] for points in seeds.values()])
-        for axis in AXES:
-            row[axis] = mean_interval([area(points, axis, budgets[axis]) for points in seeds.values()])
-            row[f"{axis}_used"] = float(np.mean([points[-1][axis] for points in seeds.values()]))
-        # Paired by seed: the same start and data
-        row["versus"] = {}
-        for other in [name for name in BASELINES if name in curves and name != method]:
-            differences = {
-                axis: [
-                    area(seeds[s], axis, budgets[axis]) - area(curves[other][s], axis, budgets[axis]) for s in seeds
-                ]
-                for axis in AXES
-            }
-            row["versus"][other] = {
-                axis: (*mean_interval(found), *bootstrap_interval(found)) for axis, found in differences.items()
-            }
-        rows.append(row)
-    return rows
+def plan(study: Study, args: argparse.Namespace, starts: dict[tuple[str, int], Path]) -> list[Run]:
+    """All runs of a study, those of a seed together."""
+    runs = []
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for name in study.tasks:
+            tokens = TASKS[name].tokens if study.targets and study.tokens == float("inf") else study.tokens
+            for prompts in study.prompts:
+                for method in study.methods:
+                    more = MORE if study.targets and method != BASELINE else 1
+                    runs.append(
+                        Run(
+                            method,
+                            name,
+                            seed,
+                            starts[name, seed],
+                            Budget(study.generations, more * tokens, round(more * study.points)),
+                            study.samples,
+                            prompts,
+                            study.test_prompts,
+                            study.learning_rate or TASKS[name].learning_rate,
+                        )
+                    )
+    return runs
 
 
-def plot(curves: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
-    for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
-        for method, seeds in curves.items():
-            end = min(points[-1][axis] for points in seeds.values())
-            grid = np.linspace(0, end, 100)
-            ys = np.array(
-                [np.interp(grid, [p[axis] for p in pts], [p["pass@1"] for p in pts]) for pts in seeds.values()]
-            )
-            mean, sd = ys.mean(axis=0), ys.std(axis=0, ddof=1) if len(ys) > 1 else 0
-            panel.plot(grid, mean, color=COLOURS[method], label=method)
-            panel.fill_between(grid, mean - sd, mean + sd, color=COLOURS[method], alpha=0.12, linewidth=0)
-        panel.set_xlabel(label)
-        panel.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("pass@1 on held-out prompts")
-    panels[0].legend(frameon=False)
-    seeds = len(next(iter(curves.values())))
-    figure.suptitle(f"Sorting digits, set A: mean of {seeds} seeds, bands ± 1 sd")
-    figure.savefig(path, dpi=130)
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    def pm(value: tuple[float, float]) -> str:
-        return f"{value[0]:.3f} ± {value[1]:.3f}"
-
-    lines = [
-        f"| method | final pass@1 | mean pass@1 over {AXES['steps']} | … over {AXES['tokens']} | … over {AXES['cpu']} "
-        "| tokens (k) | CPU-s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['method']} | {pm(row['final'])} | {pm(row['steps'])} | {pm(row['tokens'])} | {pm(row['cpu'])} "
-            f"| {row['tokens_used'] / 1000:.0f} | {row['cpu_used']:.0f} |"
+def reported(do: Work, runs: list[Run], directory: Path) -> Iterator[tuple[int, list[dict[str, float]]]]:
+    """The place and the curve of each run, printed with the time that is left."""
+    began, missing = time.monotonic(), sum(not run.file(directory).exists() for run in runs)
+    new = 0
+    for done, (place, (points, is_new)) in enumerate(do(work, [(run, directory) for run in runs])):
+        new += is_new
+        left = f", {(time.monotonic() - began) / new * (missing - new) / 60:.0f} minutes left" if new else ""
+        run, first, last = runs[place], points[0], points[-1]
+        print(
+            f"{done + 1}/{len(runs)} {run.task} {run.prompts} seed {run.seed} {run.method}: {first['pass@1']:.3f} → "
+            f"{last['pass@1']:.3f}, {last['tokens']:.0f} tokens, {last['cpu']:.0f} CPU-s{left}",
+            flush=True,
         )
-    for other in [name for name in BASELINES if name in rows[-1]["versus"]]:
-        lines += [
-            "",
-            f"Difference to {BASELINES[other]}, paired by seed (mean ± t interval, bootstrap interval):",
-            "",
-            "| method | steps | tokens | CPU-seconds |",
-            "|---|---|---|---|",
-        ]
-        for row in rows:
-            if other in row["versus"]:
-                found = [row["versus"][other][axis] for axis in AXES]
-                cells = [f"{mean:+.3f} ± {half:.3f} ({low:+.3f} to {high:+.3f})" for mean, half, low, high in found]
-                lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def write_report(script: str, study: str, text: str) -> None:
-    """Put the table of a study into its place in `RESULTS.md`."""
-    results = ROOT / "benchmarks" / "RESULTS.md"
-    begin, end = (f"<!-- {slash}{script} --study {study} -->" for slash in ("", "/"))
-    before, _, rest = results.read_text(encoding="utf-8").partition(begin)
-    results.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+        yield place, points
 
 
 def main() -> None:
@@ -350,52 +316,52 @@ def main() -> None:
     parser.add_argument("--study", choices=STUDIES, default="methods")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: those of the study")
-    parser.add_argument("--generations", type=int, help="generation batches of a run, at most (methods: 40)")
-    parser.add_argument("--tokens", type=float, help="generated tokens of a run (refill: 400,000)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each on one thread (default: 1)")
     parser.add_argument("--sft_steps", type=int, help="steps of the supervised warm-up (default: the recipe's)")
-    parser.add_argument("--points", type=int, default=20, help="measurements of a run (default: 20)")
-    parser.add_argument("--samples", type=int, default=2, help="completions for each held-out prompt")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "benchmarks" / "learning")
-    parser.add_argument("--report", action="store_true", help="write the table into benchmarks/RESULTS.md")
-    parser.add_argument("--json", action="store_true", help="print the table as JSON in the last line")
+    parser.add_argument("--report", action="store_true", help="write tables and picture into benchmarks/")
+    parser.add_argument("--json", action="store_true", help="print the last table as JSON in the last line")
+    of_study = parser.add_argument_group("in place of what a study says (see STUDIES)")
+    of_study.add_argument("--methods", nargs="+", choices=METHODS)
+    of_study.add_argument("--task", nargs="+", choices=TASKS, dest="tasks")
+    of_study.add_argument("--prompts", nargs="+", type=int, help="training prompts")
+    of_study.add_argument("--generations", type=int, help="generation batches of a run, at most")
+    of_study.add_argument("--tokens", type=float, help="generated tokens of a run")
+    of_study.add_argument("--learning_rate", type=float)
+    of_study.add_argument("--points", type=int, help="measurements of a run")
+    of_study.add_argument("--samples", type=int, help="completions for each held-out prompt")
+    of_study.add_argument("--test_prompts", type=int, help="held-out prompts")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    given = {name: value for name, value in vars(args).items() if name in Study._fields and value is not None}
+    study = STUDIES[args.study]._replace(**given)
+    if study.targets and BASELINE not in study.methods:
+        parser.error(f"--methods needs {BASELINE}, whose level the others are to reach")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    refill = args.study == "refill"
-    methods = args.methods or STUDIES[args.study]
-    budget = Budget(
-        generations=args.generations or (100_000 if refill else 40),
-        tokens=args.tokens or (400_000 if refill else float("inf")),
-        points=args.points,
-    )
-    prompts = 2000 if refill else 2048
 
-    curves: dict[str, dict[int, list[dict[str, float]]]] = {method: {} for method in methods}
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        start = warm_up(args.output_dir, seed, args.sft_steps)
-        for method in methods:
-            # Each finished run is kept: an interrupted benchmark goes on where it was
-            settings = f"{budget.generations}_{budget.tokens:.0f}_{budget.points}_{args.samples}_{prompts}"
-            done = args.output_dir / f"{method}_{seed}_{settings}_{code_version()}.json"
-            if not done.exists():
-                points = train(method, start, seed, budget, args.samples, prompts)
-                done.write_text(json.dumps(points))
-            curves[method][seed] = points = json.loads(done.read_text())
-            print(
-                f"seed {seed} {method}: {points[0]['pass@1']:.3f} → {points[-1]['pass@1']:.3f}, "
-                f"{points[-1]['tokens']:.0f} tokens, {points[-1]['cpu']:.0f} CPU-s",
-                flush=True,
-            )
+    with workers(args.jobs) as do:
+        sets = [(name, seed) for name in study.tasks for seed in range(args.first_seed, args.first_seed + args.seeds)]
+        made = do(start, [(args.output_dir, *each, args.sft_steps) for each in sets])
+        runs = plan(study, args, {sets[place]: path for place, path in made})
+        curves = {runs[place]: points for place, points in reported(do, runs, args.output_dir)}
 
-    rows = table(curves)
-    text = markdown(rows)
-    print(text)
-    picture = "refill.png" if refill else "learning.png"
-    plot(curves, args.output_dir / picture)
-    if args.report:
-        plot(curves, ROOT / "benchmarks" / picture)
-        write_report("learning.py", args.study, text)
+    found: dict[str, Curves] = {}
+    for name in study.tasks:
+        for prompts in study.prompts:
+            chosen = [run for run in runs if (run.task, run.prompts) == (name, prompts)]
+            part = {m: {run.seed: curves[run] for run in chosen if run.method == m} for m in study.methods}
+            rows = target_table(part, BASELINE) if study.targets else table(part)
+            text = target_markdown(rows, BASELINE) if study.targets else markdown(rows)
+            title = f"{TASKS[name].title}, {prompts:,} prompts"
+            found[title] = part
+            print(f"\n{title}\n\n{text}")
+            if args.report:
+                more = f" --task {name} --prompts {prompts}" if study.targets else ""
+                write_report("learning.py", args.study + more, text)
+    picture = (ROOT / "benchmarks" if args.report else args.output_dir) / study.picture
+    if study.targets:
+        plot_targets(found, BASELINE, picture)
+    else:
+        plot(next(iter(found.values())), picture)
     if args.json:
         print(json.dumps(rows))
 

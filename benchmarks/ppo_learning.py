@@ -31,7 +31,8 @@ import numpy as np
 import torch
 import trl
 from datasets import Dataset, DatasetDict
-from learning import Budget, Curve, TokenCounter, code_version, run_recipe, supervised, write_report
+from learning_report import write_report
+from learning_runs import Budget, Curve, TokenCounter, code_version, run_recipe, supervised
 from peft import LoraConfig
 from task import ROOT, TrainingTask
 from transformers import PrinterCallback
@@ -334,7 +335,7 @@ def main() -> None:
         for name, method in study.methods.items():
             # Each finished run is kept: an interrupted benchmark goes on where it was
             settings = f"{start.name}_{generations}_{args.points}"
-            done = args.output_dir / f"{args.study}_{name}_{seed}_{settings}_{code_version()}.json"
+            done = args.output_dir / f"{args.study}_{name}_{seed}_{settings}_{code_version('ppo_learning.py')}.json"
             if not done.exists():
                 done.write_text(json.dumps(train(study, method, start, seed, args.points, generations)))
             runs[name][seed] = run = json.loads(done.read_text())

@@ -5,7 +5,7 @@ What the benchmarks train: the digit-sorting task of `recipes/tasks`, with every
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import DatasetDict
 
@@ -30,19 +30,24 @@ class TrainingTask:
             A trained start; by default the model is untrained.
         train_size (`int`):
             Training prompts.
+        test_size (`int`):
+            Held-out prompts: the first ones of a seed, however many.
     """
+
+    completion_tokens: ClassVar[int] = 18  # at most
 
     task_set: str = "N"
     seed: int = 0
     model_path: str | None = None
     reward_func: Any = exact_match
     train_size: int = 2048
+    test_size: int = 512
     tokenizer: Any = field(init=False)
     data: DatasetDict = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokenizer = build_tokenizer()
-        self.data = build_data(self.task_set, self.tokenizer, self.seed, 64, self.train_size, 512)
+        self.data = build_data(self.task_set, self.tokenizer, self.seed, 64, self.train_size, self.test_size)
         # What a difficulty column would say; an answer ends with the end-of-sequence token
         self.data = self.data.map(lambda row: {"digits": len(row["answer_ids"]) - 1} if row.get("answer_ids") else {})
 
@@ -69,7 +74,7 @@ class TrainingTask:
             "per_device_train_batch_size": 64,
             "gradient_accumulation_steps": 4,
             "num_generations": 8,
-            "max_completion_length": 18,
+            "max_completion_length": self.completion_tokens,
             "learning_rate": 1e-4,
             "lr_scheduler_type": "constant",
             "seed": self.seed,

@@ -38,7 +38,7 @@ from trl_ext.run.program import Parser, program
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 DIGITS = "0123456789"
 CHARACTERS = f"{DIGITS}+=*srm%,"
-VOCABULARY_SIZE = 32  # room for tasks with more symbols, so that their models have the same shape
+VOCABULARY_SIZE = 32  # at least: room for tasks with more symbols, so that their models have the same shape
 
 
 class TaskSet(NamedTuple):
@@ -75,12 +75,16 @@ def exact_match(completion_ids: list[list[int]], answer_ids: list[list[int]], **
     return [float(ids == answer) for ids, answer in zip(completion_ids, answer_ids, strict=True)]
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
+def build_tokenizer(more: str = "") -> Qwen2Tokenizer:
     """
     One character, one token; four special tokens first. It is the tokenizer class of the model's own type, with no
     merges, because `AutoTokenizer` turns any other kind saved beside a Qwen2 model into this one.
+
+    Args:
+        more (`str`, *optional*):
+            Characters of another task.
     """
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS.values(), *CHARACTERS])}
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS.values(), *CHARACTERS, *more])}
     return Qwen2Tokenizer(vocab=vocabulary, merges=[], padding_side="left", **SPECIAL_TOKENS)
 
 
@@ -88,7 +92,7 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
     """A two-layer Qwen2 with random weights. The short rope period suits sequences of at most 30 tokens."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=max(VOCABULARY_SIZE, len(tokenizer)),
         hidden_size=64,
         intermediate_size=192,
         num_hidden_layers=2,

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.train]
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # What scripts share, or no script
-NOT_RUN = {"task"}
+NOT_RUN = {"automaton", "learning_report", "learning_runs", "task"}
 
 
 def last_line(script: str, *arguments: Any) -> Any:
@@ -93,12 +93,13 @@ def test_ppo():
 
 
 def test_learning(tmp_path):
-    """With its own start, by the recipes."""
-    sizes = ("--seeds", 1, "--sft_steps", 1, "--generations", 1, "--points", 1, "--samples", 1)
-    rows = last_line("learning", *sizes, "--output_dir", tmp_path)
-    assert [row["method"] for row in rows] == ["GRPO", "DAPO", "DUPO", "GSPO"]
-    assert all(row["tokens_used"] > 0 and 0 <= row["final"][0] <= 1 for row in rows)
-    assert (tmp_path / "learning.png").is_file()
+    """With its own start, by a recipe."""
+    study = ("--study", "objectives", "--task", "automaton", "--methods", "GRPO", "DAPO", "PPO")
+    sizes = ("--seeds", 1, "--sft_steps", 1, "--generations", 1, "--points", 1, "--test_prompts", 8)
+    rows = last_line("learning", *study, *sizes, "--output_dir", tmp_path)
+    assert [row["method"] for row in rows] == ["GRPO", "DAPO", "PPO"]
+    assert all(row["tokens"] > 0 and 0 <= row["pass@1"][0] <= row["pass@8"][0] <= 1 for row in rows)
+    assert (tmp_path / "objectives.png").is_file()
 
 
 @pytest.mark.parametrize("study", ["outcome", "steps"])
