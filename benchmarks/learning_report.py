@@ -205,7 +205,9 @@ def target_table(curves: Curves, baseline: str) -> list[dict[str, Any]]:
         last = [points[-1] for points in seeds.values()]
         row["tokens"], row["cpu"] = (float(np.mean([point[axis] for point in last])) for axis in ("tokens", "cpu"))
         row["prediction"] = share(last, "prediction_tokens", "tokens")
-        row["live"] = share(last, "groups_kept", "groups_generated")
+        # What a point took over is that of the last generation batch
+        measured = [point for points in seeds.values() for point in points[1:]]
+        row["live"] = share(measured, "groups_kept", "groups_generated")
         row["calibration_error"] = late_mean(seeds.values(), "calibration_error")
         rows.append(row)
     return rows

@@ -101,6 +101,10 @@ def test_ratios_of_tokens_to_target():
     assert math.exp(fast["cpu_ratio"][0]) == pytest.approx(1)
     assert fast["pass@1_difference"] == pytest.approx((0.04, 0))
     assert stuck["missed"] == 1
+    assert fast["live"] is None
+    for i, point in enumerate(curves["fast"][0][1:] + curves["fast"][1][1:]):
+        point |= {"groups_generated": 10.0, "groups_kept": float(i)}  # on average, 9.5 of 10
+    assert target_table(curves, "GRPO")[1]["live"] == pytest.approx(0.95)
     # The target, 0.56, is at 90 tokens
     assert stuck["tokens_ratio"][0] == pytest.approx((math.log(120 / 90) + 0) / 2)
 
