@@ -206,8 +206,8 @@ def measured(trainer_class: Any) -> Any:
 def train(side: str, args: argparse.Namespace, detailed: bool) -> dict[str, Any]:
     trainer_class, config_class = {
         "trl": (trl.GRPOTrainer, trl.GRPOConfig),
-        "unshared": (trl_ext.GRPOTrainer, trl_ext.GRPOConfig),
-        "trl_ext": (trl_ext.GRPOTrainer, partial(trl_ext.GRPOConfig, share_prefixes=True)),
+        "unshared": (trl_ext.GRPOTrainer, partial(trl_ext.GRPOConfig, share_prefixes=False)),
+        "trl_ext": (trl_ext.GRPOTrainer, trl_ext.GRPOConfig),
     }[side]
     size, tokenizer = SIZES[args.device] | {"longest": args.longest}, build_tokenizer()
     torch.manual_seed(0)
