@@ -112,6 +112,12 @@ def test_ppo_learning(study, start, tmp_path):
     assert (tmp_path / f"ppo_{study}.png").is_file()
 
 
+def test_critic_heads(start, tmp_path):
+    sizes = ("--heads", 2, "--seeds", 1, "--generations", 2, "--model", start)
+    found = last_line("critic_heads", *sizes, "--output_dir", tmp_path)
+    assert [row["heads"] for row in found] == [2] and found[0]["spread"] > 0
+
+
 def test_curriculum(start, tmp_path):
     sizes = ("--seeds", 1, "--batches", 1, "--points", 1, "--model", start)
     printed = run([BENCHMARKS / "curriculum.py", *sizes, "--output_dir", tmp_path])
