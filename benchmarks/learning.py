@@ -43,6 +43,7 @@ from automaton import AutomatonTask
 from datasets import disable_progress_bars
 from learning_report import Curves, markdown, plot, plot_targets, table, target_markdown, target_table, write_report
 from learning_runs import Budget, Curve, TokenCounter, code_version, warm_up, warm_up_automaton
+from ppo_learning import CRITIC
 from task import ROOT, TrainingTask
 from transformers import PrinterCallback
 
@@ -54,18 +55,7 @@ OURS = (trl_ext.GRPOTrainer, trl_ext.GRPOConfig)
 INFORMED = {"rollout_selection": "refill", "refill_draws": "informed"}
 BY_LENGTH = {**INFORMED, "similar_prompts_columns": ["digits"]}
 HALF_BATCH = {"per_device_train_batch_size": 32}
-# As in `ppo_learning.py`
-PPO = {
-    "num_generations": 1,
-    "num_iterations": 1,
-    "kl_coef": 0.0,
-    "critic_head": "mlp",
-    "critic_trunk_grad": 1.0,
-    "critic_learning_rate": 3e-3,
-    "critic_lam": 0.5,
-    "vf_coef": 1.0,
-    "cliprange_value": None,
-}
+PPO = {**CRITIC, "num_iterations": 1, "critic_lam": 0.5}
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "GRPO": (*TRL, {}),
     "DAPO": (trl_ext.DAPOTrainer, trl_ext.DAPOConfig, {"soft_punish_cache": 0, "warmup_steps": 0}),
@@ -79,6 +69,9 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "GRPO, 16 prompts": (*TRL, HALF_BATCH),
     "informed, 16 prompts": (*OURS, {**INFORMED, **HALF_BATCH}),
     "no features, 16 prompts": (*OURS, {**INFORMED, **HALF_BATCH, "prompt_features": "none"}),
+    "signal, 16 prompts": (*OURS, {**INFORMED, **HALF_BATCH, "refill_value": "signal"}),
+    # Of the budget of 16 prompts, one gets 8 or 16 completions
+    "sizes, 16 prompts": (*OURS, {**INFORMED, **HALF_BATCH, "max_num_generations": 16}),
     "informed+length, 16 prompts": (*OURS, {**BY_LENGTH, **HALF_BATCH}),
     "MaxRL": (*OURS, {"advantage_estimator": "maxrl"}),
     "DPPO, TV": (*OURS, {"trust_region": "binary_tv"}),
@@ -163,10 +156,13 @@ STUDIES = {
     "prediction": Study(
         [
             "GRPO",
+            "GRPO, 16 prompts",
             "blind",
             "informed",
             "informed, 16 prompts",
             "no features, 16 prompts",
+            "signal, 16 prompts",
+            "sizes, 16 prompts",
         ],
         [20_000, 500],
         "prediction.png",
