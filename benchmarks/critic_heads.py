@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from learning_runs import TokenCounter
-from ppo_learning import ALL_WEIGHTS, COMPLETIONS, CRITIC, EPOCHS, MINI_BATCHES, start_of_outcome
+from ppo_learning import ALL_WEIGHTS, CRITIC, shape_of_runs, start_of_outcome
 from scipy.stats import spearmanr
 from task import ROOT, TrainingTask
 from torch import nn
@@ -123,11 +123,7 @@ def train(start: Path, seed: int, heads: int, generations: int) -> dict[str, Any
     with tempfile.TemporaryDirectory() as directory:
         settings = task.settings(
             directory,
-            per_device_train_batch_size=COMPLETIONS // MINI_BATCHES,
-            gradient_accumulation_steps=1,
-            steps_per_generation=MINI_BATCHES,
-            max_steps=EPOCHS * MINI_BATCHES * generations,
-            num_iterations=EPOCHS,
+            **shape_of_runs(generations),
             fit_micro_batches=False,  # rows stay in their order
             **{**ALL_WEIGHTS, **CRITIC, "critic_lam": 1.0, "critic": "heads", **NOT_OURS},
         )

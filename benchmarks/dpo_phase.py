@@ -14,7 +14,6 @@ python benchmarks/dpo_phase.py --device cuda --json   # a 0.5B-shaped model, pro
 
 import argparse
 import tempfile
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ import trl_ext
 PAIRS, MICRO_BATCH, ACCUMULATION = 32, 4, 8
 SIDES = {
     "trl": (trl.DPOTrainer, trl.DPOConfig),
-    "trl_ext": (trl_ext.DPOTrainer, partial(trl_ext.DPOConfig, share_prefixes=True)),
+    "trl_ext": (trl_ext.DPOTrainer, trl_ext.DPOConfig),
 }
 
 

@@ -200,23 +200,30 @@ COLOURS = {
 }
 
 
+def shape_of_runs(generations: int) -> dict[str, int]:
+    """The settings that make a run of so many generation batches, each used in `EPOCHS` epochs of `MINI_BATCHES`."""
+    return {
+        "per_device_train_batch_size": COMPLETIONS // MINI_BATCHES,
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": MINI_BATCHES,
+        "num_iterations": EPOCHS,
+        "max_steps": EPOCHS * MINI_BATCHES * generations,
+    }
+
+
 def train(study: Study, method: Method, start: Path, seed: int, points: int, generations: int) -> dict[str, Any]:
     """The curve of a run, and explained variance by optimizer step where there is a critic."""
     trainer_class, config_class = method.classes
     counter = DigitCounter(method.by_step) if study.curve is DigitCurve else TokenCounter()
     task = study.task(seed=seed, model_path=str(start), reward_func=counter, train_size=8192)
     curve = study.curve(task, counter, Budget(generations, float("inf"), points), SAMPLES)
-    updates = EPOCHS * MINI_BATCHES
     with tempfile.TemporaryDirectory() as directory:
         settings = task.settings(
             directory,
-            per_device_train_batch_size=COMPLETIONS // MINI_BATCHES,
-            gradient_accumulation_steps=1,
-            steps_per_generation=MINI_BATCHES,
-            max_steps=updates * generations,
             logging_strategy="steps",
-            logging_steps=updates,
-            **{"num_iterations": EPOCHS, **method.settings},
+            logging_steps=EPOCHS * MINI_BATCHES,
+            **shape_of_runs(generations),
+            **method.settings,
         )
         adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0)
         more = {"peft_config": adapter} if method.lora else {}

@@ -189,6 +189,18 @@ def test_dropout_of_an_adapter_is_named_in_one_line(tmp_path, caplog):
     assert caplog.text.count("lora_dropout=0") == 1
 
 
+def test_dpo_says_it_too(tmp_path, caplog):
+    trainer = trl_ext.DPOTrainer(
+        model=tiny.qwen2(),
+        args=trl_ext.DPOConfig(**tiny.pair_settings(tmp_path)),
+        train_dataset=pairs(),
+        processing_class=tiny.tokenizer(),
+        peft_config=tiny.lora(lora_dropout=0.05),
+    )
+    assert not trainer.sharing.pack
+    assert caplog.text.count("lora_dropout=0") == 1
+
+
 def test_what_stands_in_the_way(subtests):
     cases = {
         "absolute": (tiny.gpt2(), "sdpa"),

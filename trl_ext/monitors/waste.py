@@ -80,8 +80,8 @@ class WasteCallback(TrainerCallback):
         trainer = self.trainer
         if self.savings is None:
             self.savings = savings_of(trainer)
-            sharing, obstacles = sharing_of(trainer)
-            self.sharing = sharing if sharing.any_length and not obstacles else None
+            sharing, _ = sharing_of(trainer)
+            self.sharing = sharing if sharing.any_length else None
         multiple = int(trainer.pad_to_multiple_of or 1)
         saved = SavedCompute()
         kind, accelerator = trainer.loss_type, trainer.accelerator

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .shared_pass import PER_TOKEN, TEXT_INPUTS, Sharing
+from .shared_pass import PER_TOKEN, Sharing, text_inputs
 
 
 def distinct_rows(forward: Callable[..., Any], sharing: Sharing) -> Callable[..., Any]:
@@ -25,9 +25,8 @@ def distinct_rows(forward: Callable[..., Any], sharing: Sharing) -> Callable[...
 
     @wraps(forward)
     def once(*args: Any, **kwargs: Any) -> Any:
-        inputs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes all it knows
-        is_text = TEXT_INPUTS <= inputs.keys() <= TEXT_INPUTS | {"use_cache"}
-        if args or not is_text or not inputs["fused_lm_head"] or inputs.get("use_cache"):
+        inputs = text_inputs(args, kwargs)
+        if inputs is None:
             return forward(*args, **kwargs)
         by_row = ("input_ids", "attention_mask", "labels")
         whole = torch.cat([inputs[name] for name in by_row], dim=1)

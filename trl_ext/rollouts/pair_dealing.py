@@ -22,8 +22,10 @@ PAIR_MEAN_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down"),
     *("discopop", "sigmoid_norm"),
 )
-# Those that depend on which pairs are together in a micro-batch: two sort its log-ratios, one divides by its tokens
-WHOLE_BATCH_LOSSES = ("aot", "aot_unpaired", "sft")
+# Those that sort the log-ratios of a micro-batch
+SORTING_LOSSES = ("aot", "aot_unpaired")
+# Those that depend on which pairs are together in a micro-batch: one more divides by its tokens
+WHOLE_BATCH_LOSSES = (*SORTING_LOSSES, "sft")
 # Tensors of a micro-batch of B pairs: `(2B, T)`, all chosen before all rejected, and `(B,)`. The last one is ours.
 ROW_KEYS = ("input_ids", "attention_mask", "completion_mask")
 WEIGHTS = "pair_weights"

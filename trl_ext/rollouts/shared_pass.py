@@ -95,6 +95,13 @@ class Sharing:
         return self.window if self.window is not None and self.window.tokens < longest else None
 
 
+def text_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The inputs of one of TRL's passes over text, by name. `None` if a call of a model is of another kind."""
+    inputs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes all it knows
+    is_text = TEXT_INPUTS <= inputs.keys() <= TEXT_INPUTS | {"use_cache"}
+    return None if args or not is_text or not inputs["fused_lm_head"] or inputs.get("use_cache") else inputs
+
+
 class _PaddedRows:
     """
     The rows of a pass as TRL gives them. The tokens of a row lie side by side, with padding on either end.
@@ -167,9 +174,8 @@ class SharedPass:
         self.completion_columns = completion_columns
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes all it knows
-        is_text = TEXT_INPUTS <= inputs.keys() <= TEXT_INPUTS | {"use_cache"}
-        if args or not is_text or not inputs["fused_lm_head"] or inputs.get("use_cache"):
+        inputs = text_inputs(args, kwargs)
+        if inputs is None:
             return self.model(*args, **kwargs)
         rows, sharing = _PaddedRows(inputs, self.completion_columns), self.sharing
         sharing.passes += 1

@@ -23,14 +23,14 @@ from datasets import Dataset
 from ..errors import require, require_one_of
 from ..rewards.implicit import IMPLICIT_REWARD, ImplicitReward
 from ..roles.trunk import REFERENCE_ADAPTER
-from ..rollouts.pair_dealing import PAIR_MEAN_LOSSES, WHOLE_BATCH_LOSSES
+from ..rollouts.pair_dealing import PAIR_MEAN_LOSSES, SORTING_LOSSES, WHOLE_BATCH_LOSSES
 from .arguments import adopted, bound
 from .cards import CardAdditions, complete_card
 from .config_checks import check_types
 from .pair_checks import check_all_pairs, check_loaded_pairs, check_weights
 from .references import check_reference
 from .seams.dpo import DPOSeams, RowOrder
-from .seams.prefixes import sharing_of
+from .seams.prefixes import sharing_wanted
 
 
 class PairOrder(Protocol):
@@ -48,10 +48,8 @@ class PairOrder(Protocol):
 
 # Losses that TRL's trainer knows
 LOSS_TYPES = PAIR_MEAN_LOSSES + WHOLE_BATCH_LOSSES
-# Losses of the sorted log-ratios of a batch
-SORTING_LOSSES = ("aot", "aot_unpaired")
 # Losses that read `label_smoothing`
-SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
+SMOOTHED_LOSSES = ("robust", "exo_pair", *SORTING_LOSSES)
 
 
 def prompts_together(prompts: Sequence[Any], seed: int, epoch: int) -> list[int]:
@@ -189,8 +187,7 @@ class DPOTrainer(DPOSeams):
         check_reference(given, given.get("ref_model"), wanted=True)
         super().__init__(**given)
         check_loaded_pairs(self, prompts)
-        wanted = self.args.share_prefixes
-        self.sharing = sharing_of(self, always=wanted == "always")[0] if wanted else None
+        self.sharing = sharing_wanted(self, self.args.share_prefixes)[0]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's model card with what is wrong in it put right, followed by what `self.card` adds."""

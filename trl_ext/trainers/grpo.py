@@ -59,7 +59,7 @@ from .grpo_config import GRPOConfig
 from .references import check_reference
 from .reward_checks import check_not_negative, check_outcome_names
 from .seams.critic import CriticSeams
-from .seams.prefixes import sharing_of
+from .seams.prefixes import sharing_wanted
 from .seams.probes import savings_of, without_trace
 from .seams.prompt_states import read_prompts
 from .trust_region import confined_advantages, old_logps_with_region
@@ -162,14 +162,7 @@ class GRPOTrainer(CriticSeams):
             self._set_up_sharing(config)
 
     def _set_up_sharing(self, config: GRPOConfig) -> None:
-        if not config.share_prefixes:
-            return
-        self.sharing, self.sharing_obstacles = sharing_of(self, always=config.share_prefixes == "always")
-        if self.sharing_obstacles:
-            logger.warning(
-                f"Each completion computes its prompt anew, so that the gradient is exactly TRL's: "
-                f"{'; '.join(self.sharing_obstacles)}."
-            )
+        self.sharing, self.sharing_obstacles = sharing_wanted(self, config.share_prefixes)
 
     @property
     def sharing_of_steps(self) -> Sharing | None:

@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any
 
 import trl
+from accelerate.logging import get_logger
 
 from ...roles.critic import base_model_of, critic_of
 from ...rollouts.distinct_rows import distinct_rows
@@ -16,6 +17,9 @@ from ...rollouts.exactness import needs_full_width
 from ...rollouts.prefix_exactness import common_window, pass_cost, sharing_obstacles
 from ...rollouts.prefix_trees import Cost
 from ...rollouts.shared_pass import SharedPass, Sharing
+
+
+logger = get_logger(__name__)
 
 
 def attention_of(model: Any) -> str | None:
@@ -63,6 +67,26 @@ def sharing_of(trainer: trl.GRPOTrainer | trl.DPOTrainer, always: bool = False) 
         window=window,
         full_width_from=min((width.columns for width in map(needs_full_width, models) if width), default=None),
     )
+    return sharing, obstacles
+
+
+def sharing_wanted(
+    trainer: trl.GRPOTrainer | trl.DPOTrainer, share_prefixes: bool | str
+) -> tuple[Sharing | None, list[str]]:
+    """
+    [`sharing_of`] for the argument `share_prefixes` of a configuration: nothing if it is off. What is not shared is
+    logged once.
+    """
+    if not share_prefixes:
+        return None, []
+    sharing, obstacles = sharing_of(trainer, always=share_prefixes == "always")
+    said = list(obstacles)
+    if not said and sharing.window is not None and not sharing.any_length:
+        said.append(f"no mask keeps to the sliding window in rows of over {sharing.window.tokens} tokens")
+    if said:
+        logger.warning(
+            f"Each completion computes its prompt anew, so that the gradient is exactly TRL's: {'; '.join(said)}."
+        )
     return sharing, obstacles
 
 
