@@ -60,12 +60,12 @@ def build(kind: str, directory: str) -> Any:
         "disable_tqdm": True,
         "save_strategy": "no",
     }
-    rows = Dataset.from_dict({"prompt": [f"s{i}=" for i in range(10, 74)]})
+    rows = Dataset.from_dict({"prompt": [f"s{i}=" for i in range(10, 74)], "level": list(range(64))})
     given = {"model": build_model(tokenizer, 0), "reward_funcs": constant, "processing_class": tokenizer}
     if kind == "informed":
         own = {"refill_draws": "informed", "updates_per_generation": 1, "soft_punish_cache": 0, "warmup_steps": 0}
         return DAPOTrainer(args=DAPOConfig(**settings, **own), train_dataset=rows, **given)
-    curriculum = DifficultyCurriculum("frontier")
+    curriculum = DifficultyCurriculum("frontier", "level")  # without a column it knows what "informed" does
     return GRPOTrainer(args=GRPOConfig(**settings), train_dataset=rows, curriculum=curriculum, **given)
 
 

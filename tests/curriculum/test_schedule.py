@@ -4,9 +4,11 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from comparing import equal
 from datasets import Dataset
 
 from trl_ext import GRPOTrainer, PPOTrainer
@@ -21,7 +23,7 @@ def rows(count: int, **columns: list[Any]) -> list[dict[str, Any]]:
 
 
 def test_difficulty_starts_at_a_half_and_follows_failures():
-    curriculum, row = DifficultyCurriculum(memory=1.0), {"prompt": "w1"}
+    curriculum, row = DifficultyCurriculum(column="level", memory=1.0), {"prompt": "w1"}
     assert curriculum.difficulty(row) == 0.5
     curriculum.observe([row], torch.tensor([[0.0, 0.0, 1.0, float("nan")]]))
     assert curriculum.difficulty(row) == pytest.approx((PRIOR_COMPLETIONS * 0.5 + 2) / (PRIOR_COMPLETIONS + 3))
@@ -29,16 +31,49 @@ def test_difficulty_starts_at_a_half_and_follows_failures():
 
 
 def test_earlier_evidence_fades():
-    curriculum, row = DifficultyCurriculum(memory=0.5), {"prompt": "w1"}
+    curriculum, row = DifficultyCurriculum(column="level", memory=0.5), {"prompt": "w1"}
     curriculum.observe([row], torch.zeros(1, 4))
     curriculum.observe([row], torch.ones(1, 4))
     assert curriculum.difficulty(row) == pytest.approx((PRIOR_COMPLETIONS * 0.5 + 2) / (PRIOR_COMPLETIONS + 6))
 
 
-def test_what_nothing_scored_teaches_nothing():
-    curriculum, row = DifficultyCurriculum(), {"prompt": "w1"}
+@pytest.mark.parametrize("column", ["level", None])
+def test_what_nothing_scored_teaches_nothing(column):
+    curriculum, row = DifficultyCurriculum(column=column), {"prompt": "w1"}
     curriculum.observe([row], torch.full((1, 4), float("nan")))
     assert curriculum.difficulty(row) == 0.5 and not curriculum.state_dict()["seen"]
+
+
+def test_without_a_column_difficulty_is_predicted():
+    """By hand, for groups of one: a + b = 2, of new prompts as of the uniform distribution."""
+    curriculum, seen, new = DifficultyCurriculum(), {"prompt": "w1"}, {"prompt": "w2"}
+    assert curriculum.difficulties([seen, new]) == [0.5, 0.5]
+    curriculum.observe([seen], torch.zeros(1, 1))
+    # Of all prompts, m = (0 + 4 · 1/2) / 5 = 2/5. The prompt itself failed once: p ~ Beta(4/5, 6/5 + 1)
+    assert curriculum.difficulties([seen, new]) == pytest.approx([11 / 15, 3 / 5])
+    curriculum.begin(None)
+    # In the longest memory the failure is worth 0.99: m = 2 / 4.99, and Beta(2m, 2 (1 − m) + 1) holds with 0.99
+    m = 2 / 4.99
+    assert curriculum.difficulties([seen, new]) == pytest.approx([1 - (0.99 * 2 * m / 3 + 0.01 * m), 1 - m])
+
+
+def test_a_prediction_is_by_what_is_read_of_prompts():
+    def read(rows: Any, projection: Any) -> Any:
+        return np.array([[float(row["prompt"] in ("a", "c"))] for row in rows], dtype=np.float16), len(rows)
+
+    known: dict[str, DifficultyCurriculum] = {}
+    for features in ("hidden_states", "none"):
+        known[features] = DifficultyCurriculum(prompt_features=features)
+        known[features].read_prompts(read)
+        for _ in range(6):
+            known[features].begin(None)
+            outcomes = torch.tensor([[1.0] * 4, [1.0, 0.0, 0.0, 0.0]])
+            known[features].observe([{"prompt": "a"}, {"prompt": "b"}], outcomes)
+    new = [{"prompt": "c"}, {"prompt": "d"}]
+    easy, hard = known["hidden_states"].difficulties(new)
+    assert easy < 0.25 and hard > 0.6
+    alike = known["none"].difficulties(new)
+    assert alike[0] == alike[1]
 
 
 def test_a_column_counts_by_its_rank():
@@ -179,6 +214,8 @@ def test_completions_grow(progress, length):
         {"until": 0.0},
         {"share": 1.0},
         {"memory": 1.5},
+        {"memory": 0.9},  # without a column
+        {"prompt_features": "words"},
         {"start_completion_length": 0},
     ],
     ids=str,
@@ -206,8 +243,9 @@ class Judge:
 
 
 def data(count: int = 32) -> Dataset:
-    """Prompts that are solved by 0, 1, 2, 3, 4 of 4 completions, in turn."""
-    return tiny.prompts(count).add_column("easy", [i % 5 for i in range(count)])
+    """Prompts that are solved by 0, 1, 2, 3, 4 of 4 completions, in turn; of some, a column says something else."""
+    known = tiny.prompts(count).add_column("easy", [i % 5 for i in range(count)])
+    return known.add_column("unknown", [None] * (count - 2) + [1, 2])
 
 
 def trained(tmp_path: Any, curriculum: Any, trainer_class: Any = GRPOTrainer, **settings: Any) -> tuple[Any, Judge]:
@@ -248,7 +286,7 @@ def test_easy_prompts_come_before_hard_ones(column, tmp_path):
 @pytest.mark.train
 @pytest.mark.parametrize("selection", ["all", "refill", "duplicate"])
 def test_pass_rates_follow_the_rollouts(selection, tmp_path):
-    curriculum = DifficultyCurriculum("frontier", memory=1.0)
+    curriculum = DifficultyCurriculum("frontier", column="unknown", memory=1.0)
     trainer, judge = trained(tmp_path, curriculum, rollout_selection=selection)
     right = {row["prompt"]: row["easy"] for row in data()}
     seen = set(judge.asked)
@@ -264,10 +302,45 @@ def test_pass_rates_follow_the_rollouts(selection, tmp_path):
 
 @pytest.mark.train
 def test_ppo_learns_pass_rates_from_single_completions(tmp_path):
-    curriculum = DifficultyCurriculum("mixed")
-    trainer, judge = trained(tmp_path, curriculum, PPOTrainer, num_generations=1, num_iterations=1)
-    assert len(trainer.chooser.state_dict()["seen"]) == len(set(judge.asked)) > 16
-    assert "curriculum/prompts_replaced" in trainer.state.log_history[0]
+    trainer, judge = trained(tmp_path, DifficultyCurriculum("mixed"), PPOTrainer, num_generations=1, num_iterations=1)
+    for outlook in trainer.chooser.state_dict()["outlook"]["outlooks"]:
+        assert len(outlook["prompts"]) == len(set(judge.asked)) > 16
+    logged = trainer.state.log_history[0]
+    assert {"curriculum/prompts_replaced", "selection/calibration_error"} <= set(logged)
+    assert logged["compute/prediction_tokens"] > 0
+
+
+# Prompts that begin with w1 are never solved; of the completions for others, half pass
+TOLD = Dataset.from_dict(
+    {
+        "prompt": [f"w{i % 2} {tiny.WORDS[2 + i % 18]} {tiny.WORDS[2 + i // 18]}" for i in range(300)],
+        "easy": [0 if i % 2 else 2 for i in range(300)],
+    }
+)
+
+
+@pytest.mark.train
+def test_unseen_prompts_at_the_frontier_are_found_by_hidden_states(tmp_path):
+    hopeless, tokens = {}, {}
+    for features in ("hidden_states", "none"):
+        judge = Judge()
+        trainer = tiny.trainer(
+            GRPOTrainer,
+            tmp_path,
+            judge,
+            {"train_dataset": TOLD, "curriculum": DifficultyCurriculum(prompt_features=features)},
+            max_steps=12,
+        )
+        trainer.train()
+        late = judge.asked[len(judge.asked) // 2 :: 4]
+        unseen = [prompt for prompt in late if prompt not in judge.asked[: len(judge.asked) // 2]]
+        assert len(unseen) == len(late) == 24
+        hopeless[features] = sum(prompt.startswith("w1") for prompt in unseen)
+        tokens[features] = trainer.state.log_history[-2].get("compute/prediction_tokens")
+    assert hopeless["hidden_states"] <= 4
+    assert hopeless["none"] >= 8
+    # Of 12 × 16 candidates, those that come a second time aren't read again
+    assert tokens["none"] is None and 3 * 12 * 12 < tokens["hidden_states"] < 3 * 12 * 16
 
 
 @pytest.mark.train
@@ -292,7 +365,7 @@ def test_a_resumed_run_sees_what_the_other_saw(tmp_path):
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert again.asked == judge.asked[len(judge.asked) // 2 :]
-    assert resumed.chooser.state_dict() == whole.chooser.state_dict()
+    assert equal(resumed.chooser.state_dict(), whole.chooser.state_dict())
     for ours, theirs in zip(tiny.weights(resumed.model).values(), tiny.weights(whole.model).values(), strict=True):
         assert torch.equal(ours, theirs)
 

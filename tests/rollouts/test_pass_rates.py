@@ -72,6 +72,18 @@ def test_finds_how_alike_completions_are(a, b):
     assert model.rates(np.zeros((1, 3)))[0] == pytest.approx(a / (a + b), abs=0.06)
 
 
+def test_single_completions_tell_rates_and_not_how_alike_they_are():
+    generator, model = np.random.default_rng(3), PassRateModel(1, plain=1, memory=0.99)
+    correlation = model.correlation
+    for _ in range(40):
+        x = generator.normal(size=(50, 1))
+        p = sigmoid(3 * x[:, 0])
+        model.observe(x, (generator.random(50) < p).astype(float), np.ones(50))
+    assert model.correlation == correlation
+    found, true = model.rates(np.array([[-0.5], [0.0], [0.5]])), sigmoid(np.array([-1.5, 0.0, 1.5]))
+    assert found == pytest.approx(true, abs=0.06)
+
+
 def test_tells_new_prompts_apart_and_follows_a_policy_that_improves():
     model, errors = PassRateModel(8, plain=1, memory=0.8), []
     for batch in range(40):

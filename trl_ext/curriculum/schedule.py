@@ -20,7 +20,9 @@ from ..errors import require, require_count, require_number, require_one_of, req
 from ..metric_keys import COMPLETION_LIMIT
 from ..rollouts.choosers import PromptChooser
 from ..rollouts.generation_batch import GenerationBatch
+from ..rollouts.informed import PROMPT_FEATURES, AdaptiveOutlook
 from ..rollouts.ledger import Ledger
+from ..rollouts.prompt_features import Reader
 from ..rollouts.stream import prompt_key
 from .difficulty import PASS_RATE
 
@@ -28,6 +30,8 @@ from .difficulty import PASS_RATE
 SCHEDULES = ("easy_to_hard", "frontier", "mixed")
 # Weight of the initial difficulty, in completions
 PRIOR_COMPLETIONS = 2.0
+# Of `memory`
+MEMORY = 0.5
 
 
 class DifficultyCurriculum(PromptChooser):
@@ -35,10 +39,14 @@ class DifficultyCurriculum(PromptChooser):
     Chooses by difficulty what is trained on next. Every trainer takes one as `curriculum`. Trainers with rollouts let
     it choose, for every generation batch, among the prompts that the loader deals and the next ones of the data set.
 
-    Difficulty is the probability that a completion fails, 1 − pass rate. It starts at the value of a column, or at ½,
-    and is updated by the rollouts of the run to (c·d₀ + failures) / (c + completions), where d₀ is the initial
-    difficulty and c is `PRIOR_COMPLETIONS`. The counts of failures and completions are multiplied by `memory` whenever
-    the prompt is observed again.
+    Difficulty is the probability that a completion fails, 1 − pass rate. Where a column says how hard a row is, it
+    starts at the column's value d₀, and is updated by the rollouts of the run to (c·d₀ + failures) / (c +
+    completions), where c is `PRIOR_COMPLETIONS`. The counts of failures and completions are multiplied by `memory`
+    whenever the prompt is observed again. A row without a value starts at ½.
+
+    Without a column it is predicted as `refill_draws="informed"` predicts, by an
+    [`~trl_ext.rollouts.informed.AdaptiveOutlook`]: from the policy's hidden states on the prompt, from the groups of
+    all prompts, and from the prompt's own groups. It starts at ½ for all prompts.
 
     - `"easy_to_hard"`: sorts the candidates by difficulty and takes neighbours. At the start of the run these are the
       easiest candidates; from the moment that `until` of the run is over, they are the hardest.
@@ -58,7 +66,7 @@ class DifficultyCurriculum(PromptChooser):
             before its name, such as `"-margin"`, numbers are larger for easier rows. Only the rank of a number counts.
             The column `"pass_rate"` is an exception: it holds pass rates in [0, 1], which are larger for easier rows,
             and their value counts ([`~trl_ext.curriculum.difficulty.pass_rates`] writes it). `None`: the difficulty
-            depends on rollouts alone.
+            is predicted.
         lookahead (`int`, *optional*, defaults to `4`):
             Number of candidates for each prompt that is chosen, including those that the loader deals.
         until (`float`, *optional*, defaults to `0.8`):
@@ -67,13 +75,19 @@ class DifficultyCurriculum(PromptChooser):
         share (`float`, *optional*, defaults to `0.5`):
             Share of the prompts, in (0, 1), that `"mixed"` takes by `"frontier"`.
         memory (`float`, *optional*, defaults to `0.5`):
-            Factor, in [0, 1], on a prompt's earlier counts when the prompt is observed again.
+            Factor, in [0, 1], on a prompt's earlier counts when the prompt is observed again. Without a column, it has
+            no effect, and can't be changed.
         start_completion_length (`int`, *optional*):
             Longest completion at the start of the run, in tokens. It grows linearly to the trainer's
             `max_completion_length`. `None`: it is `max_completion_length` from the start.
+        prompt_features (`str`, *optional*, defaults to `"hidden_states"`):
+            What a prediction reads from a prompt itself, as in [`~trl_ext.GRPOConfig`]: the policy's
+            `"hidden_states"`, which takes a forward pass over each candidate, or `"none"`. With a column, nothing is
+            read.
 
     Raises:
-        ValueError: if the schedule is unknown, or a number is out of its range.
+        ValueError: if the schedule is unknown, or a number is out of its range, or if `memory` is set without a
+            column.
     """
 
     key = "curriculum"
@@ -85,10 +99,12 @@ class DifficultyCurriculum(PromptChooser):
         lookahead: int = 4,
         until: float = 0.8,
         share: float = 0.5,
-        memory: float = 0.5,
+        memory: float = MEMORY,
         start_completion_length: int | None = None,
+        prompt_features: str = PROMPT_FEATURES[0],
     ) -> None:
         require_one_of("schedule", schedule, SCHEDULES)
+        require_one_of("prompt_features", prompt_features, PROMPT_FEATURES)
         require_type("column", column, str | None, "Pass the name of a column, or None.")
         require_count("lookahead", lookahead, least=1)
         require(lookahead >= 2, f"lookahead={lookahead} leaves nothing to choose from. Set 2 or more.")
@@ -112,17 +128,24 @@ class DifficultyCurriculum(PromptChooser):
             column != f"-{PASS_RATE}",
             f"column={column!r}: a larger pass rate already means an easier row. Leave out the minus.",
         )
+        require(
+            column is not None or memory == MEMORY,
+            f"memory={memory} has no effect without a column: how fast rollouts are forgotten then follows from how "
+            "well they predict. Name a column, or leave memory out.",
+        )
         self.column = None if column is None else column.removeprefix("-")
         self.more_is_easier = column == PASS_RATE or column != self.column
         self.schedule, self.lookahead, self.until = schedule, lookahead, until
         self.share, self.memory, self.start_completion_length = share, memory, start_completion_length
+        self.prompt_features = prompt_features
         self.success_threshold = 0.5  # `prepared` sets the trainer's
         self._column = column
         self._sorted: list[float] = []  # all numbers of the column
         self._seen: Ledger[str, tuple[float, ...]] = Ledger(tuple)  # by prompt: faded failures, faded completions
+        self._outlook = self._predictor(1, 0)
 
     def __repr__(self) -> str:
-        names = ("schedule", "lookahead", "until", "share", "memory", "start_completion_length")
+        names = ("schedule", "lookahead", "until", "share", "memory", "start_completion_length", "prompt_features")
         settings = {"column": self._column, **{name: getattr(self, name) for name in names}}
         return f"DifficultyCurriculum({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
@@ -137,6 +160,9 @@ class DifficultyCurriculum(PromptChooser):
         own = copy.copy(self)
         own._seen, own.success_threshold = Ledger(tuple), config.success_threshold
         own._seen.load(self._seen.state())
+        own._outlook = own._predictor(config.num_generations, config.seed)
+        if own._outlook is not None and self._outlook is not None:
+            own._outlook.load_state_dict(self._outlook.state_dict())
         if self.column is not None:
             assert isinstance(dataset, Dataset)
             require(
@@ -151,6 +177,17 @@ class DifficultyCurriculum(PromptChooser):
             )
             own.read_column(dataset[self.column])
         return own
+
+    def _predictor(self, num_generations: int, seed: int) -> AdaptiveOutlook | None:
+        """What predicts pass rates. `None`: a column says how hard rows are."""
+        if self.column is not None:
+            return None
+        return AdaptiveOutlook([], num_generations, self.success_threshold, seed, predicted="pass_rate")
+
+    def read_prompts(self, read: Reader) -> None:
+        """See [`PromptChooser.read_prompts`]."""
+        if self._outlook is not None and self.prompt_features == "hidden_states":
+            self._outlook.read_prompts(read)
 
     # Difficulty
 
@@ -208,8 +245,22 @@ class DifficultyCurriculum(PromptChooser):
 
     def difficulty(self, row: dict[str, Any]) -> float:
         """Probability, in [0, 1], that a completion for this row fails."""
-        failures, completions = self._seen.get(prompt_key(row), (0.0, 0.0))
-        return (PRIOR_COMPLETIONS * self.prior(row) + failures) / (PRIOR_COMPLETIONS + completions)
+        return self.difficulties([row])[0]
+
+    def difficulties(self, rows: Sequence[dict[str, Any]]) -> list[float]:
+        """[`difficulty`] of rows. In a run, it must be called on every rank with the same ones."""
+        if self._outlook is not None:
+            return [1 - rate for rate in self._outlook.pass_rates(rows)]
+        counts = [self._seen.get(prompt_key(row), (0.0, 0.0)) for row in rows]
+        return [
+            (PRIOR_COMPLETIONS * self.prior(row) + failures) / (PRIOR_COMPLETIONS + completions)
+            for row, (failures, completions) in zip(rows, counts, strict=True)
+        ]
+
+    def begin(self, trainer: Any) -> None:
+        """Evidence of a prediction fades with each generation batch."""
+        if self._outlook is not None:
+            self._outlook.tick()
 
     def observe(self, rows: Sequence[dict[str, Any]], outcomes: torch.Tensor, live: Sequence[bool] = ()) -> None:
         """
@@ -224,6 +275,12 @@ class DifficultyCurriculum(PromptChooser):
                 Not used.
         """
         known = ~outcomes.isnan()
+        if self._outlook is not None:
+            scored = known.sum(dim=1) >= min(2, outcomes.size(1))  # an outlook takes other groups for failed ones
+            of_scored = [row for row, is_scored in zip(rows, scored.tolist(), strict=True) if is_scored]
+            # Pass rates don't depend on what is live
+            self._outlook.observe(of_scored, outcomes[scored], [False] * len(of_scored))
+            return
         tried = known.sum(dim=1).tolist()
         failed = ((outcomes < self.success_threshold) & known).float().sum(dim=1).tolist()
         for row, failures, completions in zip(rows, failed, tried, strict=True):
@@ -234,9 +291,11 @@ class DifficultyCurriculum(PromptChooser):
 
     def end(self, trainer: Any, batch: GenerationBatch) -> None:
         """Logs the mean difficulty of the chosen prompts, how many were replaced, and the longest completion."""
-        metrics, difficulties = trainer.train_metrics, [self.difficulty(row) for row in batch.group_rows]
+        metrics, difficulties = trainer.train_metrics, self.difficulties(batch.group_rows)
         metrics["curriculum/difficulty"].append(sum(difficulties) / len(difficulties))
         metrics["curriculum/prompts_replaced"].append(batch.replaced)
+        if self._outlook is not None:
+            self._outlook.log(metrics)
         if self.start_completion_length is not None:
             metrics[COMPLETION_LIMIT].append(trainer.completion_length())
 
@@ -246,7 +305,7 @@ class DifficultyCurriculum(PromptChooser):
         """See [`PromptChooser.choose`]. The result depends on the arguments and on what was observed alone."""
         if len(rows) <= count:
             return list(range(len(rows)))
-        difficulties = [self.difficulty(row) for row in rows]
+        difficulties = self.difficulties(rows)
         if self.schedule == "easy_to_hard":
             order = sorted(range(len(rows)), key=lambda i: difficulties[i])
             start = round(self._ramp(progress) * (len(rows) - count))
@@ -302,9 +361,11 @@ class DifficultyCurriculum(PromptChooser):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts of each prompt."""
-        return {"seen": self._seen.state()}
+        """The counts of each prompt, and what predictions were learned from."""
+        return {"seen": self._seen.state(), "outlook": None if self._outlook is None else self._outlook.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse of [`state_dict`]."""
         self._seen.load(state["seen"])
+        if self._outlook is not None:
+            self._outlook.load_state_dict(state["outlook"])

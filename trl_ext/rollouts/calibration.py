@@ -50,8 +50,11 @@ class Calibration:
     def tick(self) -> None:
         self._correction.tick()
 
-    def observe(self, probabilities: Sequence[float], came_true: Sequence[bool]) -> None:
-        """Score predictions p by what happened, then learn from it."""
+    def observe(self, probabilities: Sequence[float], came_true: Sequence[float]) -> None:
+        """
+        Score predictions p by what happened, then learn from it. `came_true` is 1 or 0, or a share where a rate was
+        predicted.
+        """
         if not probabilities:
             return
         fade, x = math.exp(-1 / REMEMBERED), _inputs(probabilities)

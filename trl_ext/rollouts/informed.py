@@ -1,5 +1,6 @@
 """
-Informed draws: the choice of prompts by the prediction that was right most often lately.
+Informed draws: the choice of prompts by the prediction that was right most often lately. A curriculum takes its pass
+rates from the same prediction.
 
 Several [`~trl_ext.rollouts.outlook.PromptOutlook`]s forget at different speeds, and each predicts in two ways: by
 similar prompts, and by what the policy's own hidden states say of a prompt.
@@ -16,7 +17,7 @@ from ..metric_keys import PREDICTION_TOKENS, SELECTION
 from .calibration import Calibration
 from .choosers import PromptChooser
 from .generation_batch import GenerationBatch
-from .outlook import PromptOutlook
+from .outlook import PromptOutlook, Value, live_probability, pass_rate
 from .pass_rates import Floats
 from .prompt_features import PromptFeatures, Reader
 
@@ -25,6 +26,8 @@ from .prompt_features import PromptFeatures, Reader
 MEMORIES = (0.8, 0.95, 0.99)
 # Factor on the log-likelihood of earlier predictions at each tick, so that about the last ten batches decide
 TRUST_MEMORY = 0.9
+# What is predicted of a group: whether it is live, or the share of its completions that pass
+PREDICTED: dict[str, Value] = {"live": live_probability, "pass_rate": pass_rate}
 
 
 class AdaptiveOutlook(PromptChooser):
@@ -39,6 +42,8 @@ class AdaptiveOutlook(PromptChooser):
             See [`PromptOutlook`].
         value (`str`, *optional*, defaults to `"live"`):
             What is chosen for, an entry of [`~trl_ext.rollouts.outlook.VALUES`].
+        predicted (`str`, *optional*, defaults to `"live"`):
+            By what predictions are judged, an entry of `PREDICTED`.
     """
 
     key = "outlook"
@@ -53,12 +58,13 @@ class AdaptiveOutlook(PromptChooser):
         exploration: float = 0.25,
         most_slots: int = 1,
         value: str = "live",
+        predicted: str = "live",
     ) -> None:
         self.outlooks = [
             PromptOutlook(columns, num_generations, success_threshold, seed, memory, exploration, most_slots)
             for memory in MEMORIES
         ]
-        self.seed, self.value = seed, value
+        self.seed, self.value, self.predicted = seed, value, predicted
         self.features: PromptFeatures | None = None
         self.calibration = Calibration()
         # Of every outlook by features, then of every outlook by similar prompts
@@ -111,8 +117,11 @@ class AdaptiveOutlook(PromptChooser):
 
     def end(self, trainer: Any, batch: GenerationBatch) -> None:
         """Logs how many prompts that the loader dealt were replaced, and what predicting is worth and costs."""
-        metrics = trainer.train_metrics
-        metrics[f"{SELECTION}prompts_replaced"].append(batch.replaced)
+        trainer.train_metrics[f"{SELECTION}prompts_replaced"].append(batch.replaced)
+        self.log(trainer.train_metrics)
+
+    def log(self, metrics: Any) -> None:
+        """Logs what predicting is worth and costs, in a trainer's metrics of training."""
         metrics[f"{SELECTION}calibration_error"].append(self.calibration.error)
         if self.features is not None:
             metrics[f"{SELECTION}trusts_features"].append(float(self.trusts_features))
@@ -133,14 +142,24 @@ class AdaptiveOutlook(PromptChooser):
         # Groups are filled up with NaN to the size of the largest one
         rewarded = (~outcomes.isnan()).sum(dim=1).tolist()
         slots = [max(1, math.ceil(n / self.outlooks[0].num_generations)) for n in rewarded]
+        came_true = self._came_true(outcomes, live)
         predictions = self._predictions(rows, features, slots)
         for i, predicted in enumerate(predictions):
-            for probability, is_live in zip(predicted, live, strict=True):
-                likelihood = probability if is_live else 1 - probability
-                self._log_likelihoods[i] += math.log(max(likelihood, 0.01))  # so that no single group decides
-        self.calibration.observe(predictions[best], live)
+            for probability, share in zip(predicted, came_true, strict=True):
+                for part, likelihood in ((share, probability), (1 - share, 1 - probability)):
+                    # Bounded, so that no single group decides
+                    self._log_likelihoods[i] += part * math.log(max(likelihood, 0.01))
+        self.calibration.observe(predictions[best], came_true)
         for outlook in self.outlooks:
             outlook.observe(rows, outcomes, live, features)
+
+    def _came_true(self, outcomes: torch.Tensor, live: list[bool]) -> list[float]:
+        """For each group, 1 if what was predicted is so and 0 if not; for pass rates, the share that passed."""
+        if self.predicted == "live":
+            return [float(is_live) for is_live in live]
+        passed = (outcomes >= self.outlooks[0].success_threshold).sum(dim=1)
+        shares: list[float] = (passed / (~outcomes.isnan()).sum(dim=1).clamp(min=1)).tolist()
+        return shares
 
     def _read(self, rows: Sequence[dict[str, Any]]) -> Floats | None:
         return None if self.features is None else self.features.of(rows)
@@ -148,15 +167,24 @@ class AdaptiveOutlook(PromptChooser):
     def _predictions(
         self, rows: Sequence[dict[str, Any]], features: Floats | None, slots: list[int]
     ) -> list[list[float]]:
-        similar = [outlook.values(rows, slots=slots) for outlook in self.outlooks]
+        of = PREDICTED[self.predicted]
+        similar = [outlook.values(rows, of=of, slots=slots) for outlook in self.outlooks]
         if features is None:
             return similar + similar
-        return [outlook.values(rows, features, slots=slots) for outlook in self.outlooks] + similar
+        return [outlook.values(rows, features, of, slots) for outlook in self.outlooks] + similar
 
     def live_probability(self, row: dict[str, Any]) -> float:
         """Probability that the group of a prompt would be live if it were generated now, calibrated."""
         features = self._read([row]) if self.trusts_features else None
         return self.calibration(self.best.values([row], features)[0])
+
+    def pass_rates(self, rows: Sequence[dict[str, Any]]) -> list[float]:
+        """
+        For each prompt, the probability that a completion passes if it were generated now. Must be called on every
+        rank with the same rows.
+        """
+        features = self._read(rows)
+        return self.best.values(rows, features if self.trusts_features else None, pass_rate)
 
     def choose(self, rows: Sequence[dict[str, Any]], count: int, progress: float = 0.0, dealt: int = 0) -> list[int]:
         """See [`PromptOutlook.choose`]."""

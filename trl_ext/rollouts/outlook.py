@@ -108,8 +108,16 @@ def signal(a: float, b: float, constant_live: float, num_generations: int) -> fl
     return a * b / ((a + b) * (a + b + 1))
 
 
+def pass_rate(a: float, b: float, constant_live: float, num_generations: int) -> float:
+    """E[p] = a / (a + b), the probability that a completion passes."""
+    return a / (a + b)
+
+
+# What can be said of the group of a prompt from p ~ Beta(a, b), P(live | constant) and G
+Value = Callable[[float, float, float, int], float]
+
 # By `refill_value`: what the group of a prompt is worth. A new way to value groups is a function and an entry here.
-VALUES: dict[str, Callable[[float, float, float, int], float]] = {"live": live_probability, "signal": signal}
+VALUES: dict[str, Value] = {"live": live_probability, "signal": signal}
 
 
 class GroupStats(NamedTuple):
@@ -137,12 +145,12 @@ class GroupStats(NamedTuple):
 
     @classmethod
     def of_group(cls, solved: float, tried: float, live: float) -> "GroupStats":
-        """Of a group with `solved` passes in `tried` completions."""
+        """Of a group with `solved` passes in `tried` completions, a single one of which is no pair."""
         constant = float(solved in (0, tried))
         return cls(
             prompts=1.0,
             pass_rate=solved / tried,
-            pair_rate=solved * (solved - 1) / (tried * (tried - 1)),
+            pair_rate=solved * (solved - 1) / max(tried * (tried - 1), 1),
             constant=constant,
             constant_live=constant * live,
         )
@@ -322,7 +330,7 @@ class PromptOutlook:
                 Data set rows, one for each group.
             outcomes (`torch.Tensor` of shape `(P, G)`):
                 Outcome rewards by group, NaN = not applicable. A group with fewer than two outcome rewards can't be
-                live, so that it counts as a group whose completions all fail.
+                live, so that it counts as a group whose completions all fail, unless all groups are of one.
             live (`list[bool]`):
                 For each group, whether it is live.
             features (`np.ndarray` of shape `(P, F)`, *optional*):
@@ -331,7 +339,7 @@ class PromptOutlook:
         # Compared as tensors, as in `census`: 0.7 in float32 is smaller than the double 0.7
         passes = (outcomes >= self.success_threshold).sum(dim=1)
         rewarded = (~outcomes.isnan()).sum(dim=1)
-        known = rewarded >= 2
+        known = rewarded >= min(2, self.num_generations)
         solved = torch.where(known, passes, 0)
         tried = torch.where(known, rewarded, max(2, min(outcomes.shape[1], self.num_generations)))
         for row, k, n, is_live in zip(rows, solved.tolist(), tried.tolist(), live, strict=True):
@@ -391,7 +399,8 @@ class PromptOutlook:
 
         The prior of a bucket comes from the moments of all prompts and of the bucket's. The estimate of each level is
         shrunk to the one of the level above, as if that had been observed with `PRIOR_PROMPTS` prompts. Above all
-        prompts is the uniform distribution, with no live constant group.
+        prompts is the uniform distribution, with no live constant group. Where groups are of one completion, nothing
+        shows how much prompts differ: a + b is then that of the uniform distribution.
 
         Args:
             rows (`list[dict]`):
@@ -416,17 +425,19 @@ class PromptOutlook:
             mean = (seen.pass_rate + PRIOR_PROMPTS * mean) / weight
             second_moment = (seen.pair_rate + PRIOR_PROMPTS * second_moment) / weight
             constant_live = (seen.constant_live + PRIOR_PROMPTS * constant_live) / (seen.constant + PRIOR_PROMPTS)
+        if self.num_generations == 1:
+            return Prior(2 * mean, 2 * (1 - mean), constant_live)
         return Prior(*beta_from_moments(mean, second_moment), constant_live)
 
     def values(
         self,
         rows: Sequence[dict[str, Any]],
         features: Floats | None = None,
-        value: str = "live",
+        of: Value = live_probability,
         slots: Sequence[int] | None = None,
     ) -> list[float]:
         """
-        What the groups of prompts would be worth if they were generated now.
+        What can be said of the groups of prompts if they were generated now.
 
         For a new prompt this is the value of its prior Beta(a, b). For a prompt that was observed, (a, b) becomes (a +
         solved, b + failed), and its own constant groups are added to one group with the rate of its bucket. This holds
@@ -437,12 +448,12 @@ class PromptOutlook:
                 Data set rows.
             features (`np.ndarray` of shape `(N, F)`, *optional*):
                 Their features, see [`priors`].
-            value (`str`, *optional*, defaults to `"live"`):
-                An entry of `VALUES`: `"live"` is the probability of a live group.
+            of (`Value`, *optional*, defaults to [`live_probability`]):
+                What is said of them.
             slots (`list[int]`, *optional*):
                 For each prompt, how many times `num_generations` completions its group has. `None`: once.
         """
-        of, values = VALUES[value], []
+        values = []
         for row, prior, count in zip(rows, self.priors(rows, features), slots or [1] * len(rows), strict=True):
             (a, b, constant_live), size = prior, count * self.num_generations
             worth = of(a, b, constant_live, size)
@@ -495,7 +506,9 @@ class PromptOutlook:
 
     def _gains(self, rows: Sequence[dict[str, Any]], features: Floats | None, value: str) -> list[list[float]]:
         """For each prompt, what each further slot adds to what its group is worth."""
-        by_slots = [self.values(rows, features, value, [slots] * len(rows)) for slots in range(1, self.most_slots + 1)]
+        by_slots = [
+            self.values(rows, features, VALUES[value], [slots] * len(rows)) for slots in range(1, self.most_slots + 1)
+        ]
         return [[more - less for less, more in pairwise([0.0, *worth])] for worth in zip(*by_slots, strict=True)]
 
     # Checkpoints

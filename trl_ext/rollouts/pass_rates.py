@@ -156,13 +156,14 @@ class PassRateModel:
             features (`np.ndarray` of shape `(N, F)`):
                 Of their prompts.
             passes, tried (`np.ndarray` of shape `(N,)`):
-                k passes in n ≥ 2 completions.
+                k passes in n completions. A single completion says nothing of ρ.
         """
         m = self.rates(features)
-        pairs = passes * (passes - 1) / (tried * (tried - 1))
+        pairs = passes * (passes - 1) / np.maximum(tried * (tried - 1), 1)
         inflation = 1 + (tried - 1) * self.correlation
-        self._squares += float((pairs - 2 * m * passes / tried + m**2).sum())
-        self._scale += float((m * (1 - m)).sum())
+        several = tried > 1
+        self._squares += float((pairs - 2 * m * passes / tried + m**2)[several].sum())
+        self._scale += float((m * (1 - m))[several].sum())
         self._weights.observe(_with_constant(features), passes / inflation, tried / inflation)
 
     def state_dict(self) -> dict[str, Any]:
