@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipelines.dpo_then_ppo_worker import dpo_args, pairs, policy_settings
+from pipelines.dpo_then_ppo_worker import dpo_args, pairs, policy_settings, prompts
 from pipelines.runs import adapter, same, short
 from transformers import TrainerCallback
 
 from trl_ext import PPOConfig
-from trl_ext.pipelines.training import StageStoppedError, StaysAbove
+from trl_ext.evaluation.held_out import read_estimates
+from trl_ext.pipelines.training import StageStoppedError, StaysAbove, StopsRising
 
 
 @pytest.mark.train
@@ -112,3 +113,78 @@ def test_the_rule_reads_the_log_of_a_resumed_run() -> None:
     assert rule.reached(State()) and rule.reached(State())
     State.log_history = State.log_history[:3]
     assert not rule.reached(State())
+
+
+MEASURED: dict[str, Any] = {"held_out": prompts(6), "held_out_samples": 2, "dpo_held_out_every": 2}
+
+
+def measured_dpo(run: Any) -> dict[int, float]:
+    """The held-out reward by DPO's step."""
+    stage = next(stage for stage in run.stages if stage.name == "dpo")
+    return {step: found["low_ids"].mean for step, found in read_estimates(stage.log_history).items()}
+
+
+@pytest.mark.train
+def test_dpo_ends_where_the_held_out_reward_stops_rising(tmp_path: Path) -> None:
+    """The pairs prefer even words, and the reward small ones: what DPO learns is soon of no more use."""
+    args = dpo_args(max_steps=40, learning_rate=2e-2, save_steps=1, save_total_limit=None)
+    run = short(tmp_path, dpo_args=args, **MEASURED, dpo_patience=2)
+    run.train()
+    found = measured_dpo(run)
+    best = max(found, key=lambda step: (found[step], -step))
+    assert list(found) == list(range(0, best + 5, 2)) and best + 4 < 40
+    # The best adapter goes on, in the stage's folder and in memory
+    trained = tmp_path / "round_1/dpo"
+    kept = trained / f"checkpoint-{best}" if best else tmp_path / "start"
+    assert same(adapter(trained), adapter(kept)) and not same(
+        adapter(trained), adapter(trained / f"checkpoint-{best + 4}")
+    )
+    assert run.stages[-1].measured and run.stages[-2].measured["low_ids"].mean == pytest.approx(found[best])
+
+
+@pytest.mark.train
+def test_measuring_leaves_no_trace(tmp_path: Path) -> None:
+    args = {"dpo_args": dpo_args(disable_dropout=False), "accuracy_threshold": None}
+    short(tmp_path / "measured", **args, **MEASURED, dpo_patience=9).train()
+    short(tmp_path / "not", **args).train()
+    last = "round_1/dpo/checkpoint-6"
+    assert same(adapter(tmp_path / "measured" / last), adapter(tmp_path / "not" / last))
+
+
+@pytest.mark.train
+def test_a_measured_stage_that_was_stopped(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_save = control.should_training_stop = state.global_step == 5
+
+    def stop(stage: str, trainer: Any) -> None:
+        if stage == "dpo":
+            trainer.add_callback(Stop())
+
+    args = {"dpo_args": dpo_args(max_steps=8, learning_rate=1e-2), **MEASURED, "dpo_patience": 9}
+    with pytest.raises(StageStoppedError, match="dpo was stopped at step 5 of 8"):
+        short(tmp_path / "stopped", prepare=stop, **args).train()
+    again, never = short(tmp_path / "stopped", **args), short(tmp_path / "never", **args)
+    again.train()
+    never.train()
+    # One measurement more, where training ended for the time being
+    assert {step: mean for step, mean in measured_dpo(again).items() if step != 5} == measured_dpo(never)
+    assert same(adapter(tmp_path / "stopped"), adapter(tmp_path / "never"))
+
+
+def test_the_best_measurement_is_so_many_ago() -> None:
+    class State:
+        log_history: list[dict[str, Any]] = []
+
+    def log(step: int, mean: float) -> None:
+        parts = {f"held_out/r/{part}": 1 for part in ("low", "high", "prompts", "samples")}
+        State.log_history.append({"held_out/r": mean, **parts, "step": step})
+
+    rule = StopsRising({"r": 2.0}, 2, Path("best"))
+    assert not rule.reached(State())
+    for step, (mean, over) in enumerate(
+        [(0.5, False), (0.4, False), (0.6, False), (0.6, False), (0.5, True), (0.7, False)]
+    ):
+        log(step, mean)
+        assert rule.reached(State()) is over, step
+    assert rule.rewards(State())[0] == 1.0

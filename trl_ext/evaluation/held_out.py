@@ -202,6 +202,8 @@ class HeldOut(TrainerCallback):
             Seed of the sampling, the same for every measurement.
         every (`int`, *optional*, defaults to `0`):
             Optimizer steps between measurements. With 0, the policy is measured only before and after training.
+        sampler ([`GRPOTrainer`], *optional*):
+            A trainer of the same weights that samples, where `trainer` (of DPO) can't. `None`: `trainer`.
 
     Attributes:
         measured (`dict[int, dict[str, Estimate]]`):
@@ -216,10 +218,12 @@ class HeldOut(TrainerCallback):
         batch_size: int = 64,
         seed: int = 0,
         every: int = 0,
+        sampler: RollsOut | None = None,
     ):
-        _check(trainer, dataset, num_samples=num_samples, batch_size=batch_size)
+        _check(sampler or trainer, dataset, num_samples=num_samples, batch_size=batch_size)
         require_count("every", every, least=0)
         self.trainer = trainer
+        self.sampler: RollsOut = sampler or trainer
         self.dataset = dataset
         self.settings = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
         self.every = every
@@ -248,7 +252,7 @@ class HeldOut(TrainerCallback):
 
     def measure(self, state: TrainerState) -> None:
         """Measures the policy as it is now, and logs the result. Every process must make the call."""
-        estimates = evaluate_policy(self.trainer, self.dataset, **self.settings)
+        estimates = evaluate_policy(self.sampler, self.dataset, **self.settings)
         self.measured[state.global_step] = estimates
         logs: dict[str, float] = {}
         for name, estimate in estimates.items():

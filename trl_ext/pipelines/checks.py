@@ -122,6 +122,10 @@ def _check_schedule(run: "DPOThenPPO") -> None:
     require_count("accuracy_logs", run.accuracy_logs)
     require_count("held_out_samples", run.held_out_samples)
     require_count("held_out_every", run.held_out_every, least=0)
+    require_count("dpo_held_out_every", run.dpo_held_out_every, least=0)
+    require_count("dpo_patience", run.dpo_patience)
+    if run.dpo_held_out_every:
+        _check_measured_dpo(run)
     if run.accuracy_threshold is not None:
         require_number("accuracy_threshold", run.accuracy_threshold)
     require(not run.output_dir.is_file(), f"output_dir={str(run.output_dir)!r} is a file. Name a folder.")
@@ -206,11 +210,31 @@ def _check_fitting(run: "DPOThenPPO") -> None:
         f"fit_critic={run.fit_critic} fits the critic to the completions that pairs are made of, and pairs were "
         "given. Leave one of them out.",
     )
-    sharded = run.policy_args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     require(
-        not sharded,
+        not _sharded(run),
         f"fit_critic={run.fit_critic} comes before the second stage's engine, and DeepSpeed's shards the weights. Use "
         "DDP, or leave it out.",
+    )
+
+
+def _sharded(run: "DPOThenPPO") -> bool:
+    return bool(run.policy_args.deepspeed) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+
+
+def _check_measured_dpo(run: "DPOThenPPO") -> None:
+    setting = f"dpo_held_out_every={run.dpo_held_out_every}"
+    require(
+        run.held_out is not None,
+        f"{setting} measures DPO's policy on held-out prompts, and there are none. Pass held_out, or leave it out.",
+    )
+    require(
+        not run.policy_args.use_vllm,
+        f"{setting} samples while DPO trains, and vLLM is given new weights by the second stage's steps only. Set "
+        "use_vllm=False, or leave it out.",
+    )
+    require(
+        not _sharded(run),
+        f"{setting} samples from weights that DPO trains, which DeepSpeed shards. Use DDP, or leave it out.",
     )
 
 

@@ -53,7 +53,7 @@ from .pairing import (
 from .settings import described, fingerprint, settings_of
 from .shared_policy import SharedPolicy, release
 from .stages import DATA, DPO, PAIRS, POLICY, START, StageFile, StageResult, print_once, whole_checkpoint
-from .training import StaysAbove, copy_model, train_stage
+from .training import StaysAbove, StopsRising, copy_model, train_stage
 
 
 Prepare = Callable[[str, Any], None]
@@ -133,6 +133,11 @@ class DPOThenPPO:
             Preference accuracy, in (0, 1), that ends DPO. `None`: DPO runs to its last step.
         accuracy_logs (`int`, *optional*, defaults to `5`):
             How many logs in a row have to be above the threshold.
+        dpo_held_out_every (`int`, *optional*, defaults to `0`):
+            Optimizer steps of DPO between measurements of its policy on `held_out`. With them, it is the held-out
+            reward that ends DPO, not preference accuracy, and the best policy that was measured goes on. 0: none.
+        dpo_patience (`int`, *optional*, defaults to `2`):
+            How many of these measurements in a row may be no better than the best one.
         fit_critic (`int`, *optional*, defaults to `0`):
             Passes over the completions that were sampled for the pairs of a round, in which the critic is fitted to
             their rewards before the second stage's first step ([`~trl_ext.trainers.value_fitting.fit_values`]): what
@@ -184,6 +189,8 @@ class DPOThenPPO:
         rounds: int = 1,
         accuracy_threshold: float | None = 0.75,
         accuracy_logs: int = 5,
+        dpo_held_out_every: int = 0,
+        dpo_patience: int = 2,
         fit_critic: int = 0,
         held_out: Dataset | None = None,
         held_out_samples: int = 4,
@@ -210,6 +217,7 @@ class DPOThenPPO:
         self.dpo_kwargs, self.policy_kwargs = dict(dpo_kwargs or {}), dict(policy_kwargs or {})
         self.reference, self.rounds = reference, rounds
         self.accuracy_threshold, self.accuracy_logs = accuracy_threshold, accuracy_logs
+        self.dpo_held_out_every, self.dpo_patience = dpo_held_out_every, dpo_patience
         self.fit_critic = fit_critic
         self.held_out, self.held_out_samples = held_out, held_out_samples
         self.held_out_every, self.held_out_seed = held_out_every, held_out_seed
@@ -274,6 +282,8 @@ class DPOThenPPO:
             DPO: {
                 "accuracy_threshold": self.accuracy_threshold,
                 "accuracy_logs": self.accuracy_logs,
+                "dpo_held_out_every": self.dpo_held_out_every,
+                "dpo_patience": self.dpo_patience,
                 "eval_pairs": fingerprint(self.eval_pairs),
                 **kwargs[DPO],
                 **settings_of(self.dpo_args, "dpo_args"),
@@ -349,11 +359,14 @@ class DPOThenPPO:
         seconds = time.monotonic() - started
         self.file.finish(StageResult(PAIRS, round_, str(folder), generated_tokens=tokens, seconds=seconds))
 
-    def _sampler(self, folder: Path) -> GRPOTrainer:
-        """The second stage's trainer with the current policy, and without the reward that DPO learns."""
+    def _sampler(self, folder: Path, beside: bool = False) -> GRPOTrainer:
+        """
+        The second stage's trainer with the current policy, and without the reward that DPO learns. `beside`: of a
+        trainer that is at work.
+        """
         args = self._args(self.policy_args, folder)
         rewards, args, kwargs = without_implicit_reward(self.reward_funcs, args, self.policy_kwargs)
-        return self._second_trainer(args, rewards, kwargs)
+        return self._second_trainer(args, rewards, kwargs, beside)
 
     def _measure_start(self, trainer: GRPOTrainer) -> None:
         assert self.held_out is not None
@@ -379,15 +392,31 @@ class DPOThenPPO:
             ),
             args.seed,
         )
-        rule: StaysAbove | None = None
         metric = PREFERENCE_ACCURACY if args.eval_strategy == "no" else f"{EVALUATION}{PREFERENCE_ACCURACY}"
-        if self.accuracy_threshold is not None:
+        rule: StaysAbove | StopsRising | None = None
+        held_out: HeldOut | None = None
+        sampler: GRPOTrainer | None = None
+        if self.dpo_held_out_every:
+            assert self.held_out is not None
+            sampler = self._sampler(folder, beside=True)
+            held_out = HeldOut(
+                trainer, list(self.held_out), every=self.dpo_held_out_every, sampler=sampler, **self._measurement
+            )
+            trainer.add_callback(held_out)
+            weights = dict(zip(sampler.reward_func_names, sampler.reward_weights.tolist(), strict=True))
+            rule = StopsRising(weights, self.dpo_patience, folder / "best")
+        elif self.accuracy_threshold is not None:
             rule = StaysAbove(self.accuracy_threshold, self.accuracy_logs, metric)
+        if rule is not None:
             trainer.add_callback(rule)
-        self._train(trainer, DPO, folder, rule)
+        self._train(trainer, DPO, folder, rule, held_out)
         state = trainer.state
-        self._report_dpo(state, metric, has_threshold=rule is not None)
-        release(trainer)
+        self._report_dpo(state, metric, has_threshold=isinstance(rule, StaysAbove))
+        if isinstance(rule, StopsRising):
+            print_once(f"its policy of step {rule.use_best(trainer, folder)} goes on, with the best held-out reward")
+        for one in (trainer, sampler):
+            if one is not None:
+                release(one)
         seconds = time.monotonic() - started
         self.file.finish(StageResult(DPO, round_, str(folder), state.global_step, seconds=seconds))
 
@@ -468,7 +497,9 @@ class DPOThenPPO:
 
     # Trainers
 
-    def _second_trainer(self, args: Any, rewards: list[Any], kwargs: Mapping[str, Any]) -> GRPOTrainer:
+    def _second_trainer(
+        self, args: Any, rewards: list[Any], kwargs: Mapping[str, Any], beside: bool = False
+    ) -> GRPOTrainer:
         trainer: GRPOTrainer = self._policy.trainer(
             lambda model: self.policy_trainer(
                 model=model,
@@ -479,6 +510,7 @@ class DPOThenPPO:
                 **_own(kwargs),
             ),
             args.seed,
+            beside,
         )
         return trainer
 
@@ -489,7 +521,12 @@ class DPOThenPPO:
         return own
 
     def _train(
-        self, trainer: Any, name: str, folder: Path, rule: StaysAbove | None, held_out: HeldOut | None = None
+        self,
+        trainer: Any,
+        name: str,
+        folder: Path,
+        rule: StaysAbove | StopsRising | None,
+        held_out: HeldOut | None = None,
     ) -> None:
         if self.prepare is not None:
             self.prepare(name, trainer)

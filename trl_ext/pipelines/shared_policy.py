@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ..roles.trunk import gathered, load_adapter, save_adapter, sharing_weights
+from ..trainers.seams.checkpoints import random_states, set_random_states
 from ..trainers.seams.processes import forget_accelerator
 
 
@@ -92,7 +93,7 @@ class SharedPolicy:
         shared: PeftModel = sharing_weights(self.model)
         return shared
 
-    def trainer(self, build: Callable[[PeftModel], Any], seed: int) -> Any:
+    def trainer(self, build: Callable[[PeftModel], Any], seed: int, beside: bool = False) -> Any:
         """
         A trainer of the policy that doesn't depend on what ran before it in this process.
 
@@ -101,7 +102,16 @@ class SharedPolicy:
                 Constructs it around the modules that it is given.
             seed (`int`):
                 Seed of everything that is drawn during construction.
+            beside (`bool`, *optional*, defaults to `False`):
+                Whether another trainer of the policy is at work, which is not to notice.
         """
+        if beside:
+            states = random_states()
+            set_seed(seed)
+            trainer = build(self.shared())
+            trainer.model.to(trainer.accelerator.device)
+            set_random_states(states)
+            return trainer
         self._restore_weights()
         forget_accelerator()  # each stage has a DeepSpeed configuration of its own
         set_seed(seed)

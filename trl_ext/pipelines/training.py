@@ -15,7 +15,7 @@ from ..evaluation.held_out import HeldOut, read_estimates
 from ..metric_keys import PREFERENCE_ACCURACY
 from ..monitors.health import PreferenceAccuracyCheck
 from ..roles.critic import CRITIC
-from ..roles.trunk import load_adapter
+from ..roles.trunk import load_adapter, save_adapter
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.seams.checkpoints import saved_state
 from .stages import whole_checkpoint
@@ -55,6 +55,86 @@ class StaysAbove(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_training_stop |= self.reached(state)
+
+
+class StopsRising(TrainerCallback):
+    """
+    Ends DPO once the held-out reward has not risen for several measurements in a row, and keeps the adapter of the
+    best one. Held-out rewards are those that [`~trl_ext.evaluation.held_out.HeldOut`] logged, which must be added to
+    the trainer first.
+
+    Args:
+        weights (`dict[str, float]`):
+            Weight of each reward function.
+        patience (`int`):
+            Number of measurements.
+        best (`Path`):
+            Folder for the best adapter.
+    """
+
+    def __init__(self, weights: dict[str, float], patience: int, best: Path) -> None:
+        self.weights, self.patience, self.best = weights, patience, best
+
+    def rewards(self, state: TrainerState) -> list[float]:
+        """The held-out rewards in the history of a run."""
+        return [
+            sum(self.weights[name] * estimate.mean for name, estimate in measured.items() if name in self.weights)
+            for measured in read_estimates(state.log_history).values()
+        ]
+
+    def reached(self, state: TrainerState) -> bool:
+        """Whether the best measurement is so many measurements ago."""
+        found = self.rewards(state)
+        return bool(found) and len(found) - 1 - found.index(max(found)) >= self.patience
+
+    def _look(self, state: TrainerState, control: TrainerControl, model: Any) -> None:
+        measured, found = read_estimates(state.log_history), self.rewards(state)
+        if state.global_step not in measured:
+            return
+        if found.index(max(found)) == len(found) - 1:
+            self._keep(model)
+        control.should_training_stop |= self.reached(state)
+
+    def _keep(self, model: Any) -> None:
+        process = PartialState()
+        if process.is_main_process:
+            partial = self.best.with_name(f"{self.best.name}.part")
+            shutil.rmtree(partial, ignore_errors=True)
+            save_adapter(getattr(model, "module", model), partial)
+            shutil.rmtree(self.best, ignore_errors=True)
+            partial.rename(self.best)
+        process.wait_for_everyone()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._look(state, control, model)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._look(state, control, model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._look(state, control, model)
+
+    def use_best(self, trainer: Any, folder: Path) -> int:
+        """
+        Put the best adapter into a trainer's policy and its stage's folder. Every process must make the call.
+
+        Returns:
+            `int`: the optimizer step of the best measurement.
+        """
+        found, steps = self.rewards(trainer.state), list(read_estimates(trainer.state.log_history))
+        step = steps[found.index(max(found))]
+        if step != trainer.state.global_step:
+            if PartialState().is_main_process:
+                copy_model(self.best, folder)
+            PartialState().wait_for_everyone()
+            load_adapter(trainer.accelerator.unwrap_model(trainer.model), self.best)
+        return step
 
 
 def train_stage(

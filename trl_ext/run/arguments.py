@@ -156,7 +156,8 @@ class HybridArguments(PPOArguments):
         pairs (`dict` or `str`, *optional*):
             Arguments of [`~trl_ext.make_pairs`] and the number of `prompts`; or the `split` of given pairs. The
             `eval_split` holds pairs to measure on.
-        clean, reference, rounds, accuracy_threshold, accuracy_logs, fit_critic (*optional*):
+        clean, reference, rounds, accuracy_threshold, accuracy_logs, dpo_held_out_every, dpo_patience, fit_critic
+        (*optional*):
             As in [`~trl_ext.DPOThenPPO`].
         start_name (`str`, *optional*, defaults to `"start"`):
             What reports call the model before any stage.
@@ -178,6 +179,14 @@ class HybridArguments(PPOArguments):
     )
     accuracy_logs: int = field(
         default=_SCHEDULE["accuracy_logs"], metadata={"help": "Consecutive logs above the threshold."}
+    )
+    dpo_held_out_every: int = field(
+        default=_SCHEDULE["dpo_held_out_every"],
+        metadata={"help": "Steps between measurements of DPO's policy, whose held-out reward then ends DPO. 0: none."},
+    )
+    dpo_patience: int = field(
+        default=_SCHEDULE["dpo_patience"],
+        metadata={"help": "Measurements in a row that may be no better than the best one."},
     )
     fit_critic: int = field(
         default=_SCHEDULE["fit_critic"],

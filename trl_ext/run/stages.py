@@ -47,7 +47,15 @@ SHARED_BY_STAGES = (
 # What an upload leaves out: the stages' own folders
 NOT_PUSHED = ("round_*", "start*")
 SCHEDULE_SETTINGS = (
-    *("reference", "rounds", "accuracy_threshold", "accuracy_logs", "fit_critic"),
+    *(
+        "reference",
+        "rounds",
+        "accuracy_threshold",
+        "accuracy_logs",
+        "dpo_held_out_every",
+        "dpo_patience",
+        "fit_critic",
+    ),
     *("held_out_samples", "held_out_every", "held_out_seed"),
 )
 
