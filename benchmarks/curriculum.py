@@ -5,15 +5,16 @@ Does it pay to choose what comes next? Two studies on set N of the sorting task,
   [`~trl_ext.curriculum.schedule.DifficultyCurriculum`]. The prompts are few, so that each is met several times.
 - `stages`: DPO and then PPO, against PPO alone and DPO alone, on LoRA adapters. Pairs are the best and the worst of 8
   completions of the policy as it is, judged by the reward that PPO gets, and all 8 count as generated. DPO makes new
-  pairs in every round; a round's reference is the policy that wrote them. In the last arm, all completions of a prompt
-  that differ in reward are in pairs, and the same completions fit PPO's critic before its first step.
+  pairs in every round; a round's reference is the policy that wrote them. In one arm, all completions of a prompt
+  that differ in reward are in pairs, and the same completions fit PPO's critic before its first step. In the last one
+  β is lower, too, and DPO ends when the reward of its policy on some other prompts no longer rises.
 
 Every run generates 60 batches of 256 completions. The reward is exact match. What is measured is exact match, too,
 sampled at temperature 1 on 512 held-out prompts (pass@1); tokens and CPU-seconds count everything but that
 measurement.
 
 ```shell
-python benchmarks/curriculum.py --seeds 5 --report
+python benchmarks/curriculum.py --seeds 5 --jobs 2 --report
 ```
 """
 
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 from datasets import disable_progress_bars
 from learning_report import AXES, area, mean_interval, write_report
-from learning_runs import Budget, Curve, TokenCounter, code_version
+from learning_runs import Budget, Curve, TokenCounter, code_version, workers
 from peft import LoraConfig, get_peft_model
 from ppo_learning import start_of_outcome
 from task import ROOT, TrainingTask
@@ -109,6 +110,9 @@ class Schedule:
             What differs from `PAIRS` and `DPO`.
         fit_critic (`int`):
             Passes over the completions of the pairs that fit PPO's critic.
+        measured (`int`):
+            Prompts on which DPO's policy is measured every 8 steps, 2 completions each, to end it by their reward. The
+            tokens count, and so do those of the pipeline's three measurements before and after PPO.
     """
 
     rounds: list[float]
@@ -116,6 +120,7 @@ class Schedule:
     pairs: dict[str, Any] = field(default_factory=dict)
     dpo: dict[str, Any] = field(default_factory=dict)
     fit_critic: int = 0
+    measured: int = 0
 
 
 ALL_PAIRS: dict[str, Any] = {
@@ -127,6 +132,9 @@ SCHEDULES: dict[str, Schedule] = {
     "DPO": Schedule([0.1] * 10, 0.0),
     "DPO then PPO": Schedule([0.2], 0.8),
     "all pairs, fitted critic": Schedule([0.1], 0.9, **ALL_PAIRS, fit_critic=2),
+    "the same, ended by reward": Schedule(
+        [0.1], 0.9, {"strategy": "margin"}, {**ALL_PAIRS["dpo"], "beta": 0.01, "num_train_epochs": 12}, 2, measured=64
+    ),
 }
 
 
@@ -252,7 +260,18 @@ def dpo_then_ppo(
         accuracy_threshold=None,
         fit_critic=schedule.fit_critic,
         prepare=prepare,
+        **measured_by(schedule, arguments["train_dataset"]),
     ).train()
+
+
+def measured_by(schedule: Schedule, prompts: Any) -> dict[str, Any]:
+    if not schedule.measured:
+        return {}
+    return {
+        "held_out": prompts.select(range(len(prompts) - schedule.measured, len(prompts))),
+        "held_out_samples": 2,
+        "dpo_held_out_every": 8,
+    }
 
 
 def dpo_alone(task: TrainingTask, curve: StagesCurve, model: Any, directory: str, rounds: list[int]) -> None:
@@ -303,6 +322,7 @@ COLOURS = {
     "DPO": "#0072B2",
     "DPO then PPO": "#D55E00",
     "all pairs, fitted critic": "#009E73",
+    "the same, ended by reward": "#CC79A7",
 }
 
 
@@ -362,26 +382,40 @@ def at_tokens(points: list[dict[str, float]], tokens: float) -> float:
     return float(np.interp(tokens, [p["tokens"] for p in points], [p["pass@1"] for p in points]))
 
 
-def plot(found: dict[str, dict[str, dict[int, dict[str, Any]]]], path: Path) -> None:
+def plot(study: str, runs: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4), squeeze=False, layout="constrained")
-    for panel, (study, runs) in zip(panels[0], found.items(), strict=True):
-        for arm, seeds in runs.items():
-            curves = [run["points"] for run in seeds.values()]
-            grid = np.linspace(0, min(points[-1]["tokens"] for points in curves), 200)
-            ys = np.array([[at_tokens(points, tokens) for tokens in grid] for points in curves])
-            mean, sd = ys.mean(axis=0), ys.std(axis=0, ddof=1) if len(ys) > 1 else 0
-            panel.plot(grid, mean, color=COLOURS[arm], label=arm)
-            panel.fill_between(grid, mean - sd, mean + sd, color=COLOURS[arm], alpha=0.12, linewidth=0)
-        panel.set(title=STUDIES[study].title, xlabel="generated tokens")
-        panel.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
-        panel.grid(alpha=0.3)
-        panel.legend(frameon=False)
-    panels[0][0].set_ylabel("pass@1 on held-out prompts")
-    count = len(next(iter(next(iter(found.values())).values())))
+    figure, panel = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    for arm, seeds in runs.items():
+        curves = [run["points"] for run in seeds.values()]
+        grid = np.linspace(0, min(points[-1]["tokens"] for points in curves), 200)
+        ys = np.array([[at_tokens(points, tokens) for tokens in grid] for points in curves])
+        mean, sd = ys.mean(axis=0), ys.std(axis=0, ddof=1) if len(ys) > 1 else 0
+        panel.plot(grid, mean, color=COLOURS[arm], label=arm)
+        panel.fill_between(grid, mean - sd, mean + sd, color=COLOURS[arm], alpha=0.12, linewidth=0)
+    panel.set(title=STUDIES[study].title, xlabel="generated tokens", ylabel="pass@1 on held-out prompts")
+    panel.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False)
+    count = len(next(iter(runs.values())))
     figure.suptitle(f"Sorting digits, set N: mean of {count} seeds, bands ± 1 sd")
     figure.savefig(path, dpi=130)
+
+
+def one_run(name: str, arm: str, seed: int, start: Path, size: Size, output_dir: Path) -> dict[str, Any]:
+    """Each finished run is kept: an interrupted benchmark goes on where it was."""
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    version = code_version("curriculum.py", "ppo_learning.py")
+    done = output_dir / f"{name}_{arm}_{seed}_{start.name}_{size.batches}_{size.points}_{version}.json"
+    if not done.exists():
+        with tempfile.TemporaryDirectory() as directory:
+            found = STUDIES[name].run(arm, start, seed, directory, size)
+        part = done.with_suffix(".part")
+        part.write_text(json.dumps(found))
+        part.rename(done)
+    result: dict[str, Any] = json.loads(done.read_text())
+    return result
 
 
 def main() -> None:
@@ -389,44 +423,41 @@ def main() -> None:
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES), help="default: both")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each on one thread (default: 1)")
     parser.add_argument("--model", type=Path, help="folder of the start; default: made by the recipes, one per seed")
     parser.add_argument("--batches", type=int, default=60, help="generation batches of a run (default: 60)")
     parser.add_argument("--points", type=int, default=10, help="measurements of a run (default: 10)")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "benchmarks" / "curriculum")
     parser.add_argument("--report", action="store_true", help="write tables and picture into benchmarks/")
     args = parser.parse_args()
-    if args.report and set(args.study) != set(STUDIES):
-        parser.error("--report writes one picture of both studies: leave out --study")
-    torch.set_num_threads(1)
-    disable_progress_bars()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    size, version = Size(args.batches, args.points), code_version("curriculum.py", "ppo_learning.py")
-
-    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    size, seeds = Size(args.batches, args.points), range(args.first_seed, args.first_seed + args.seeds)
+    with workers(args.jobs) as do:
+        starts = dict.fromkeys(range(len(seeds)), args.model)
+        if args.model is None:
+            starts |= dict(do(start_of_outcome, [(args.output_dir, seed) for seed in seeds]))
+        calls = [
+            (name, arm, seed, starts[place], size, args.output_dir)
+            for name in args.study
+            for place, seed in enumerate(seeds)
+            for arm in STUDIES[name].arms
+        ]
+        done = {}
+        for place, result in do(one_run, calls):
+            (name, arm, seed, *_), first, last = calls[place], result["points"][0], result["points"][-1]
+            done[name, arm, seed] = result
+            print(
+                f"{len(done)}/{len(calls)} seed {seed} {arm}: {first['pass@1']:.3f} → {last['pass@1']:.3f}, "
+                f"{last['steps']:.0f} steps, {last['tokens']:.0f} tokens, {last['cpu']:.0f} CPU-s",
+                flush=True,
+            )
     for name in args.study:
-        study = STUDIES[name]
-        runs = found[name] = {arm: {} for arm in study.arms}
-        for seed in range(args.first_seed, args.first_seed + args.seeds):
-            start = args.model or start_of_outcome(args.output_dir, seed)
-            for arm in study.arms:
-                # Each finished run is kept: an interrupted benchmark goes on where it was
-                settings = f"{start.name}_{size.batches}_{size.points}"
-                done = args.output_dir / f"{name}_{arm}_{seed}_{settings}_{version}.json"
-                if not done.exists():
-                    with tempfile.TemporaryDirectory() as directory:
-                        done.write_text(json.dumps(study.run(arm, start, seed, directory, size)))
-                runs[arm][seed] = json.loads(done.read_text())
-                first, last = runs[arm][seed]["points"][0], runs[arm][seed]["points"][-1]
-                print(
-                    f"seed {seed} {arm}: {first['pass@1']:.3f} → {last['pass@1']:.3f}, {last['steps']:.0f} steps, "
-                    f"{last['tokens']:.0f} tokens, {last['cpu']:.0f} CPU-s",
-                    flush=True,
-                )
-        text = markdown(runs, study)
+        runs = {arm: {seed: done[name, arm, seed] for seed in seeds} for arm in STUDIES[name].arms}
+        text = markdown(runs, STUDIES[name])
         print(text)
         if args.report:
             write_report("curriculum.py", name, text)
-    plot(found, (ROOT / "benchmarks" if args.report else args.output_dir) / "curriculum.png")
+        plot(name, runs, (ROOT / "benchmarks" if args.report else args.output_dir) / f"curriculum_{name}.png")
 
 
 if __name__ == "__main__":

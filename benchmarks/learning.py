@@ -27,12 +27,9 @@ python benchmarks/learning.py --study objectives --seeds 8 --jobs 2 --report
 import argparse
 import hashlib
 import json
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +39,7 @@ import trl
 from automaton import AutomatonTask
 from datasets import disable_progress_bars
 from learning_report import Curves, markdown, plot, plot_targets, table, target_markdown, target_table, write_report
-from learning_runs import Budget, Curve, TokenCounter, code_version, warm_up, warm_up_automaton
+from learning_runs import Budget, Curve, TokenCounter, Work, code_version, warm_up, warm_up_automaton, workers
 from ppo_learning import CRITIC
 from task import ROOT, TrainingTask
 from transformers import PrinterCallback
@@ -239,31 +236,6 @@ def work(run: Run, directory: Path) -> tuple[list[dict[str, float]], bool]:
 
 def start(directory: Path, task: str, seed: int, steps: int | None) -> Path:
     return TASKS[task].start(directory, seed, steps)
-
-
-Work = Callable[[Callable[..., Any], list[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
-
-
-@contextmanager
-def workers(count: int) -> Iterator[Work]:
-    """
-    A function that does jobs, so many at a time, each in a process of its own: it takes a function and the arguments
-    of each call, and gives the place of a call and what it returned, as they are done.
-    """
-    if count == 1:
-        yield lambda function, calls: ((place, function(*call)) for place, call in enumerate(calls))
-        return
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
-
-    def do(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        places = {pool.submit(function, *call): place for place, call in enumerate(calls)}
-        for future in as_completed(places):
-            yield places[future], future.result()
-
-    try:
-        yield do
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def plan(study: Study, args: argparse.Namespace, starts: dict[tuple[str, int], Path]) -> list[Run]:

@@ -4,10 +4,14 @@ way.
 """
 
 import hashlib
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +142,31 @@ class Curve(TrainerCallback):
         found = self.measure(model)
         self.evaluating += time.process_time() - before
         self.points.append({"steps": step, "tokens": self.counter.tokens, "cpu": cpu, **found, **self.latest})
+
+
+Work = Callable[[Callable[..., Any], list[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Work]:
+    """
+    A function that does jobs, so many at a time, each in a process of its own: it takes a function and the arguments
+    of each call, and gives the place of a call and what it returned, as they are done.
+    """
+    if count == 1:
+        yield lambda function, calls: ((place, function(*call)) for place, call in enumerate(calls))
+        return
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+
+    def do(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        places = {pool.submit(function, *call): place for place, call in enumerate(calls)}
+        for future in as_completed(places):
+            yield places[future], future.result()
+
+    try:
+        yield do
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def run_recipe(*command: Any) -> None:

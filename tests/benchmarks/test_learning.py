@@ -6,8 +6,9 @@ import random
 import numpy as np
 import pytest
 from automaton import LETTERS, NOISE, TRANSITIONS, AutomatonTask, draw, walk
-from learning import METHODS, STUDIES, TASKS, workers
+from learning import METHODS, STUDIES, TASKS
 from learning_report import COLOURS, level, markdown, plot, reached, table, target_markdown, target_table
+from learning_runs import workers
 
 
 def test_states_are_those_after_each_letter():

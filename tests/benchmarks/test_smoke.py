@@ -130,9 +130,10 @@ def test_curriculum(start, tmp_path):
         "DPO",
         "DPO then PPO",
         "all pairs, fitted critic",
+        "the same, ended by reward",
     ):
         assert f"seed 0 {arm}: " in printed
-    assert (tmp_path / "curriculum.png").is_file()
+    assert all((tmp_path / f"curriculum_{study}.png").is_file() for study in ("prompts", "stages"))
 
 
 def test_cleaning(start, tmp_path):
