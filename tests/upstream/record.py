@@ -1,5 +1,6 @@
 """
-Which sources of TRL, transformers and accelerate `trl_ext` is built on, and what they looked like when they were read.
+Which sources of TRL, transformers, accelerate and PEFT `trl_ext` is built on, and what they looked like when they were
+read.
 
     python tests/upstream/record.py
 
@@ -29,7 +30,7 @@ import trl_ext.trainers
 
 
 RECORD = Path(__file__).with_name("sources.json")
-PACKAGES = ("trl", "transformers", "accelerate")
+PACKAGES = ("trl", "transformers", "accelerate", "peft")
 COMMAND = "python tests/upstream/record.py"
 
 # Sources that we don't override, but whose behaviour something of ours relies on. Found by introspection and therefore
@@ -155,6 +156,15 @@ LEANED_ON = {
     ),
     "torch.distributed.distributed_c10d._set_pg_timeout": (
         "limits how long a group of gloo waits: transformers doesn't pass `ddp_timeout` on under `use_cpu`"
+    ),
+    "peft.tuners.tuners_utils.BaseTunerLayer": (
+        "computes with `_active_adapter`, or with none if `_disable_adapters` says so, and reads both in every forward"
+    ),
+    "peft.utils.other.AuxiliaryTrainingWrapper": (
+        "uses `original_module` if `_disable_adapters` says so, or `_active_adapter` is empty"
+    ),
+    "transformers.modeling_layers.GradientCheckpointingLayer": (
+        "hands what is recomputed to its own `_gradient_checkpointing_func`, as the first argument"
     ),
     "accelerate.utils.operations.gather_object": "flattens one list a process, in the order of the processes",
 }

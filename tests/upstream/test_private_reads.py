@@ -1,6 +1,6 @@
 """
-Private names of TRL, transformers, Accelerate, PEFT and torch are read in `trainers/seams/` only, and what is read
-there exists upstream.
+Private names of TRL, transformers, Accelerate, PEFT and torch are read in `trainers/seams/` only, and in the one file
+of the roles that switches adapters, and what is read there exists upstream.
 
 `test_signatures` looks at what we override; this file looks at what we read. A private name can disappear from any
 release, and a read that goes through `getattr` with a default, or a write, would then succeed and mean nothing.
@@ -20,7 +20,8 @@ import trl
 from upstream import record
 
 
-SEAMS = "trl_ext/trainers/seams/"
+# The second is of use below the trainers, where nothing of them can be imported
+SEAMS = ("trl_ext/trainers/seams/", "trl_ext/roles/switching.py")
 FILES = {file: tree for file, tree in record.trees() if not file.startswith(SEAMS)}
 SEAM_FILES = {file: tree for file, tree in record.trees() if file.startswith(SEAMS)}
 READERS = ("getattr", "hasattr", "setattr", "delattr")
@@ -177,10 +178,21 @@ def test_private_names_of_others_are_read_in_the_seams_only(file):
     assert not found, "move these behind a function or a method in trainers/seams/:\n" + "\n".join(found)
 
 
+@cache
 def checked_upstream() -> frozenset[str]:
-    """Names whose disappearance turns a test red: recorded sources, and what upstream's trainers define or assign."""
-    recorded = {path.rpartition(".")[2] for path in record.recorded()["sources"]}
-    return frozenset(recorded) | upstream_trainers()
+    """
+    Names whose disappearance turns a test red: recorded sources, private attributes of recorded classes, and what
+    upstream's trainers define or assign.
+    """
+    names = set(upstream_trainers())
+    for path in record.recorded()["sources"]:
+        names.add(path.rpartition(".")[2])
+        thing = record.resolve(path)
+        if inspect.isclass(thing):
+            nodes = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(thing))))
+            own = [node for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"]
+            names |= {node.attr for node in own if is_private(node.attr)}
+    return frozenset(names)
 
 
 def unchecked(file: str, reads: PrivateReads) -> Iterator[str]:
@@ -210,6 +222,9 @@ def test_what_the_seams_read_is_there_or_recorded(file):
         ("trainer._buffered_outputs", True),
         ("AcceleratorState._reset_state()", False),
         ("PartialState._forget()", True),
+        ("layer._active_adapter", False),
+        ("layer._gradient_checkpointing_func", False),
+        ("layer._checkpointing_func", True),
         ("from trl.data_utils import _tokenize", False),
         ("from trl.data_utils import _unpair_row", True),
         ("class Seams:\n    def f(self):\n        return self._metrics", False),
