@@ -28,6 +28,9 @@ ROOT = quickstart.ROOT
 REWARDS = [str(ROOT / "recipes/tasks/sort_digits.py:exact_match"), str(ROOT / "tests/tiny.py:first_token_even")]
 
 
+INFORMED = ["--refill_draws", "informed"]
+
+
 def policy(folder: Path, output: str, *more: str) -> list[str]:
     # Groups of 4, so that some are dead
     small = [
@@ -48,7 +51,7 @@ def policy(folder: Path, output: str, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def dapo(task):
-    argv = policy(task, "dapo")
+    argv = policy(task, "dapo", *INFORMED)
     return train_policy(trl_ext.DAPOTrainer, trl_ext.DAPOConfig, argv), task / "dapo"
 
 
@@ -72,9 +75,11 @@ def test_a_run_leaves_everything_in_its_folder(dapo):
     assert (summary["after"]["prompts"], summary["after"]["samples"]) == (16, 32)
     assert summary["steps"] == 4
     assert summary["generated_tokens"] > summary["trained_tokens"] > 0
-    assert (folder / "learning.png").stat().st_size > 10_000
+    assert 0 < summary["prediction"]["calibration_error"] < 1 and summary["prediction"]["tokens"] > 0
+    for picture in ("learning.png", "reliability.png"):
+        assert (folder / picture).stat().st_size > 10_000
     card = (folder / "README.md").read_text()
-    assert "## Results" in card and "](learning.png)" in card
+    assert "## Results" in card and "](learning.png)" in card and "](reliability.png)" in card
 
 
 def test_held_out_prompts_come_from_the_test_split(dapo):
@@ -90,12 +95,12 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(dapo, task):
     trainer, folder = dapo
     (task / "resumed").mkdir()
     shutil.copytree(folder / "checkpoint-2", task / "resumed" / "checkpoint-2")
-    argv = policy(task, "resumed", "--resume_from_checkpoint", "true")
+    argv = policy(task, "resumed", *INFORMED, "--resume_from_checkpoint", "true")
     resumed = train_policy(trl_ext.DAPOTrainer, trl_ext.DAPOConfig, argv)
     for name, weight in trainer.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
     whole, rest = (json.loads((task / run / "summary.json").read_text()) for run in ("dapo", "resumed"))
-    for key in ("before", "after", "generated_tokens", "trained_tokens", "generation_rounds", "steps"):
+    for key in ("before", "after", "prediction", "generated_tokens", "trained_tokens", "generation_rounds", "steps"):
         assert whole[key] == rest[key], key
 
 

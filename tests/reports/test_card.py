@@ -12,6 +12,7 @@ SUMMARY = {
     "dataset": "runs/data",
     "reward_model": None,
     "critic": None,
+    "prediction": None,
     "before": {"exact_match": 0.3359, "intervals": {"exact_match": [0.3038, 0.3681]}, "prompts": 512, "samples": 2048},
     "after": {"exact_match": 0.7654, "intervals": {"exact_match": [0.74, 0.79]}, "prompts": 512, "samples": 2048},
     "gain": {"exact_match": 0.4295, "intervals": {"exact_match": [0.4, 0.46]}, "prompts": 512, "samples": 2048},
@@ -63,6 +64,17 @@ def test_critic_and_reward_model_have_their_rows():
     without = results_section(SUMMARY | {"reward_model": {"model": "org/model"}, "critic": {"value_loss": 1.0}})
     assert "| reward model | `org/model` |" in without
     assert "pairs" not in without and "KL" not in without
+
+
+def test_a_prediction_has_its_picture_and_its_rows():
+    predicted = SUMMARY | {"prediction": {"calibration_error": 0.0512, "tokens": 123_456}}
+    card = results_section(predicted, "learning.png", reliability_figure="reliability.png")
+    assert "](reliability.png)" in card
+    assert "| calibration error of the prediction of groups, at the end | 0.05 |" in card
+    assert "| prompt tokens read for it | 123k |" in card
+    assert "calibration" not in results_section(SUMMARY) and "reliability" not in results_section(SUMMARY)
+    unread = results_section(SUMMARY | {"prediction": {"calibration_error": 0.0512, "tokens": 0}})
+    assert "calibration" in unread and "read for it" not in unread
 
 
 def test_a_run_without_evaluation_says_so():

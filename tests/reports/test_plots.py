@@ -201,3 +201,25 @@ def test_tokens_are_drawn_as_they_were_credited():
     assert ratios.get_yscale() == "log"
     assert [tick.get_text() for tick in ratios.get_xticklabels()] == ["1", "3", "<eos>"]
     assert values.get_title(loc="left") == "s31=\nr 2.5"
+
+
+def test_predictions_against_what_came_true(tmp_path, monkeypatch):
+    assert plots.plot_reliability(LOG, tmp_path / "none.png", "title") is None
+    assert not (tmp_path / "none.png").exists()
+    log = [
+        *LOG,
+        {
+            f"reliability/{bin_}/{name}": value
+            for bin_, values in {2: (30.0, 0.25, 0.1), 9: (10.0, 0.95, 0.8)}.items()
+            for name, value in zip(("groups", "predicted", "came_true"), values, strict=True)
+        },
+    ]
+    drawn, save = [], plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or save(figure, path))
+    path = plots.plot_reliability(log, tmp_path / "reliability.png", "title")
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+    (axis,) = drawn[0].axes
+    assert axis.collections[0].get_offsets().tolist() == [[0.25, 0.1], [0.95, 0.8]]
+    # (30 · 0.15 + 10 · 0.15) / 40
+    assert axis.get_title(loc="left") == "the last 40 groups, error 0.150"

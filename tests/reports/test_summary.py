@@ -87,6 +87,19 @@ def test_a_critic_is_judged_by_the_last_tenth_of_the_log(run):
 
 
 @pytest.mark.train
+def test_a_prediction_is_judged_at_the_end(run, monkeypatch):
+    trainer, _ = run
+    assert summarize(trainer, {}, 0)["prediction"] is None
+    logged = [
+        {"step": 1, "selection/calibration_error": 0.3, "compute/prediction_tokens": 100.0},
+        {"step": 2, "selection/calibration_error": 0.2, "compute/prediction_tokens": 150.0},
+        {"train_runtime": 1.0, "selection/calibration_error": 0.12345},
+    ]
+    monkeypatch.setattr(trainer.state, "log_history", logged)
+    assert summarize(trainer, {}, 0)["prediction"] == {"calibration_error": 0.1235, "tokens": 150}
+
+
+@pytest.mark.train
 def test_a_reward_models_own_results_are_taken_over(run, tmp_path):
     trainer, _ = run
     assert summarize(trainer, {}, 0)["reward_model"] is None

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from trl_ext.rollouts.calibration import BINS, Calibration
+from trl_ext.rollouts.calibration import BINS, Calibration, read_curve
 
 
 def simulated(true_rate, batches: int, seed: int = 0) -> Calibration:
@@ -44,6 +44,20 @@ def test_the_curve_shows_what_was_predicted_and_what_came_true():
     for place, (count, predicted, true) in enumerate(curve):
         assert place / BINS <= predicted / count <= (place + 1) / BINS
         assert true / count == pytest.approx(predicted / count, abs=0.2)
+
+
+def test_the_curve_is_read_from_a_log():
+    calibration = Calibration()
+    assert calibration.metrics() == {"selection/calibration_error": 0.0}
+    assert read_curve([]) == read_curve([calibration.metrics()]) == []
+    calibration.curve[2] = (3.0, 0.75, 0.0)
+    calibration.curve[9] = (1.0, 0.95, 1.0)
+    later = {"train_runtime": 1.0, **calibration.metrics()}
+    assert later["selection/calibration_error"] == pytest.approx(0.2)
+    assert read_curve([{"reliability/0/groups": 9.0}, {"reward": 1.0}, later, {"eval_reward": 1.0}]) == [
+        (3.0, 0.25, 0.0),
+        (1.0, 0.95, 1.0),
+    ]
 
 
 def test_goes_on_where_it_was():

@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from trl_ext import DAPOTrainer, GRPOConfig, RewardFunctionError
+from trl_ext.rollouts.calibration import read_curve
 from trl_ext.rollouts.choosers import PromptChooser
 from trl_ext.rollouts.stream import prompt_key
 from trl_ext.trainers.seams.probes import preview_micro_batches
@@ -133,6 +134,15 @@ class TestWhatIsGenerated:
         replaced = [sum(d != c for d, c in zip(*pair, strict=True)) for pair in zip(dealt, chosen, strict=True)]
         assert logged(informed[0], "prompts_replaced") == replaced
         assert sum(replaced) > STEPS
+
+    def test_the_log_ends_with_how_reliable_predictions_were(self, blind, informed):
+        last = informed[0].state.log_history[-1]
+        assert "train_runtime" in last
+        said = {key: value for key, value in last.items() if key.startswith(("reliability/", "selection/"))}
+        assert said == informed[0].chooser.calibration.metrics()
+        assert sum(groups for groups, _, _ in read_curve([last])) > 50
+        assert not any(key.startswith("reliability/") for entry in informed[0].state.log_history[:-1] for key in entry)
+        assert not any(key.startswith("reliability/") for entry in blind[0].state.log_history for key in entry)
 
     def test_nothing_is_replaced_while_nothing_is_known(self, blind, informed):
         assert first_rounds(informed[1], 1) == first_rounds(blind[1], 1)

@@ -299,6 +299,10 @@ class DifficultyCurriculum(PromptChooser):
         if self.start_completion_length is not None:
             metrics[COMPLETION_LIMIT].append(trainer.completion_length())
 
+    def closing_metrics(self) -> dict[str, float]:
+        """How reliable predicted pass rates were lately."""
+        return {} if self._outlook is None else self._outlook.closing_metrics()
+
     # Choice
 
     def choose(self, rows: Sequence[dict[str, Any]], count: int, progress: float = 0.0, dealt: int = 0) -> list[int]:

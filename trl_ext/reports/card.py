@@ -19,6 +19,7 @@ def results_section(
     figure: str | None = None,
     config: str | None = None,
     token_figure: str | None = None,
+    reliability_figure: str | None = None,
 ) -> str:
     """
     Markdown for a model card.
@@ -33,6 +34,8 @@ def results_section(
             by `***`.
         token_figure (`str`, *optional*):
             Path of the figure of single completions, token by token.
+        reliability_figure (`str`, *optional*):
+            Path of the figure of predicted probabilities against what came true.
 
     Returns:
         `str`: a section that begins with a heading of level 2.
@@ -43,6 +46,8 @@ def results_section(
         parts.append(f"![{summary['method']}: {shown} and held-out results]({figure})")
     if token_figure is not None:
         parts.append(f"![two completions, token by token: value, advantage, probability]({token_figure})")
+    if reliability_figure is not None:
+        parts.append(f"![how often predictions of groups came true]({reliability_figure})")
     parts.append(_costs(summary))
     return "\n\n".join([*parts, *_repeat(summary, config)]) + "\n"
 
@@ -193,6 +198,7 @@ def _costs(summary: dict[str, Any]) -> str:
         if (summary["compute_saved"] or 0) >= 0.01  # where there was something to save
         else None,
         **_critic(summary["critic"] or {}),
+        **_prediction(summary["prediction"] or {}),
         "wall-clock seconds": summary["seconds"],
         "machine": f"{summary['machine']['processes']} × {summary['machine']['device']}",
         "seed": summary["seed"],
@@ -223,4 +229,14 @@ def _critic(critic: dict[str, float]) -> dict[str, str]:
         rows["explained variance of the critic, at the end"] = f"{critic['explained_variance']:.2f}"
     if "kl" in critic:
         rows["KL to the reference, at the end"] = f"{critic['kl']:.2f} nats per completion"
+    return rows
+
+
+def _prediction(prediction: dict[str, float]) -> dict[str, str]:
+    """Of the prediction by which prompts were chosen."""
+    if not prediction:
+        return {}
+    rows = {"calibration error of the prediction of groups, at the end": f"{prediction['calibration_error']:.2f}"}
+    if prediction["tokens"]:
+        rows["prompt tokens read for it"] = count(prediction["tokens"])
     return rows

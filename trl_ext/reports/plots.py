@@ -5,6 +5,7 @@ Figures of a run.
   tokens that took; where there is a critic, also how well it predicts returns and how far the policy moved.
 - `stages.png` shows a run of several stages on one axis.
 - `tokens.png` shows how a critic values single tokens.
+- `reliability.png` shows how often what was predicted of groups came true.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; what is drawn also differs by position, line
 style or label.
@@ -32,6 +33,7 @@ from ..metric_keys import (
 )
 from ..monitors.progress import count
 from ..pipelines.stages import StageResult
+from ..rollouts.calibration import read_curve
 from .summary import CRITIC_METRICS, metric_of
 
 
@@ -178,6 +180,43 @@ def plot_tokens(credits: Sequence[TokenCredit], path: str | Path, title: str) ->
     axes[0, 0].legend(frameon=False, fontsize=9, loc="best")
     for axis, label in zip(axes[:, 0], TOKEN_PANELS, strict=True):
         axis.set_ylabel(label, fontsize=9, color=INK)
+    return _save(figure, path)
+
+
+def plot_reliability(log_history: Sequence[dict[str, Any]], path: str | Path, title: str) -> Path | None:
+    """
+    Draws the reliability curve of the prediction by which a run chose its prompts: for ten bins of the predicted
+    probability, how often it came true, over the last groups of the run. A dot's area is the number of groups.
+
+    Args:
+        log_history (`Sequence[dict[str, Any]]`):
+            `trainer.state.log_history`.
+        path (`str` or `Path`):
+            Where the PNG goes.
+        title (`str`):
+            Heading of the figure.
+
+    Returns:
+        `Path`: `path`. `None` if the run predicted nothing; then no file is written.
+    """
+    curve = read_curve(log_history)
+    if not curve:
+        return None
+    groups, predicted, came_true = zip(*curve, strict=True)
+    total = sum(groups)
+    error = sum(n * abs(p - t) for n, p, t in curve) / total
+    figure = Figure(figsize=(5.5, 5.2), dpi=130, layout="constrained")
+    figure.suptitle(title, fontsize=11, fontweight="bold", color=INK)
+    axis = figure.subplots()
+    _heading(axis, f"the last {round(total)} groups, error {error:.3f}")
+    axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1.4, label="as predicted")
+    axis.plot(predicted, came_true, color=BLUE, linewidth=1.6)
+    axis.scatter(predicted, came_true, s=[30 + 600 * n / total for n in groups], color=BLUE, label="came true")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    axis.set_xlabel("predicted", fontsize=9, color=INK)
+    axis.set_ylabel("share that came true", fontsize=9, color=INK)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=9, loc="upper left", markerscale=0.5)
     return _save(figure, path)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ..evaluation.held_out import Estimate, difference
-from ..metric_keys import EXPLAINED_VARIANCE, KL_PER_COMPLETION, VALUE_LOSS
+from ..metric_keys import CALIBRATION_ERROR, EXPLAINED_VARIANCE, KL_PER_COMPLETION, PREDICTION_TOKENS, VALUE_LOSS
 from ..pipelines.stages import StageResult
 from ..redaction import redact
 
@@ -65,9 +65,10 @@ def summarize(
         `dict[str, Any]`: `before`, `after` and `gain` map each metric to its mean, and hold under `intervals` the
         metric's `[low, high]` (95 %), under `prompts` and `samples` what it was measured on, and under `step` the
         optimizer step. `critic` holds, where there is one, the means of the last tenth of the log: `value_loss`,
-        `explained_variance`, and `kl`, to the reference in nats per completion. `compute_saved` is the share of the
-        token slots of TRL's micro-batches that were not computed, `None` where none could be. Tokens, rounds and steps
-        count the whole run, over all processes.
+        `explained_variance`, and `kl`, to the reference in nats per completion. `prediction` holds, where prompts were
+        chosen by a prediction, its `calibration_error` at the end and the prompt `tokens` that it read.
+        `compute_saved` is the share of the token slots of TRL's micro-batches that were not computed, `None` where
+        none could be. Tokens, rounds and steps count the whole run, over all processes.
     """
     counters, saved = getattr(trainer, "counters", None), getattr(trainer, "saved_compute", None)
     processes = trainer.accelerator.num_processes
@@ -88,6 +89,7 @@ def summarize(
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "critic": _critic(trainer.state.log_history),
+        "prediction": _prediction(trainer.state.log_history),
         "seed": trainer.args.seed,
         "command": None if command is None else redact(command),
         **_made_on(trainer.accelerator.device.type, processes),
@@ -205,6 +207,14 @@ def _critic(log_history: list[dict[str, Any]]) -> dict[str, float] | None:
         if logged:
             found[name] = round(fmean(logged[-math.ceil(len(logged) / 10) :]), 4)
     return found or None
+
+
+def _prediction(log_history: list[dict[str, Any]]) -> dict[str, float] | None:
+    errors = [entry[CALIBRATION_ERROR] for entry in log_history if CALIBRATION_ERROR in entry]
+    tokens = [entry[PREDICTION_TOKENS] for entry in log_history if PREDICTION_TOKENS in entry]
+    if not errors:
+        return None
+    return {"calibration_error": round(errors[-1], 4), "tokens": round(max(tokens, default=0))}
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..metric_keys import CALIBRATION_ERROR, RELIABILITY
 from .pass_rates import Floats, LogisticPosterior
 
 
@@ -43,6 +44,15 @@ class Calibration:
         total = sum(count for count, _, _ in self.curve)
         return sum(abs(predicted - true) for _, predicted, true in self.curve) / total if total else 0.0
 
+    def metrics(self) -> dict[str, float]:
+        """The error, and the curve by bins that had predictions, as [`read_curve`] reads it from a log."""
+        found = {CALIBRATION_ERROR: self.error}
+        for place, (count, predicted, true) in enumerate(self.curve):
+            if count:
+                means = {"groups": count, "predicted": predicted / count, "came_true": true / count}
+                found |= {f"{RELIABILITY}{place}/{name}": value for name, value in means.items()}
+        return found
+
     def __call__(self, probability: float) -> float:
         """p', the corrected probability."""
         return float(self._correction.rates(_inputs([probability]))[0])
@@ -72,6 +82,16 @@ class Calibration:
         """The reverse of [`state_dict`]."""
         self.curve = [tuple(entry) for entry in state["curve"]]
         self._correction.load_state_dict(state["correction"])
+
+
+def read_curve(log_history: Sequence[dict[str, Any]]) -> list[tuple[float, float, float]]:
+    """
+    The curve that [`Calibration.metrics`] logged last: for each bin that had predictions, the faded number of groups,
+    the mean of the predicted probabilities, and the share that came true. Empty if nothing was predicted.
+    """
+    logged = [entry for entry in log_history if any(key.startswith(RELIABILITY) for key in entry)]
+    keys = [[f"{RELIABILITY}{place}/{name}" for name in ("groups", "predicted", "came_true")] for place in range(BINS)]
+    return [(logged[-1][n], logged[-1][p], logged[-1][t]) for n, p, t in keys if logged and n in logged[-1]]
 
 
 def _inputs(probabilities: Sequence[float]) -> Floats:

@@ -55,6 +55,10 @@ class RolloutObserver:
                 The generation batch.
         """
 
+    def closing_metrics(self) -> dict[str, float]:
+        """What is logged once, when training ends. Called on every rank."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """
         The state that a checkpoint must hold. It doesn't change when the observer is called again. It is asked for,

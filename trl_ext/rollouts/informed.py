@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from datasets import Dataset
 
-from ..metric_keys import PREDICTION_TOKENS, SELECTION
+from ..metric_keys import CALIBRATION_ERROR, PREDICTION_TOKENS, SELECTION
 from .calibration import Calibration
 from .choosers import PromptChooser
 from .generation_batch import GenerationBatch
@@ -122,10 +122,14 @@ class AdaptiveOutlook(PromptChooser):
 
     def log(self, metrics: Any) -> None:
         """Logs what predicting is worth and costs, in a trainer's metrics of training."""
-        metrics[f"{SELECTION}calibration_error"].append(self.calibration.error)
+        metrics[CALIBRATION_ERROR].append(self.calibration.error)
         if self.features is not None:
             metrics[f"{SELECTION}trusts_features"].append(float(self.trusts_features))
             metrics[PREDICTION_TOKENS] = [self.features.tokens]
+
+    def closing_metrics(self) -> dict[str, float]:
+        """How reliable predictions were lately."""
+        return self.calibration.metrics()
 
     def tick(self) -> None:
         """See [`PromptOutlook.tick`]."""

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..evaluation.credit import TokenCredit
 from ..evaluation.held_out import Estimate
 from ..reports.card import results_section
-from ..reports.plots import plot_learning, plot_tokens
+from ..reports.plots import plot_learning, plot_reliability, plot_tokens
 from ..reports.summary import summarize, write_summary
 from .arguments import ParsedArguments
 from .files import recipes_folder
@@ -21,7 +21,7 @@ from .hub import uploading
 
 
 SUMMARY = "summary.json"
-PICTURES = ("learning.png", "tokens.png")
+PICTURES = ("learning.png", "tokens.png", "reliability.png")
 # What trainers leave out of an upload
 NOT_PUSHED = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
 
@@ -73,17 +73,19 @@ def add_results(
     trainer: Any, arguments: ParsedArguments, summary: Mapping[str, Any], credits: Sequence[TokenCredit]
 ) -> None:
     """
-    Draws `learning.png`, and `tokens.png` where there are credits, and adds a section with them to the model card.
-    Only the main process makes the call.
+    Draws `learning.png`, `tokens.png` where there are credits, and `reliability.png` where prompts were chosen by a
+    prediction, and adds a section with them to the model card. Only the main process makes the call.
     """
     folder, script_args = Path(trainer.args.output_dir), arguments.script
     title = f"{summary['method']} · {arguments.model.model_name_or_path} · {script_args.dataset_name}"
     figure = plot_learning(trainer.state.log_history, folder / PICTURES[0], title)
+    reliability = plot_reliability(trainer.state.log_history, folder / PICTURES[2], title)
     section = results_section(
         dict(summary),
         figure.name,
         config_text(script_args.config_file),
         plot_tokens(credits, folder / PICTURES[1], title).name if credits else None,
+        None if reliability is None else reliability.name,
     )
     trainer.card.sections.append(lambda: section)
 

@@ -482,6 +482,9 @@ class GRPOTrainer(CriticSeams):
         metrics[f"{SELECTION}rounds"].append(len(batch.rounds))
         metrics[f"{SELECTION}acceptance"].append(self._acceptance.rate)
 
+    def closing_metrics(self) -> dict[str, float]:
+        return {key: value for observer in self.observers for key, value in observer.closing_metrics().items()}
+
     def run_state(self) -> dict[str, Any]:
         state = {
             "counters": asdict(self.counters),

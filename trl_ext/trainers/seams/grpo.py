@@ -492,7 +492,13 @@ class GRPOSeams(CheckpointSeams):
         finally:
             self._evaluated_as = before
 
+    def closing_metrics(self) -> dict[str, float]:
+        """What is logged once, when training ends."""
+        return {}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_runtime" in logs:
+            logs |= self.closing_metrics()
         if self._evaluated_as is None or not self.log_completions:
             super().log(logs, start_time)
             return
