@@ -28,6 +28,7 @@ CASES = {
     "DUPOConfig": "config(DUPOConfig)",
     "GSPOConfig": "config(GSPOConfig)",
     "PPOConfig": "config(PPOConfig)",
+    "VAPOConfig": "config(VAPOConfig, critic_warmup_steps=0)",
     "DPOConfig": "config(DPOConfig)",
     "RLOOConfig": "config(RLOOConfig, reward_clip_range=[0, 1])",
     # What these have to say is logged where a configuration is made
@@ -48,6 +49,7 @@ RLOOTrainer(tiny.stopping(), tiny.low_ids, args=trl.RLOOConfig(**tiny.cpu_settin
 """,
     "PPOTrainer": "tiny.trainer(PPOTrainer, 'out')",
     "PPOTrainer with a value model": "tiny.trainer(PPOTrainer, 'out', arguments={'value_model': tiny.classifier()})",
+    "VAPOTrainer": "tiny.trainer(VAPOTrainer, 'out', critic_warmup_steps=1)",
     "DPOTrainer": """
 from distributed.dpo_worker import recorded, pairs
 recorded("out", pairs(hard=list(range(16))), DifficultyCurriculum("easy_to_hard", "hard"))

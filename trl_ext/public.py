@@ -20,6 +20,7 @@ from .trainers.grpo_config import GRPOConfig
 from .trainers.gspo import GSPOConfig, GSPOTrainer
 from .trainers.ppo import NonFiniteLossError, PPOConfig, PPOTrainer
 from .trainers.rloo import RLOOConfig, RLOOTrainer
+from .trainers.vapo import VAPOConfig, VAPOTrainer
 
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
     "RewardConstraint",
     "RewardFunctionError",
     "RewardObjectives",
+    "VAPOConfig",
+    "VAPOTrainer",
     "WasteCallback",
     "load_critic",
     "make_pairs",

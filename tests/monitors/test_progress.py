@@ -132,6 +132,9 @@ def test_copies_are_told(printed):
 def test_what_a_critic_is_worth_is_told(printed):
     line = printed(1, 1, {"reward": 0.5, "objective/kl": 1.234, "val/explained_variance": 0.317})
     assert line.startswith("step  1/60 · reward 0.500 · KL 1.23 · explained variance 0.32 · 1.00 s/step")
+    # TRL logs NaN as `None`: while all returns are equal, there is nothing to explain
+    line = printed(2, 1, {"reward": 0.5, "val/explained_variance": None})
+    assert line.startswith("step  2/60 · reward 0.500 · 1.00 s/step")
 
 
 def test_a_line_of_reward_modelling(printed):

@@ -241,3 +241,35 @@ def test_rows_that_only_fill_up_a_batch_are_not_completions():
     plain, expected = credited(rewards=REWARDS, values=VALUES, scores=[1.0, 1.0, 3.0])
     assert (credit.completions, metrics) == (3, expected)
     assert torch.equal(credit.advantages[:3], plain.advantages) and not credit.advantages[3].any()
+
+
+# VAPO (https://huggingface.co/papers/2504.05118)
+
+
+def test_vapos_credit_by_hand():
+    """
+    Two completions of 4 and 2 tokens with the reward 1 and 0 at their end, γ = 1, α = 0.5, in float64.
+
+    λ_policy = 1 − 1/(α·length): 1 − 1/2 = 0.5 for 4 tokens; 1 − 1/1 = 0 for 2. λ_critic = 1, so that the targets are
+    the Monte-Carlo returns 1, 1, 1, 1 and 0, 0.
+
+    V = 0.2, 0.4, 0.5, 0.8. δ = 0.4 − 0.2, 0.5 − 0.4, 0.8 − 0.5, 1 − 0.8 = 0.2, 0.1, 0.3, 0.2. From the end, with 0.5:
+    A₃ = 0.2, A₂ = 0.3 + 0.1 = 0.4, A₁ = 0.1 + 0.2 = 0.3, A₀ = 0.2 + 0.15 = 0.35.
+    V = 0.5, 0.3. δ = 0.3 − 0.5, 0 − 0.3 = −0.2, −0.3, which are A with λ = 0.
+
+    A token's value is off its return by 0.8, 0.6, 0.5, 0.2 and −0.5, −0.3. Mean 1.3/6, squares 0.64 + 0.36 + 0.25 +
+    0.04 + 0.25 + 0.09 = 1.63, so the sum of squares around the mean is 1.63 − 1.69/6. Returns: mean 4/6, 4 − 16/6 =
+    4/3. The explained variance is 1 − (1.63 − 1.69/6)/(4/3).
+    """
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    values = torch.tensor([[0.2, 0.4, 0.5, 0.8, 9.0], [0.5, 0.3, 9.0, 9.0, 9.0]], dtype=torch.float64)
+    settings = replace(PLAIN, lam=0.95, lam_alpha=0.5, critic_lam=1.0)
+    ended, scores = torch.tensor([True, True]), torch.tensor([1.0, 0.0])
+    credit, metrics = estimate_credit(rewards, None, values, mask, mask, ended, scores, settings)
+    advantages = torch.tensor([[0.35, 0.3, 0.4, 0.2], [-0.2, -0.3, 0.0, 0.0]], dtype=torch.float64)
+    returns = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert credit.advantages.dtype == credit.returns.dtype == torch.float64
+    torch.testing.assert_close(credit.advantages, advantages)
+    torch.testing.assert_close(credit.returns, returns)
+    assert metrics["val/explained_variance"] == pytest.approx(1 - (1.63 - 1.69 / 6) / (4 / 3))

@@ -121,3 +121,32 @@ def test_a_term_of_the_table_is_added_over_the_tokens_of_the_policy(monkeypatch)
     assert loss == pytest.approx(plain[0] + 2 * (2.25 + 4.0 + 0.25) / 4)
     assert of_logps == [[-1.5, -2.0, 0.0], [-0.5, 0.0, 0.0]] and of_values == plain[3]
     assert loss_of(frozen=True, loss_terms={"squares": 2.0})[0] == loss_of(frozen=True)[0]
+
+
+def test_vapos_terms_by_hand():
+    """
+    VAPO (https://huggingface.co/papers/2504.05118) in float64: μ = 0.1 times the mean of −log π over the tokens of
+    correct completions, −(−1 − 3)/2 = 2 for the first row, beside the surrogate 0.25 and 0.5 times the value loss.
+
+    The value loss is ½ (V − return)², a mean over the three tokens: ½ (0.25 + 1 + 4)/3 = 0.875. In total 0.25 + 0.2 +
+    0.4375 = 0.8875. Gradients: −0.1/2 for each correct token, 0 for the others; 0.5 (V − return)/3 for each value.
+    """
+    logps = torch.tensor([[-1.0, -3.0], [-2.0, -7.0]], dtype=torch.float64, requires_grad=True)
+    values = torch.tensor([[0.5, 2.0], [-2.0, 9.0]], dtype=torch.float64, requires_grad=True)
+    rows = {
+        "completion_mask": torch.tensor([[1, 1], [1, 0]]),
+        "old_per_token_logps": logps.detach(),
+        "old_values": values.detach(),
+        "returns": torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64),
+        "is_right": torch.tensor([1.0, 0.0], dtype=torch.float64),
+        "right_share": torch.tensor(2 / 3, dtype=torch.float64),
+    }
+    settings = replace(PLAIN, positive_nll_coef=0.1)
+    surrogate, tokens = torch.tensor(0.25, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)
+    loss, _ = ppo_loss(surrogate, logps, values, rows, tokens, settings)
+    assert loss.dtype == torch.float64 and loss.item() == pytest.approx(0.8875, rel=1e-12)
+    of_logps, of_values = torch.autograd.grad(loss, [logps, values])
+    expected = torch.tensor([[-0.05, -0.05], [0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(of_logps, expected)
+    expected = torch.tensor([[-0.5 / 6, 1 / 6], [-2 / 6, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(of_values, expected)

@@ -14,7 +14,7 @@ from trl_ext.run.catalogue import list_recipes
 RECIPES = quickstart.RECIPES
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 CONFIG_CLASSES = {
-    name.lower(): getattr(trl_ext, f"{name}Config") for name in ("GRPO", "RLOO", "DAPO", "DUPO", "GSPO", "PPO")
+    name.lower(): getattr(trl_ext, f"{name}Config") for name in ("GRPO", "RLOO", "DAPO", "DUPO", "GSPO", "PPO", "VAPO")
 }
 CONFIG_CLASSES |= {"reinforce": trl_ext.GRPOConfig, "maxrl": trl_ext.GRPOConfig}
 # With arguments of their own

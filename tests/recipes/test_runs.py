@@ -161,6 +161,19 @@ def test_ppo_from_pairs_to_pictures(task, reward_model):
     assert isinstance(trl_ext.load_critic(folder / "critic", policy), torch.nn.Module)
 
 
+def test_vapo_leaves_its_critic_and_its_card(task):
+    argv = [*quickstart.arguments("vapo", task, "sft", "vapo"), "--held_out_prompts", "16", "--held_out_samples", "2"]
+    argv += ["--max_steps", "4", "--critic_warmup_steps", "2", "--per_device_train_batch_size", "16"]
+    quickstart.start("vapo", [*argv, "--held_out_every", "0", "--reward_funcs", *REWARDS])
+    folder = task / "vapo"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["method"], summary["steps"]) == ("VAPO", 4)
+    assert set(summary["critic"]) >= {"value_loss", "explained_variance"}
+    assert "https://huggingface.co/papers/2504.05118" in (folder / "README.md").read_text()
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(trl_ext.load_critic(folder / "critic", policy), torch.nn.Module)
+
+
 @pytest.mark.parametrize(
     ("recipe", "estimator"), [("rloo", "leave_one_out"), ("reinforce", "reinforce"), ("maxrl", "maxrl")]
 )

@@ -74,6 +74,7 @@ def labels(axis) -> list[str]:
             held_out(3, 0.6),
         ],  # groups of one: there is nothing to select
         [{"step": 1, "val/explained_variance": -3.0}],  # no reference, no value loss
+        [{"step": 1, "val/explained_variance": None, "loss/value_avg": 0.0}],  # TRL logs NaN as `None`
     ],
 )
 def test_every_log_makes_a_picture(log, tmp_path):

@@ -78,6 +78,7 @@ def test_a_critic_is_judged_by_the_last_tenth_of_the_log(run):
     trainer, _ = run
     logged = [{"step": i, "val/explained_variance": i / 100, "loss/value_avg": 1.0} for i in range(20)]
     logged += [{"step": 20, "objective/kl": 1.5}, {"step": 21, "val/explained_variance": math.nan}]
+    logged += [{"step": 22, "val/explained_variance": None}]  # as TRL logs NaN
     before, trainer.state.log_history = trainer.state.log_history, logged
     try:
         assert summarize(trainer, {}, 0)["critic"] == {"value_loss": 1.0, "explained_variance": 0.185, "kl": 1.5}

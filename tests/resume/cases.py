@@ -29,6 +29,7 @@ from trl_ext import (
     PPOConfig,
     PPOTrainer,
     RLOOTrainer,
+    VAPOTrainer,
 )
 from trl_ext.pipelines.dpo_then_ppo import DPOThenPPO
 from trl_ext.rewards.objectives import ObjectiveSchedule, RewardConstraint, RewardObjectives
@@ -38,7 +39,9 @@ STEPS = 5
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": STEPS}
 PAIRS, PIPELINE = "DPO", "DPO then PPO"
 GROUPS = {"GRPO": GRPOTrainer, "RLOO": RLOOTrainer, "DAPO": DAPOTrainer, "DUPO": DUPOTrainer, "GSPO": GSPOTrainer}
-CRITICS = {"PPO head": "head", "PPO model": "model"}
+CRITICS = {"PPO head": "head", "PPO model": "model", "VAPO": "model"}
+# Some of whose five steps are the critic's; with a KL, which can adapt
+VAPO = {"critic_warmup_steps": 3, "critic_warmup_explained_variance": 0.5, "lam_alpha": 0.4, "kl_coef": 0.05}
 TRAINERS = (*GROUPS, *CRITICS, PAIRS, PIPELINE)
 
 
@@ -179,7 +182,7 @@ def _rollouts(trainer: str, chosen: Feature, settings: dict[str, Any], model: An
     if not isinstance(model, str):
         del settings["model_init_kwargs"]
     if trainer in CRITICS:
-        settings |= {"critic": CRITICS[trainer], "critic_learning_rate": 0.05}
+        settings |= {"critic": CRITICS[trainer], "critic_learning_rate": 0.05, **(VAPO if trainer == "VAPO" else {})}
     arguments: dict[str, Any] = {"model": model}
     if chosen.quantized and CRITICS.get(trainer) == "model":  # it can't start from a quantized policy
         arguments["value_model"] = tiny.classifier()
@@ -191,7 +194,8 @@ def _rollouts(trainer: str, chosen: Feature, settings: dict[str, Any], model: An
         arguments["eval_dataset"] = tiny.prompts(4)
         settings |= {"eval_strategy": "steps", "eval_steps": 1}
     rewards = [live_for_half, tiny.low_ids] if chosen.objectives else live_for_half
-    made = tiny.trainer(GROUPS.get(trainer, PPOTrainer), output, rewards, arguments, **settings)
+    trainer_class = VAPOTrainer if trainer == "VAPO" else GROUPS.get(trainer, PPOTrainer)
+    made = tiny.trainer(trainer_class, output, rewards, arguments, **settings)
     if chosen.objectives:
         objectives().attach(made)
     return made

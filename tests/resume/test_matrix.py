@@ -30,6 +30,7 @@ SHORT = [
     ("PPO head", "QLoRA"),
     ("PPO head", "LoRA and sync_ref_model"),
     ("PPO model", "all at once"),
+    ("VAPO", "all at once"),
     ("DPO", "LoRA, eval and curriculum"),
     ("DPO", "sync_ref_model"),
     ("DPO", "LoRA and sync_ref_model"),

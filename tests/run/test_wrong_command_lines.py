@@ -30,7 +30,7 @@ SMALL = "--output_dir out --use_cpu true --report_to none --model_name_or_path m
 SAMPLING = f"{SMALL} --dataset_name prompts.jsonl --reward_funcs rewards.py:even --max_completion_length 4"
 OF_PAIRS = f"{SMALL} --dataset_name pairs.jsonl"
 # Of each recipe, a command line that is right
-RIGHT = dict.fromkeys(("grpo", "dapo", "dupo", "gspo", "ppo", "rloo", "reinforce", "maxrl"), SAMPLING)
+RIGHT = dict.fromkeys(("grpo", "dapo", "dupo", "gspo", "ppo", "vapo", "rloo", "reinforce", "maxrl"), SAMPLING)
 RIGHT |= dict.fromkeys(("dpo_then_ppo", "make_pairs", "filter_prompts"), SAMPLING)
 RIGHT["dpo_then_ppo"] += " --use_peft true"
 RIGHT |= {"dpo": OF_PAIRS, "reward": OF_PAIRS, "sft": OF_PAIRS, "sort_digits": "--output_dir out"}
@@ -44,6 +44,7 @@ dapo         | --max_steps 1 2                         | '2' belongs to no argum
 rloo         | --learning_rate fast                    | --learning_rate is 'fast', but takes a number
 dpo          | --max_steps many                        | --max_steps is 'many', but takes a whole number
 gspo         | --use_peft maybe                        | --use_peft: …maybe
+vapo         | --max_steps 50                          | critic_warmup_steps=50 leaves none of the 50 optimizer steps to the policy
 ppo          | --max_steps                             | --max_steps: expected one argument
 sft          | --lr_scheduler_type lineer              | --lr_scheduler_type: invalid choice: 'lineer' (choose from …linear
 sort_digits  | --sft_size few                          | --sft_size is 'few', but takes a whole number

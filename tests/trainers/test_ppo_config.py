@@ -135,6 +135,18 @@ REFUSED = {
     "critic_learning_rate": ({"critic_learning_rate": 0.0}, r"critic_learning_rate=0\.0 must be positive"),
     "vf_coef": ({"vf_coef": 0.0}, r"vf_coef=0\.0 must be positive"),
     "critic_warmup_steps": ({"critic_warmup_steps": -1}, "critic_warmup_steps=-1 must be at least 0"),
+    "warm-up without an end": (
+        {"critic_warmup_steps": 2, "max_steps": 2},
+        "critic_warmup_steps=2 leaves none of the 2 optimizer steps to the policy",
+    ),
+    "explained variance of nothing": (
+        {"critic_warmup_explained_variance": 0.5},
+        r"critic_warmup_explained_variance=0\.5 has no effect with critic_warmup_steps=0",
+    ),
+    "explained variance": (
+        {"critic_warmup_explained_variance": 1.0, "critic_warmup_steps": 1},
+        r"critic_warmup_explained_variance=1\.0 must be less than 1",
+    ),
     "value_updates": ({"value_updates_per_policy_update": 0}, "value_updates_per_policy_update=0 must be at least 1"),
     "kl_estimator": ({"kl_estimator": "k4"}, "kl_estimator='k4' is unknown"),
     "kl_coef": ({"kl_coef": -0.1}, r"kl_coef=-0\.1 must be at least 0"),

@@ -386,7 +386,19 @@ CASES = {
     "discount": Case({"gamma": 0.9, "lam": 0.5}),
     "monte carlo": Case({"lam": 1.0}),
     "temporal difference": Case({"lam": 0.0}),
-    "vapo": Case({"lam_alpha": 0.4, "critic_lam": 1.0, "epsilon_high": 0.28}),
+    "vapo": Case(
+        {
+            "num_generations": 4,
+            "lam_alpha": 0.4,
+            "critic_lam": 1.0,
+            "epsilon_high": 0.28,
+            "positive_nll_coef": 0.1,
+            "token_normalization": "mini_batch",
+            "cliprange_value": None,
+            "kl_coef": 0.0,
+        }
+    ),
+    "adaptive lambda": Case({"lam_alpha": 0.4, "critic_lam": 1.0, "epsilon_high": 0.28}),
     "two lambdas": Case({"lam": 0.5, "critic_lam": 1.0}),
     "bootstrapped": Case({"bootstrap_truncated": True, "gamma": 0.9}, shows="completions/clipped_ratio"),
     "missing eos": Case({"missing_eos_penalty": 1.5}, shows="completions/clipped_ratio"),

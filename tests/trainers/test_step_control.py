@@ -41,6 +41,48 @@ def test_the_policy_waits_for_its_critic(critic, arguments, tmp_path):
     assert trainer.weights.moved(critic=True) == [True] * 6
 
 
+WAITING = {"learning_rate": 0.05, "lr_scheduler_type": "linear", "optim": "sgd", "max_steps": 5}
+
+
+@pytest.mark.train
+def test_a_warm_up_that_ends_early_is_a_shorter_one(tmp_path):
+    short = run(tmp_path / "short", critic_warmup_steps=1, **WAITING)
+    settings = {"critic_warmup_steps": 4, "critic_warmup_explained_variance": -1e9}
+    cut = run(tmp_path / "cut", **settings, **WAITING)
+    assert cut.weights.moved(critic=False) == [False, True, True, True, True]
+    for before, after in zip(short.weights.at, cut.weights.at, strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert tiny.history(cut) == tiny.history(short)
+
+
+@pytest.mark.train
+def test_a_warm_up_ends_with_the_step_at_which_the_critic_is_good_enough(tmp_path, caplog):
+    settings = {"critic_warmup_steps": 4, "critic_learning_rate": 0.5, **WAITING}
+    whole = run(tmp_path / "whole", **settings)
+    found = [log["val/explained_variance"] for log in tiny.history(whole)][:4]
+    wanted = max(found[:3])
+    begins = found.index(wanted) + 1
+    assert 1 < begins < 4  # it is 0 before the first step
+    cut = run(tmp_path / "cut", critic_warmup_explained_variance=wanted, **settings)
+    assert cut.weights.moved(critic=False) == [step >= begins for step in range(5)]
+    assert "begins to learn nevertheless" not in caplog.text
+    never = run(tmp_path / "never", critic_warmup_explained_variance=0.999, **settings)
+    assert "after critic_warmup_steps=4, below critic_warmup_explained_variance=0.999" in caplog.text
+    assert all(torch.equal(value, never.weights.at[-1][name]) for name, value in whole.weights.at[-1].items())
+
+
+@pytest.mark.train
+def test_coefficients_wait_for_the_policy(tmp_path):
+    """Before it moves, the KL is 0 by construction, whatever the coefficient is."""
+    adaptive = {"kl_target": 0.1, "kl_rule": "exponential", "old_kl_coef": 0.5, "old_kl_target": 1e-3}
+    trainer = run(tmp_path, critic_warmup_steps=2, **adaptive, **WAITING)
+    logs = tiny.history(trainer)
+    # Step 3 is the policy's first: what its batch and its end say counts from the next step on
+    coefficients = [log["objective/kl_coef"] for log in logs]
+    assert coefficients[:3] == [0.1] * 3 and coefficients[3] != 0.1
+    assert ["policy/old_kl_coef" in log for log in logs] == [False, False, False, True, True]
+
+
 # Losses that are not finite
 
 

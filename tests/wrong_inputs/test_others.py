@@ -228,6 +228,6 @@ def test_a_folder_without_a_critic(tmp_path):
 def test_every_public_name_that_takes_something_is_in_a_table():
     """But for errors, which take what raises them, and `GSPOConfig` and the like, which are `GRPOConfig`s."""
     tables = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
-    families = ("DAPO", "DUPO", "GSPO", "RLOO")
+    families = ("DAPO", "DUPO", "GSPO", "RLOO", "VAPO")
     names = [name for name in trl_ext.__all__ if not name.endswith("Error") and not name.startswith(families)]
     assert [name for name in names if f"{name}(" not in tables and f"{name}," not in tables] == []

@@ -144,7 +144,8 @@ def _step(state: TrainerState, step: int) -> str:
 
 
 def _facts(logs: dict[str, Any]) -> list[str]:
-    """The quantities of a log as words and numbers, without those that it lacks."""
+    """The quantities of a log as words and numbers, without those that it lacks, or whose value is `None`: NaN."""
+    logs = {key: value for key, value in logs.items() if value is not None}
     rewards = (metric_keys.REWARD, f"{EVALUATION}{metric_keys.REWARD}")
     supervised = (
         *("loss", f"{EVALUATION}loss", "mean_token_accuracy"),

@@ -234,12 +234,15 @@ def _save(figure: Figure, path: str | Path) -> Path:
 
 def series(log_history: Sequence[dict[str, Any]], *keys: str) -> tuple[list[int], list[list[float]]]:
     """
-    Returns the steps at which all of `keys` were logged, and the values of each key at those steps.
+    Returns the steps at which all of `keys` were logged, and the values of each key at those steps. A value that was
+    NaN is logged as `None`, and doesn't count.
 
     A resumed run may have logged a step twice; the later entry counts.
     """
     found = {
-        entry["step"]: [float(entry[key]) for key in keys] for entry in log_history if all(k in entry for k in keys)
+        entry["step"]: [float(entry[key]) for key in keys]
+        for entry in log_history
+        if all(entry.get(key) is not None for key in keys)
     }
     steps = sorted(found)
     return steps, [[found[step][i] for step in steps] for i in range(len(keys))]
@@ -428,6 +431,8 @@ def _draw_value_loss(axis: Axes, log_history: Sequence[dict[str, Any]]) -> None:
 def _draw_explained_variance(axis: Axes, log_history: Sequence[dict[str, Any]]) -> None:
     _heading(axis, "explained variance of returns", "optimizer step")
     steps, (values,) = series(log_history, CRITIC_METRICS["explained_variance"])
+    if not steps:
+        return _nothing(axis, "all returns were equal")
     _draw_course(axis, steps, values)
     axis.axhline(0, color=GREY, linestyle=":", linewidth=1.2)
     axis.set_ylim(max(-1.0, min(-0.1, *values)), 1)

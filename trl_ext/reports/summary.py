@@ -203,7 +203,8 @@ def _reward_model(name: str) -> dict[str, Any]:
 def _critic(log_history: list[dict[str, Any]]) -> dict[str, float] | None:
     found = {}
     for name, key in CRITIC_METRICS.items():
-        logged = [entry[key] for entry in log_history if key in entry and math.isfinite(entry[key])]
+        # `None` where it was NaN: explained variance is, while all returns are equal
+        logged = [entry[key] for entry in log_history if entry.get(key) is not None and math.isfinite(entry[key])]
         if logged:
             found[name] = round(fmean(logged[-math.ceil(len(logged) / 10) :]), 4)
     return found or None

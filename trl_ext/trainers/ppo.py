@@ -20,6 +20,7 @@ Where what is:
 | rewards and values → advantages and returns | `objectives/credit.py` |
 | the loss | `objectives/ppo.py` |
 | which steps move the policy, steps that are skipped | `step_control.py` |
+| the policy's learning rate | `policy_schedule.py` |
 | TRL's private methods | `seams/critic.py` |
 """
 
@@ -33,10 +34,11 @@ import torch
 import trl
 from accelerate.logging import get_logger
 from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel
 
 from ..errors import require
-from ..metric_keys import KL_PER_COMPLETION, NON_SCORE_REWARD, SCORES, VALUE_LOSS
+from ..metric_keys import EXPLAINED_VARIANCE, KL_PER_COMPLETION, NON_SCORE_REWARD, SCORES, VALUE_LOSS
 from ..objectives.advantages import aggregate_rewards
 from ..objectives.credit import (
     MEANS_OVER_TOKENS,
@@ -56,6 +58,7 @@ from .arguments import bound
 from .data_checks import check_data
 from .grpo import GRPOTrainer
 from .grpo_config import GRPOConfig
+from .policy_schedule import check_warmup, with_policy_waiting
 from .ppo_config import PPOConfig
 from .ppo_inputs import (
     add_reward_model,
@@ -203,7 +206,9 @@ class PPOTrainer(GRPOTrainer):
 
     @property
     def credit_settings(self) -> CreditSettings:
-        """How tokens are credited now."""
+        """How tokens are credited now. While the policy waits, the critic's targets are Monte-Carlo returns."""
+        if self.step_control.in_warmup:
+            return _settings(CreditSettings, self.args, kl_coef=self.kl_coef, critic_lam=1.0)
         return _settings(CreditSettings, self.args, kl_coef=self.kl_coef)
 
     @property
@@ -283,6 +288,8 @@ class PPOTrainer(GRPOTrainer):
         log = metrics_of(self, training)
         for name, value in metrics.items():
             log[name].append(value)
+        if training:
+            self.step_control.explained_variance = metrics[EXPLAINED_VARIANCE]
         if training and self.needs_reference:
             self._follow_target(metrics[KL_PER_COMPLETION], credit.completions)
         row_means: torch.Tensor = credit.advantages.sum(dim=1) / credit.mask.sum(dim=1).clamp(min=1)
@@ -311,7 +318,7 @@ class PPOTrainer(GRPOTrainer):
     def _follow_target(self, kl: float, completions: int) -> None:
         """Adapt `kl_coef` or `beta` to the KL that was measured on so many completions."""
         args = self.args
-        if args.kl_target is None:
+        if args.kl_target is None or self.step_control.in_warmup:  # nobody follows the coefficient yet
             return
         assert args.kl_rule is not None
         coef = adapted_kl_coef(
@@ -327,6 +334,17 @@ class PPOTrainer(GRPOTrainer):
             self.kl_coef = coef
         else:
             self.beta = coef
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        check_warmup(self.args.critic_warmup_steps, num_training_steps)
+        scheduler: LRScheduler = super().create_scheduler(num_training_steps, optimizer)
+        # A schedule that is no function of the step ("reduce_lr_on_plateau") has nothing that could wait
+        if self.args.critic_warmup_steps and isinstance(scheduler, LambdaLR):
+            control = self.step_control  # not the trainer, of which DeepSpeed makes a copy
+            scheduler = self.lr_scheduler = with_policy_waiting(
+                scheduler, self.args, num_training_steps, lambda: control.warmup_steps
+            )
+        return scheduler
 
     # Loss
 
@@ -434,13 +452,16 @@ class PPOTrainer(GRPOTrainer):
         self._sums, self.step_control.loss_is_finite = None, broken == 0
         if broken:
             return
-        self._old_kl = (of_step["old_kl"], of_step["tokens"])
+        waiting = self.step_control.in_warmup
+        self._old_kl = (0.0, 0.0) if waiting else (of_step["old_kl"], of_step["tokens"])
         metrics, tokens = self.train_metrics, max(of_step["tokens"], 1)
         metrics[VALUE_LOSS].append(of_step["value_loss"] / tokens)
         metrics["loss/policy_avg"].append(policy / self.accelerator.num_processes)
         metrics["val/clipfrac_avg"].append(of_step["clipped_values"] / tokens)
         metrics["policy/approxkl_avg"].append(of_step["approximate_kl"] / tokens)
         metrics["val/ratio"].append(of_step["ratio"] / tokens)
+        if self.args.critic_warmup_steps:
+            metrics["val/warmup"].append(float(waiting))
         if self.args.old_kl_coef:
             metrics["policy/old_kl"].append(of_step["old_kl"] / tokens)
 

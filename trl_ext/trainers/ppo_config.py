@@ -14,7 +14,8 @@ from ..errors import require, require_one_of
 from ..objectives.kl import KL_ESTIMATORS, KL_RULES
 from ..objectives.ppo import LOSS_TERMS
 from ..rewards.scaling import REWARD_SCALINGS
-from ..roles.critic import CRITICS, critic_class
+from ..roles.critic import CRITICS, Critic, critic_class
+from .policy_schedule import check_warmup
 from .trl_1_12 import TRL112Arguments
 
 
@@ -41,7 +42,13 @@ class PPOConfig(TRL112Arguments):
         critic_learning_rate (`float`, *optional*):
             The critic's learning rate. `None`: `learning_rate` times the `learning_rate_factor` of the critic's class.
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
-            Number of optimizer steps at the start that move only the critic.
+            Number of optimizer steps at the start that move only the critic, towards the Monte-Carlo returns (λ = 1)
+            of the policy as it is: VAPO's value pretraining. They are steps of the run like all others (`max_steps`,
+            logging, checkpoints). The policy's learning-rate schedule, and the rules by which KL coefficients adapt,
+            begin after them.
+        critic_warmup_explained_variance (`float`, *optional*):
+            Ends these steps early: the step is the last of them whose generation batch has at least this explained
+            variance, before the critic learned from it. `None`: they are as many as `critic_warmup_steps` says.
         value_updates_per_policy_update (`int`, *optional*, defaults to `1`):
             Number of optimizer steps of the critic for each one of the policy. The last of them moves both, the others
             only the critic.
@@ -126,7 +133,11 @@ class PPOConfig(TRL112Arguments):
     )
     critic_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the critic."})
     critic_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimizer steps at the start that move only the critic."}
+        default=0,
+        metadata={"help": "Optimizer steps at the start that move only the critic, towards Monte-Carlo returns."},
+    )
+    critic_warmup_explained_variance: float | None = field(
+        default=None, metadata={"help": "Explained variance that ends these steps early. None: nothing does."}
     )
     value_updates_per_policy_update: int = field(
         default=1, metadata={"help": "Optimizer steps of the critic for each one of the policy."}
@@ -177,6 +188,8 @@ class PPOConfig(TRL112Arguments):
     replay_capacity: int = field(default=4, metadata={"help": "Generation batches that are kept for replay."})
 
     _has_critic: ClassVar[bool] = True
+    # A method's own, beside that of the critic's class
+    _critic_rate_factor: ClassVar[float] = 1.0
 
     def _resolve_method(self) -> None:
         super()._resolve_method()
@@ -253,14 +266,30 @@ class PPOConfig(TRL112Arguments):
         chosen.check_settings(self)
         self._rate_left_open = self.critic_learning_rate is None
         if self.critic_learning_rate is None:
-            self.critic_learning_rate = self.learning_rate * chosen.learning_rate_factor
+            self.critic_learning_rate = self._usual_rate(chosen)
         require(self.critic_learning_rate > 0, f"critic_learning_rate={self.critic_learning_rate} must be positive.")
         require(self.vf_coef > 0, f"vf_coef={self.vf_coef} must be positive: without it the critic learns nothing.")
         require(self.critic_warmup_steps >= 0, f"critic_warmup_steps={self.critic_warmup_steps} must be at least 0.")
+        if self.max_steps > 0:
+            check_warmup(self.critic_warmup_steps, self.max_steps)
+        wanted = self.critic_warmup_explained_variance
+        require(
+            wanted is None or self.critic_warmup_steps > 0,
+            f"critic_warmup_explained_variance={wanted} has no effect with critic_warmup_steps=0. Set the largest "
+            "number of steps that it may take, or leave it out.",
+        )
+        require(
+            wanted is None or wanted < 1,
+            f"critic_warmup_explained_variance={wanted} must be less than 1, which a perfect critic has.",
+        )
         require(
             self.value_updates_per_policy_update >= 1,
             f"value_updates_per_policy_update={self.value_updates_per_policy_update} must be at least 1.",
         )
+
+    def _usual_rate(self, chosen: type[Critic]) -> float:
+        """The critic's learning rate, if none is set."""
+        return self.learning_rate * chosen.learning_rate_factor * self._critic_rate_factor
 
     def _check_kl(self) -> None:
         if self.kl_coef is None:
@@ -331,5 +360,5 @@ class PPOConfig(TRL112Arguments):
         config = copy.copy(self)
         config.critic = critic
         if self._rate_left_open:
-            config.critic_learning_rate = self.learning_rate * critic_class(critic).learning_rate_factor
+            config.critic_learning_rate = self._usual_rate(critic_class(critic))
         return config
