@@ -17,6 +17,22 @@ import tiny
 
 import trl_ext
 from trl_ext.curriculum.partial import weights_key
+from trl_ext.rollouts.prompt_features import Projection
+from trl_ext.trainers.seams.prompt_states import read_prompts
+
+
+class Unprojected(Projection):
+    """Leaves what was read of prompts as it is, in float64."""
+
+    def __call__(self, read: torch.Tensor) -> Any:
+        return read.numpy()
+
+
+def read(trainer: Any) -> torch.Tensor:
+    """What is read of 70 prompts, in three chunks: an odd number, so that two processes don't read equally many."""
+    found = read_prompts(trainer, list(tiny.ragged(70)), Unprojected(0))
+    assert found is not None
+    return torch.as_tensor(found[0])
 
 
 def largest_difference(trainer: Any) -> float:
@@ -45,6 +61,7 @@ def main(output_dir: Path, selection: str, checkpoint: str | None) -> None:
                 per_device_train_batch_size=4,
                 updates_per_generation=1,
                 rollout_selection=selection,
+                refill_draws="informed" if selection == "refill" else "blind",
                 warmup_steps=0,
                 share_prefixes="always",
                 max_steps=3,
@@ -61,6 +78,7 @@ def main(output_dir: Path, selection: str, checkpoint: str | None) -> None:
     assert trainer.sharing.packed_passes > 0 and trainer.sharing.cached_passes == 0
     assert largest_difference(trainer) < 1e-5
     rewards = trainer.roll_out([trainer.train_dataset[i] for i in range(3)], 2, seed=1).rewards
+    states = read(trainer)
     target = output_dir / ("resumed" if checkpoint else "whole")
     trainer.save_model(str(target))
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -72,6 +90,7 @@ def main(output_dir: Path, selection: str, checkpoint: str | None) -> None:
     if trainer.is_world_process_zero():
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
         result = {"stage": stage, "counters": asdict(trainer.counters), "rewards": rewards, "key": key}
+        result |= {"states": states, "chooser": trainer.run_state().get("outlook")}
         torch.save(result, target / "result.pt")
     tiny.leave()
 

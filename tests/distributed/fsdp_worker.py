@@ -11,18 +11,22 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from peft import get_peft_model
 from torch.distributed.fsdp import FSDPModule
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
+from distributed.deepspeed_worker import read
 
 import trl_ext
 
 
 CASES: dict[str, Any] = {
     "grpo": (trl_ext.GRPOTrainer, {}),
+    # The processes choose prompts by what they read together
+    "informed_lora": (trl_ext.DAPOTrainer, {"refill_draws": "informed", "adapted": True}),
     "ppo_head": (trl_ext.PPOTrainer, {"critic": "head", "critic_trunk_grad": 0.5, "critic_learning_rate": 0.1}),
 }
 FSDP2 = {
@@ -55,13 +59,20 @@ def weights(model: Any) -> torch.Tensor:
     return torch.cat([getattr(p, "full_tensor", lambda p=p: p)().detach().flatten() for p in model.parameters()])
 
 
+def policy(adapted: bool) -> Any:
+    """In float64, with an adapter or without."""
+    torch.manual_seed(4)
+    return get_peft_model(tiny.stopping(), tiny.lora()).double() if adapted else tiny.stopping().double()
+
+
 def train(name: str, output_dir: Path, share: Any) -> dict[str, Any]:
     """Two optimizer steps in float64, whose rounding is far below what the steps move."""
     trainer_class, settings = CASES[name]
+    settings = dict(settings)
     trainer = tiny.trainer(
         trainer_class,
         output_dir,
-        arguments={"model": tiny.stopping().double(), "train_dataset": tiny.ragged(64)},
+        arguments={"model": policy(settings.pop("adapted", False)), "train_dataset": tiny.ragged(64)},
         share_prefixes=share,
         per_device_train_batch_size=4,
         optim="sgd",
@@ -74,7 +85,7 @@ def train(name: str, output_dir: Path, share: Any) -> dict[str, Any]:
     trainer.train()
     assert trainer.accelerator.num_processes == 2
     assert any(isinstance(module, FSDPModule) for module in trainer.model_wrapped.modules())
-    return {"before": before, "after": weights(trainer.model), "sharing": trainer.sharing}
+    return {"before": before, "after": weights(trainer.model), "sharing": trainer.sharing, "states": read(trainer)}
 
 
 def main(output_dir: Path) -> None:

@@ -12,11 +12,14 @@ import tiny
 import torch
 import trl
 import yaml
+from comparing import equal
+from distributed.deepspeed_worker import read
 from peft import load_peft_weights
 from processes import run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import trl_ext
 from trl_ext.curriculum.partial import weights_key
 
 
@@ -38,11 +41,14 @@ def launch(tmp_path: Path, stage: int, selection: str, checkpoint: Path | None =
     """Trains and returns what the worker saved."""
     start(tmp_path, stage, WORKER, tmp_path, selection, *([checkpoint] if checkpoint else []))
     target = tmp_path / ("resumed" if checkpoint else "whole")
-    result: dict[str, Any] = torch.load(target / "result.pt")
+    result: dict[str, Any] = torch.load(target / "result.pt", weights_only=False)
     assert result["stage"] == stage
     assert result["rewards"].shape == (3, 2, 2)  # prompts, completions, the reward and the overlong punishment
+    alone = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    trainer = tiny.trainer(trl_ext.GRPOTrainer, tmp_path / "alone", arguments={"model": alone})
+    torch.testing.assert_close(result["states"], read(trainer), rtol=1e-5, atol=1e-5)
     # Spread over processes, the weights are told by the same key as in one piece
-    assert result["key"] == weights_key(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32))
+    assert result["key"] == weights_key(alone)
     return result | {"weights": load_file(target / "model.safetensors")}
 
 
@@ -54,6 +60,7 @@ def test_zero_3_refills_and_resumes(tmp_path: Path) -> None:
     for name, weight in whole["weights"].items():
         assert torch.equal(resumed["weights"][name], weight)
     assert torch.equal(resumed["rewards"], whole["rewards"])
+    assert equal(resumed["chooser"], whole["chooser"]) and whole["chooser"]["features"]["tokens"] > 0
 
 
 def test_zero_2_duplicates(tmp_path: Path) -> None:

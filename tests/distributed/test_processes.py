@@ -59,7 +59,7 @@ def test_metrics_do_not_depend_on_the_number_of_processes(results: Any, case: st
         assert one == pytest.approx(two, rel=1e-5, nan_ok=True)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "informed" in case])
+@pytest.mark.parametrize("case", [case for case in CASES if "informed" in case or "predicted" in case])
 def test_two_processes_read_in_prompts_what_one_reads(results: Any, case: str) -> None:
     alone, first, second = (results[key][case]["outlook"] for key in ((1, 0), (2, 0), (2, 1)))
     assert alone["features"]["tokens"] == first["features"]["tokens"] == second["features"]["tokens"] > 0
@@ -84,6 +84,10 @@ def test_the_cases_are_what_they_say(results: Any) -> None:
         first, second = logged(case, "prompts_replaced")
         assert first == 0 and second > 0, case
         assert max(logged(case, "rounds")) > 1, case
+    for case in ("refill_informed_by_prompts", "curriculum_predicted"):  # decided by what was read
+        assert max(logged(case, "trusts_features")) == 1, case
+    replaced = results[1, 0]["curriculum_predicted"]["logs"]
+    assert sum(log.get("curriculum/prompts_replaced", 0) for log in replaced) > 0
     # A full batch of 6 slots has fewer groups
     kept = zip(logged("group_sizes", "groups_kept"), logged("group_sizes", "groups_duplicated"), strict=True)
     assert any(groups < 6 and copies == 0 for groups, copies in kept)

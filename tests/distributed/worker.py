@@ -49,6 +49,15 @@ CASES: dict[str, dict[str, Any]] = {
     # The second batch knows the first: prompts that were dealt are replaced on all processes alike
     "refill_informed": {"rows": 8, **INFORMED},
     "refill_informed_spanning": {"rows": 6, **INFORMED},
+    # Nothing but what is read of a prompt says whether it is live
+    "refill_informed_by_prompts": {
+        "rows": 8,
+        **INFORMED,
+        "similar_prompts_columns": None,
+        "short": True,
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+    },
     # Prompts get 2 to 6 completions, some of which stand on both processes
     "group_sizes": {"rows": 6, **INFORMED, "num_generations": 2, "max_num_generations": 6},
     # More than half of the groups stay dead: copies travel, and the rounds are used up
@@ -60,6 +69,13 @@ CASES: dict[str, dict[str, Any]] = {
         "rows": 6,
         "rollout_selection": "refill",
         "curriculum": {"schedule": "mixed", "column": "target"},
+    },
+    "curriculum_predicted": {
+        "rows": 8,
+        "curriculum": {"schedule": "frontier"},
+        "short": True,
+        "max_steps": 6,
+        "learning_rate": 1e-3,
     },
     "leave_one_out": {"rows": 8, "rollout_selection": "refill", "advantage_estimator": "leave_one_out"},
     "batch_scaled_copies": {
@@ -177,6 +193,14 @@ def rare_success(prompts: list[str], completion_ids: list[list[int]], **kwargs: 
     ]
 
 
+def short_success(prompts: list[str], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """Only prompts of up to three words have any success."""
+    return [
+        float(len(prompt.split()) <= 3 and ids[0] % 2 == 0)
+        for prompt, ids in zip(prompts, completion_ids, strict=True)
+    ]
+
+
 class Recorder(trl_ext.GRPOTrainer):
     """Keeps the completions of the rows that enter the loss, and the advantage of each."""
 
@@ -290,25 +314,23 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
 def train(case: dict[str, Any], output_dir: Path, processes: int) -> dict[str, Any]:
     settings = dict(case)
     rows, rare, curriculum = settings.pop("rows"), settings.pop("rare", False), settings.pop("curriculum", None)
-    config = trl_ext.GRPOConfig(
-        **tiny.cpu_settings(
-            output_dir,
-            per_device_train_batch_size=rows // processes,
-            gradient_accumulation_steps=2,
-            optim="sgd",
-            lr_scheduler_type="constant",
-            learning_rate=0.5,  # which makes rounding visible
-            max_grad_norm=0.0,
-            share_prefixes=False,  # one process and two share different rows: `fit` compares that
-            max_steps=2,
-            **settings,
-        )
-    )
+    short = settings.pop("short", False)
+    given = {
+        "per_device_train_batch_size": rows // processes,
+        "gradient_accumulation_steps": 2,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "learning_rate": 0.5,  # which makes rounding visible
+        "max_grad_norm": 0.0,
+        "share_prefixes": False,  # one process and two share different rows: `fit` compares that
+        "max_steps": 2,
+    }
+    config = trl_ext.GRPOConfig(**tiny.cpu_settings(output_dir, **{**given, **settings}))
     trainer = Recorder(
         model=tiny.qwen2(),
-        reward_funcs=rare_success if rare else tiny.first_token_even,
+        reward_funcs=short_success if short else rare_success if rare else tiny.first_token_even,
         args=config,
-        train_dataset=tiny.prompts(64),
+        train_dataset=tiny.ragged(64) if short else tiny.prompts(64),
         processing_class=tiny.tokenizer(),
         rollout_func=fixed_rollouts,
         curriculum=curriculum and DifficultyCurriculum(**curriculum),
@@ -318,7 +340,7 @@ def train(case: dict[str, Any], output_dir: Path, processes: int) -> dict[str, A
     return {
         "weights": weights(trainer),
         "trained": trainer.trained,
-        "outlook": trainer.run_state().get("outlook"),
+        "outlook": trainer.run_state().get("outlook") or trainer.run_state().get("curriculum", {}).get("outlook"),
         "counters": trainer.counters,
         "logs": [
             {key: value for key, value in log.items() if key.startswith(LOGGED)} for log in trainer.state.log_history
