@@ -8,6 +8,7 @@ trl-ext run sft --config quickstart_sft.yaml
 trl-ext run dapo --config quickstart_dapo.yaml --max_steps 60    # any argument of the recipe
 trl-ext run ppo --num_processes 4 --accelerate_config 4xa100_80g.yaml --config mine.yaml
 trl-ext copy dapo mine                                           # to change it
+trl-ext export runs/ppo --role policy --merge                    # plain weights of what a run has trained
 ```
 
 A subcommand is one function here, which imports what it needs: `trl-ext recipes` answers without importing torch.
@@ -23,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .errors import UserError
-from .run.program import DEBUG, STATUS, Parser, say, without_debug
+from .run.program import DEBUG, STATUS, Parser, preparing, say, without_debug
 
 
 PROGRAM = "trl-ext"
@@ -118,7 +119,63 @@ def copy(argv: Sequence[str]) -> None:
     print("Run it:", shlex.join(["accelerate", "launch", str(copies[0]), *config]))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"recipes": recipes, "run": run, "copy": copy}
+def export(argv: Sequence[str]) -> None:
+    """Writes a role of a run as plain weights: merged into its base, or as an adapter."""
+    given = _export_parser().parse_args(argv)
+    from .run.quiet import be_quiet
+
+    be_quiet()
+    from .run.exporting import export_role
+
+    with preparing():
+        exported = export_role(**vars(given))
+    print(f"Saved to {exported.folder}: {exported.form}.")
+    print("\n".join([*exported.notes, f"Load it: {exported.load}"]))
+
+
+def _export_parser() -> Parser:
+    parser = Parser(
+        f"{PROGRAM} export",
+        description=f"{export.__doc__} What it writes is loaded by plain transformers and peft, and comes with the "
+        "tokenizer, the chat template and the generation settings.",
+        epilog="Without --merge, an adapter is copied as it is. The manual: docs/checkpoints.md.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="output folder of a run, a stage of a run, or one checkpoint")
+    parser.add_argument(
+        "--role", metavar="ROLE", default="policy", help="policy (the default), critic, reward or reference"
+    )
+    parser.add_argument("--merge", action="store_true", help="merge the role's adapter into its base")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="N",
+        help="step of a checkpoint, `last` or `best`; by default what the run ended with, or its last checkpoint",
+    )
+    parser.add_argument("--output", metavar="DIR", help="new folder; by default exported/ROLE in that of the run")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it has files in it")
+    parser.add_argument(
+        "--base", metavar="MODEL", help="folder or Hub id of the base, in place of the one that the adapter names"
+    )
+    parser.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help="float32, bfloat16 or float16; by default that of what is copied, or of the base that is merged into",
+    )
+    parser.add_argument(
+        "--full_precision",
+        action="store_true",
+        help="merge an adapter that was trained on a 4-bit base into the base as it was before it was quantized",
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
+    return parser
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "recipes": recipes,
+    "run": run,
+    "copy": copy,
+    "export": export,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from .rewards.guard import RewardFunctionError
 from .rewards.implicit import ImplicitReward
 from .rewards.objectives import ObjectiveSchedule, RewardConstraint, RewardObjectives
 from .roles.critic import load_critic
+from .run.exporting import export_role
 from .trainers.dapo import DAPOConfig, DAPOTrainer
 from .trainers.dpo import DPOConfig, DPOTrainer
 from .trainers.dupo import DUPOConfig, DUPOTrainer
@@ -50,6 +51,7 @@ __all__ = [
     "VAPOConfig",
     "VAPOTrainer",
     "WasteCallback",
+    "export_role",
     "load_critic",
     "make_pairs",
     "verify",

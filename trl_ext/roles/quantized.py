@@ -2,7 +2,16 @@
 Policies on a 4-bit base (bitsandbytes).
 """
 
+import json
+from pathlib import Path
+from typing import Any
+
 from torch import nn
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+
+# Beside a saved adapter: how its base was quantized. PEFT's own files name the base and don't say.
+QUANTIZATION_FILE = "base_quantization.json"
 
 
 def keep_weights_trainable(model: nn.Module) -> None:
@@ -15,3 +24,33 @@ def keep_weights_trainable(model: nn.Module) -> None:
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
             layer.state_dict()  # unpacks weights that were packed before
+
+
+def save_quantization(model: Any, folder: Path) -> None:
+    """
+    Write down how the base of a saved adapter is quantized; nothing for a base that isn't.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model, not wrapped for several processes.
+        folder (`Path`):
+            The folder of the adapter.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not getattr(base, "is_quantized", False):
+        return
+    quantization = base.config.quantization_config
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    text = json.dumps({"quantization_config": settings, "dtype": str(base.dtype).removeprefix("torch.")}, indent=2)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / QUANTIZATION_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def loading_of_quantized(folder: Path) -> dict[str, Any]:
+    """Arguments of `from_pretrained` with which the base of a saved adapter was loaded, if it was quantized then."""
+    file = folder / QUANTIZATION_FILE
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    quantization = AutoQuantizationConfig.from_dict(found["quantization_config"])
+    return {"quantization_config": quantization, "dtype": found["dtype"]}

@@ -9,6 +9,7 @@ import trl
 
 from ..trainers.cards import CardAdditions, complete_card
 from ..trainers.seams.evaluation import EvaluatedBatch, WholeEvaluations
+from ..trainers.seams.quantized import SavesQuantization
 
 
 class SFTTrainer(trl.SFTTrainer):
@@ -23,7 +24,7 @@ class SFTTrainer(trl.SFTTrainer):
         complete_card(self, self.card)
 
 
-class RewardTrainer(WholeEvaluations, trl.RewardTrainer):
+class RewardTrainer(SavesQuantization, WholeEvaluations, trl.RewardTrainer):
     """[`~trl.RewardTrainer`]; `card` is what the model card adds to TRL's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

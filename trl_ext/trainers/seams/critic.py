@@ -35,7 +35,6 @@ from .grpo import GRPOSeams
 
 logger = get_logger(__name__)
 
-REFERENCE_FILE = "trl_ext_reference.pt"
 # Tokens that TRL's fused head takes at a time on a CPU. The temporaries of TRL's own 4,096 fit into no cache; what a
 # step costs with either is in benchmarks/RESULTS.md.
 CPU_TILE = 256

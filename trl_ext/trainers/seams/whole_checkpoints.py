@@ -25,15 +25,16 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length, rotate_checkpoints
 
 from ...errors import require
 from ...redaction import without_secrets
 from ...roles.critic import critic_of
 from ...roles.quantized import keep_weights_trainable
+from ...roles.saved import REFERENCE_FILE
 from .preemption import preemption_of
 from .pushes import push_of_checkpoint, wait_for_pushes
+from .quantized import SavesQuantization
 from .waiting import limit_waiting
 
 
@@ -45,7 +46,6 @@ FORMAT = 1
 # is kept out of pushes to the Hub.
 ASIDE, REPLACED = "_checkpoint_in_the_making", "_checkpoint_replaced"
 TRAINER_STATE = "trainer_state.json"
-REFERENCE_FILE = "trl_ext_reference.pt"
 
 
 class DamagedCheckpointError(ValueError):
@@ -331,7 +331,7 @@ def spread_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
             weight.copy_(weights[name])
 
 
-class WholeCheckpoints(Trainer):
+class WholeCheckpoints(SavesQuantization):
     """
     A transformers trainer whose checkpoints are whole or not there, and which ends well when it is asked to.
 
