@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import quickstart
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
 
-from trl_ext import cli
+from trl_ext import GRPOTrainer, cli
 from trl_ext.errors import UserError
 from trl_ext.run import launching
 from trl_ext.run.arguments import PolicyArguments, parse_arguments
@@ -77,7 +80,7 @@ def test_recipes_are_listed_at_once(tmp_path):
 
 
 def test_help_and_version(capsys):
-    for argv in (["--help"], ["recipes", "--help"], ["copy", "--help"], ["--version"]):
+    for argv in (["--help"], ["recipes", "--help"], ["copy", "--help"], ["export", "--help"], ["--version"]):
         with pytest.raises(SystemExit) as exit:
             cli.main(argv)
         assert exit.value.code == 0
@@ -104,6 +107,9 @@ def test_help_and_version(capsys):
         (["run", "dapo", "--launch"], "--launch: expected one argument"),
         (["copy", "dapo"], "required: DIR"),
         (["recipes", "dapo"], "unrecognized arguments: dapo"),
+        (["export"], "required: RUN"),
+        (["export", "runs/none"], "'runs/none' is no folder. Pass the output folder of a run"),
+        (["export", ".", "--checkpoint", "7"], "'.' has no checkpoint-7. There are none."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -173,6 +179,30 @@ def test_a_copy_takes_its_own_files(tmp_path, monkeypatch, capsys):
     arguments = parse_arguments(PolicyArguments, DAPOConfig, ["--config", str(tmp_path / config)])
     (reward,) = load_reward_funcs(arguments.script, arguments.training)
     assert Path(reward.__code__.co_filename) == tmp_path / "my recipes/tasks/sort_digits.py"
+
+
+@pytest.mark.train
+def test_a_role_is_exported_in_a_process_of_its_own(tmp_path):
+    """What the last line says loads what the run has trained, with plain transformers."""
+    tiny.stopping().save_pretrained(tmp_path / "base")
+    given = {"model": str(tmp_path / "base"), "peft_config": tiny.lora()}
+    trainer = tiny.trainer(GRPOTrainer, tmp_path / "runs" / "grpo", tiny.hashed, given, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    code = "import sys; from trl_ext.cli import main; sys.exit(main())"
+    command = ("export", "runs/grpo", "--role", "policy", "--merge", "--output", "whole")
+    run = run_python(code, tmp_path, ROOT, *command)
+    assert run.returncode == 0, run.stderr[-3000:]
+    saved, load = run.stdout.splitlines()
+    assert saved == f"Saved to whole: the policy, merged into {tmp_path / 'base'}, in float32."
+    assert load == "Load it: AutoModelForCausalLM.from_pretrained('whole')"
+    ids = torch.tensor([[5, 9, 4, 17, 8, 2]])
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")(ids).logits
+        torch.testing.assert_close(found, trainer.model.eval()(ids).logits, rtol=0.0, atol=2e-5)
+    again = run_python(code, tmp_path, ROOT, *command)
+    assert again.returncode == 2 and not again.stdout
+    assert again.stderr.splitlines()[-1].startswith("trl-ext: error: output is 'whole', which is not empty.")
 
 
 def test_a_wheel_has_every_file(wheel):

@@ -3,6 +3,7 @@ Roles as plain weights: what is exported is loaded in a new process with the lin
 the training process said.
 """
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import tiny
 import torch
 import torch.distributed.checkpoint as dist_cp
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 from trl import RewardConfig
@@ -155,6 +156,7 @@ def reward_adapter(root) -> Run:
     return Run(root / "reward", logits(trainer.model))
 
 
+@pytest.mark.train
 def test_exports_say_what_the_training_process_said(
     root, lora_head, full_mlp, own_model, given_adapter, reward_adapter
 ) -> None:
@@ -198,6 +200,7 @@ def test_exports_say_what_the_training_process_said(
     assert lora_head.extra["values"].abs().max() > 1e-2
 
 
+@pytest.mark.train
 def test_what_comes_along(root, lora_head) -> None:
     apart, merged = (lora_head.folder / "exported" / name for name in ("policy", "merged"))
     if not apart.exists():
@@ -224,7 +227,7 @@ def saved_adapter(root: Path, name: str, config: Any, **overrides: Any) -> tuple
     folder, base = root / name, root / f"{name}_base"
     tiny.qwen2(**overrides).save_pretrained(base)
     torch.manual_seed(3)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), copy.deepcopy(config))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -254,12 +257,12 @@ def test_every_kind_of_layer_survives_merging(tmp_path, name, tied) -> None:
     export = export_folder(folder, tmp_path / "merged", settings=ExportSettings(merge=True))
     merged = AutoModelForCausalLM.from_pretrained(export.folder)
     torch.testing.assert_close(logits(merged), expected, **ROUNDING)
-    parted = name in ("the head, saved whole", "the head", "words", "some words")
+    parted = name in ("the head, saved whole", "the head", "words")
     assert merged.config.tie_word_embeddings == (tied and not parted)
 
 
 def test_a_type_is_kept_or_chosen_and_what_rounding_costs_is_said(tmp_path) -> None:
-    folder, expected = saved_adapter(tmp_path, "adapter", tiny.lora())
+    folder, _ = saved_adapter(tmp_path, "adapter", tiny.lora())
     base = tmp_path / "adapter_base"
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
     kept = export_folder(folder, tmp_path / "kept", settings=ExportSettings(merge=True))
@@ -315,12 +318,23 @@ def test_an_adapter_on_a_4_bit_base(tmp_path) -> None:
     assert "full precision: not quite the model that was trained" in full.notes[0]
     found = AutoModelForCausalLM.from_pretrained(merged.folder)
     assert not hasattr(found.config, "quantization_config")
-    torch.testing.assert_close(logits(found), expected, rtol=0.0, atol=1e-4)
-    assert (logits(AutoModelForCausalLM.from_pretrained(full.folder)) - expected).abs().max() > 0.05
     apart = export_role(tmp_path / "run", output=tmp_path / "apart")
     arguments = json.loads((apart.folder / "base_quantization.json").read_text())
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **arguments)
-    assert torch.equal(logits(PeftModel.from_pretrained(again, apart.folder)), expected)
+
+    def on_base(dtype: torch.dtype) -> torch.Tensor:
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **arguments)
+        again = PeftModel.from_pretrained(base, apart.folder)
+        for name, weight in again.named_parameters():
+            if "lora_" in name:
+                weight.data = weight.data.to(dtype)
+        return logits(again)
+
+    # TRL trains adapters on a quantized base in bfloat16; PEFT loads and merges them in float32
+    assert torch.equal(on_base(torch.bfloat16), expected)
+    exact = on_base(torch.float32)
+    torch.testing.assert_close(logits(found), exact, **ROUNDING)
+    other = logits(AutoModelForCausalLM.from_pretrained(full.folder))
+    assert (other - exact).abs().max() > 10 * (expected - exact).abs().max()
 
 
 # Weights that processes wrote in parts
@@ -345,7 +359,7 @@ def test_parts_of_fsdp_are_put_together(tmp_path) -> None:
     with pytest.raises(
         ValueError, match=r"has not the weights of Qwen2ForCausalLM: 0 are missing, 0 unknown, 2\d of an"
     ):
-        export_role(tmp_path / "run", base=str(tmp_path / "wrong"))
+        export_role(tmp_path / "run", base=str(tmp_path / "wrong"), output=tmp_path / "out")
 
 
 def test_parts_of_an_adapter_are_an_error(tmp_path) -> None:
@@ -365,6 +379,7 @@ def refused(message: str, call: Callable[..., Any], *args: Any, **settings: Any)
         call(*args, **settings)
 
 
+@pytest.mark.train
 def test_roles_that_a_run_has_not(lora_head, full_mlp, reward_adapter, tmp_path) -> None:
     refused(
         "has no reward. It has: policy, critic, reference. A reward model is sav",
@@ -377,8 +392,9 @@ def test_roles_that_a_run_has_not(lora_head, full_mlp, reward_adapter, tmp_path)
     refused("Its reference is the base .*base' without the adapter", export_role, reward_adapter.folder, "reference")
     refused("role='actor' is unknown. Choose one of 'policy', 'critic'", export_role, lora_head.folder, "actor")
     refused("dtype='int8' is unknown. Choose one of 'float32'", export_role, lora_head.folder, dtype="int8")
-    refused("There is nothing to merge in .* whole already. Leave merge out", export_role, full_mlp.folder, merge=True)
-    refused("base is 'b', but .* has whole weights", export_role, full_mlp.folder, base="b")
+    whole = {"output": tmp_path / "out"}
+    refused("nothing to merge in .* whole already. Leave merge out", export_role, full_mlp.folder, merge=True, **whole)
+    refused("base is 'b', but .* has whole weights", export_role, full_mlp.folder, base="b", **whole)
 
 
 def test_bases_that_are_not_the_base(tmp_path) -> None:

@@ -164,14 +164,13 @@ def dtype_of(name: Any) -> torch.dtype:
 
 def _merged(folder: Path, settings: ExportSettings, architecture: Any, loading: dict[str, Any]) -> WholeModel:
     """The base of an adapter, with the adapter merged into it."""
-    base, name, notes = _base_of(folder, settings, architecture, loading)
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    cannot = f"The adapter in {folder} is of the type {kind}, which can't be merged into weights. Leave merge out."
+    require(not config.is_prompt_learning, cannot)
+    base, name, notes = _base_of(folder, config, settings, architecture, loading)
     model = with_adapter(base, folder, name)
-    kind = next(iter(model.peft_config.values())).peft_type
-    require(
-        hasattr(model, "merge_and_unload"),
-        f"The adapter in {folder} is of the type {getattr(kind, 'value', kind)}, which can't be merged into weights. "
-        "Leave merge out.",
-    )
+    require(hasattr(model, "merge_and_unload"), cannot)
     lost = lost_to_rounding(model)
     if lost > 0:
         notes.append(
@@ -189,10 +188,9 @@ def _merged(folder: Path, settings: ExportSettings, architecture: Any, loading: 
 
 
 def _base_of(
-    folder: Path, settings: ExportSettings, architecture: Any, loading: dict[str, Any]
+    folder: Path, config: Any, settings: ExportSettings, architecture: Any, loading: dict[str, Any]
 ) -> tuple[Any, str, list[str]]:
     """The base model of an adapter, not quantized, its name, and what there is to say about it."""
-    config: Any = PeftConfig.from_pretrained(str(folder))
     name = settings.base or config.base_model_name_or_path
     remedy = "Pass the folder or the Hub id of the model that the adapter was trained on as base."
     require(bool(name), f"The adapter in {folder} doesn't say on which base it was trained. {remedy}")
