@@ -5,6 +5,7 @@ the training process said.
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dist_cp
 from datasets import Dataset
 from peft import PeftModel, PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 from trl import RewardConfig
 
@@ -183,9 +184,9 @@ def test_exports_say_what_the_training_process_said(
         assert torch.equal(found[f"{name} apart"], run.logits), name
         torch.testing.assert_close(found[f"{name} merged"], run.logits, **ROUNDING)
     assert torch.equal(found["whole"], full_mlp.logits)
-    for name, run in {"critic apart": lora_head, "mlp": full_mlp}.items():
-        assert torch.equal(found[name][0], run.extra["logps"]), name
-        assert torch.equal(found[name][1], run.extra["values"]), name
+    assert torch.equal(found["mlp"][0], full_mlp.extra["logps"])
+    assert torch.equal(found["mlp"][1], full_mlp.extra["values"])
+    assert torch.equal(found["critic apart"].squeeze(-1)[REAL], lora_head.extra["values"][REAL])
     torch.testing.assert_close(found["critic merged"].squeeze(-1)[REAL], lora_head.extra["values"][REAL], **ROUNDING)
     values = own_model.extra["values"]
     torch.testing.assert_close(found["own model, every state"].squeeze(-1)[REAL], values[REAL])
@@ -198,6 +199,47 @@ def test_exports_say_what_the_training_process_said(
     for run in (lora_head, given_adapter, full_mlp):
         assert not torch.allclose(run.logits, run.extra["reference"], atol=1e-3)
     assert lora_head.extra["values"].abs().max() > 1e-2
+
+
+def own_adapter(root: Path, head: str) -> tuple[Path, torch.Tensor]:
+    """A run whose critic is an adapter of its own, as `critic="adapter"` saves it, and its values by hand."""
+    run, _ = saved_adapter(root, "run", tiny.lora())
+    torch.manual_seed(11)
+    base = AutoModelForCausalLM.from_pretrained(root / "run_base")
+    critic = get_peft_model(base, tiny.lora(r=2, target_modules=["k_proj", "up_proj"]))
+    critic.save_pretrained(run / "critic" / "adapter")
+    weights = {"head.out.weight": torch.randn(1, 16), "head.out.bias": torch.randn(1)}
+    save_file(weights, run / "critic" / "critic.safetensors")
+    (run / "critic" / "critic_config.json").write_text(json.dumps({"critic": "adapter", "head": head}))
+    with torch.no_grad():
+        hidden = critic.eval().get_base_model().model(IDS, attention_mask=MASK).last_hidden_state
+    return run, hidden @ weights["head.out.weight"][0] + weights["head.out.bias"]
+
+
+def test_a_critic_that_is_an_adapter_of_its_own(tmp_path) -> None:
+    run, values = own_adapter(tmp_path, "linear")
+    exports = {"apart": export_folder(run, tmp_path / "apart", "critic")}
+    exports["merged"] = export_folder(run, tmp_path / "merged", "critic", ExportSettings(merge=True))
+    found = in_a_new_process(exports, tmp_path)
+    for name in exports:
+        torch.testing.assert_close(found[name].squeeze(-1)[REAL], values[REAL], **ROUNDING)
+    config = json.loads((tmp_path / "apart" / "adapter_config.json").read_text())
+    assert (config["r"], config["modules_to_save"], config["task_type"]) == (2, ["score"], "TOKEN_CLS")
+
+
+def test_a_critic_that_transformers_has_no_class_for(tmp_path) -> None:
+    run, _ = own_adapter(tmp_path, "mlp")
+    export = export_folder(run, tmp_path / "apart", "critic")
+    assert export.load.startswith("load_critic('") and (export.folder / "critic" / "adapter").is_dir()
+    with pytest.raises(ValueError, match=r"a head that transformers has no class for\. Leave merge out"):
+        export_folder(run, tmp_path / "merged", "critic", ExportSettings(merge=True))
+    # A policy's adapter that changes the language model's head fits no classifier
+    run, _ = saved_adapter(tmp_path, "head", tiny.lora(modules_to_save=["lm_head"]))
+    shutil.copytree(tmp_path / "run" / "critic", run / "critic")
+    shutil.rmtree(run / "critic" / "adapter")
+    (run / "critic" / "critic_config.json").write_text(json.dumps({"critic": "head", "head": "linear"}))
+    export = export_folder(run, tmp_path / "with head", "critic")
+    assert export.load.startswith("load_critic('") and "beside the policy, an adapter on" in export.form
 
 
 @pytest.mark.train

@@ -23,6 +23,7 @@ from trl_ext import (
     RewardConstraint,
     RewardObjectives,
     WasteCallback,
+    export_role,
     load_critic,
     make_pairs,
     verify,
@@ -143,6 +144,11 @@ CASES: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "verify: none": (lambda: verify(None), ["NoneType", "trl_ext.GRPOTrainer"]),
     "verify: repetitions": (lambda: verify(trainer(), repetitions=0), ["repetitions=0"]),
     # Critics
+    "export: run": (lambda: export_role(None), ["run is None"]),
+    "export: no run": (lambda: export_role("out"), ["'out' is no folder"]),
+    "export: role": (lambda: export_role("out", "actor"), ["role='actor'", "'policy'"]),
+    "export: dtype": (lambda: export_role("out", dtype="int8"), ["dtype='int8'", "'bfloat16'"]),
+    "export: base": (lambda: export_role("out", base=3), ["base is 3"]),
     "critic: directory": (lambda: load_critic(None, tiny.qwen2()), ["directory is None"]),
     "critic: actor": (lambda: load_critic("out", "m"), ["actor is 'm'"]),
     # Rollouts and evaluation

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import load_peft_weights
+from peft import TaskType, load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -62,6 +62,8 @@ TOKENIZER_FILES = (
     "*processor_config.json",
 )
 TEMPLATES = "additional_chat_templates"
+EVERY_STATE = "logits[:, t, 0] is the value of the state after token t."
+ADAPTER_FOLDER = "adapter"  # in the folder of a critic that is an adapter of its own
 HEADS = ("score", "classifier")  # names of the head in models that classify
 
 
@@ -236,8 +238,8 @@ def _save_apart(
         f"the {name}, an adapter on {base}",
         f"PeftModel.from_pretrained({loader}.from_pretrained({base!r}{labels}), '{{folder}}')",
     )
-    if (folder / QUANTIZATION_FILE).is_file():
-        shutil.copy2(folder / QUANTIZATION_FILE, target)
+    if (source / QUANTIZATION_FILE).is_file():
+        shutil.copy2(source / QUANTIZATION_FILE, target)
         export.notes.append(
             f"The adapter was trained on a quantized base. Loaded with the arguments in {QUANTIZATION_FILE}, the base "
             "has the weights that it had in training."
@@ -274,7 +276,7 @@ def _reference(source: Path, target: Path, settings: ExportSettings) -> Export:
     if form_of(folder) == ADAPTER:
         if not settings.merge:
             return _save_apart(folder, source, target, settings, REFERENCE, CAUSAL)
-        return _save_whole(whole_model(folder, settings), source, target, REFERENCE, CAUSAL)
+        return _save_whole(whole_model(folder, settings, run=source), source, target, REFERENCE, CAUSAL)
     require(not settings.merge, f"There is nothing to merge: the reference in {source} is whole. Leave merge out.")
     base = str(source) if (source / MODEL_CONFIG).is_file() else settings.base
     require(
@@ -295,18 +297,28 @@ def _critic(source: Path, target: Path, settings: ExportSettings) -> Export:
     kind = description["critic"]
     if kind == "model":
         return _model_critic(source, target, settings, description)
-    if form_of(source) != ADAPTER or settings.merge:
-        whole = whole_model(source, settings)
-        classifier = _token_classifier(whole.model, source) if description.get("head") == "linear" else None
-        if kind == "head" and classifier is not None:
+    # The trunk that the head reads: the policy's, or the policy's base with an adapter of the critic's own
+    own = source / CRITIC / ADAPTER_FOLDER
+    trunk, name = (own, "critic") if form_of(own) == ADAPTER else (source, "critic (a head on the policy's trunk)")
+    adapted = form_of(trunk) == ADAPTER
+    linear = description.get("head") == "linear"
+    if linear and adapted and not settings.merge and _has_token_classifier(trunk, settings):
+        return _head_apart(trunk, source, target, settings, name)
+    if linear and (settings.merge or not adapted):
+        whole = whole_model(trunk, settings, run=source)
+        classifier = _token_classifier(whole.model, source)
+        if classifier is not None:
             whole.model = classifier
-            whole.notes.append("logits[:, t, 0] is the value of the state after token t.")
+            whole.notes.append(EVERY_STATE)
             if classifier.dtype != torch.float32:
                 whole.notes.append(f"In training the head computes in float32, here in {dtype_name(classifier)}.")
-            return _save_whole(whole, source, target, "critic (a head on the policy's trunk)", TOKEN)
-        export = _save_whole(whole, source, target, POLICY, CAUSAL)
-    else:
-        export = _policy(source, target, settings)
+            return _save_whole(whole, source, target, name, TOKEN)
+    require(
+        trunk == source or not settings.merge,
+        f"The critic in {source} is an adapter with a head that transformers has no class for. Leave merge out: "
+        "load_critic puts it on the policy with its adapter.",
+    )
+    export = _policy(source, target, settings)
     shutil.copytree(source / CRITIC, target / CRITIC)
     export.form = f"the critic ({kind}), beside {export.form}"
     export.notes.append(
@@ -317,23 +329,62 @@ def _critic(source: Path, target: Path, settings: ExportSettings) -> Export:
     return export
 
 
-def _token_classifier(policy: Any, source: Path) -> Any:
+def _has_token_classifier(adapter: Path, settings: ExportSettings) -> bool:
+    """Whether an adapter leaves the language model's head alone, and transformers classifies tokens with its base."""
+    weights = load_peft_weights(str(adapter), device="cpu")
+    base = settings.base or read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    try:
+        config = AutoConfig.from_pretrained(str(base), trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError):
+        return False
+    empty = _empty_classifier(config)
+    return empty is not None and all(
+        name.startswith(f"base_model.model.{empty[0].base_model_prefix}.") for name in weights
+    )
+
+
+def _head_apart(trunk: Path, source: Path, target: Path, settings: ExportSettings, name: str) -> Export:
+    """Writes an adapter and a linear head as PEFT has them: the head is a module that is saved whole."""
+    export = _save_apart(trunk, source, target, settings, name, TOKEN, ", num_labels=1")
+    config = read_json(target / ADAPTER_CONFIG)
+    base = AutoConfig.from_pretrained(config["base_model_name_or_path"], trust_remote_code=settings.trust_remote_code)
+    empty = _empty_classifier(base)
+    assert empty is not None
+    head = empty[1]
+    config |= {"task_type": TaskType.TOKEN_CLS.value, "modules_to_save": [*(config["modules_to_save"] or []), head]}
+    (target / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    weights = {key: weight.clone() for key, weight in load_file(target / ADAPTER_FILES[0]).items()}
+    for key, weight in load_file(source / CRITIC / WEIGHTS_FILE).items():
+        weights[f"base_model.model.{head}.{key.rpartition('.')[2]}"] = weight
+    save_file(weights, target / ADAPTER_FILES[0], metadata={"format": "pt"})
+    export.notes.append(EVERY_STATE)
+    return export
+
+
+def _empty_classifier(config: Any) -> tuple[Any, str] | None:
     """
-    A linear head on a policy's backbone as what it is, a token classifier with one output; `None` if transformers has
-    no such class for the policy.
+    A token classifier with one output, without memory for its weights, and the name of its head; `None` if
+    transformers has no such class for a configuration.
     """
-    config = copy.deepcopy(policy.config)
+    config = copy.deepcopy(config)
     config.num_labels, config.classifier_dropout, config.tie_word_embeddings = 1, 0.0, False
     try:
-        with torch.device("meta"):  # its weights are replaced
+        with torch.device("meta"):
             model: Any = AutoModelForTokenClassification.from_config(config)
     except ValueError:
         return None
     name = next((name for name in HEADS if isinstance(getattr(model, name, None), nn.Linear)), None)
-    if name is None or model.base_model_prefix != policy.base_model_prefix:
+    return None if name is None else (model, name)
+
+
+def _token_classifier(policy: Any, source: Path) -> Any:
+    """A linear head on a policy's backbone as a token classifier with one output; `None` if there is no such class."""
+    empty = _empty_classifier(policy.config)
+    if empty is None or empty[0].base_model_prefix != policy.base_model_prefix:
         return None
+    model, name = empty
     weights = load_file(source / CRITIC / WEIGHTS_FILE)
-    head = nn.Linear(config.get_text_config().hidden_size, 1, dtype=policy.dtype)
+    head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=policy.dtype)
     with torch.no_grad():
         head.weight.copy_(weights["head.out.weight"])
         head.bias.copy_(weights["head.out.bias"])

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import create_model_from_path
 
-from ..errors import require, require_one_of
+from ..errors import require, require_one_of, require_type
 from .quantized import QUANTIZATION_FILE, loading_of_quantized
 from .saved import ADAPTER, ADAPTER_CONFIG, MODEL_CONFIG, SHARDED, consolidated_weights, form_of, load_weights
 from .trunk import load_adapter
@@ -57,6 +57,8 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         require_one_of("dtype", self.dtype, (None, *DTYPES))
+        if self.base is not None:
+            require_type("base", self.base, str, "Pass the folder or the Hub id of a model.")
 
 
 @dataclass
@@ -90,7 +92,11 @@ def _loading(settings: ExportSettings) -> dict[str, Any]:
 
 
 def whole_model(
-    folder: Path, settings: ExportSettings, architecture: Any = None, loading: dict[str, Any] | None = None
+    folder: Path,
+    settings: ExportSettings,
+    architecture: Any = None,
+    loading: dict[str, Any] | None = None,
+    run: Path | None = None,
 ) -> WholeModel:
     """
     The model of a folder in one piece, its adapter merged.
@@ -104,13 +110,15 @@ def whole_model(
             The class of the model; that of its configuration by default.
         loading (`dict`, *optional*):
             Further arguments of `from_pretrained`.
+        run (`Path`, *optional*):
+            Where the run says how its base was quantized, for an adapter in a folder of its own.
 
     Raises:
         ValueError: if there is nothing to merge, or the base can't be loaded or is of another shape.
     """
     form = form_of(folder)
     if form == ADAPTER:
-        return _merged(folder, settings, architecture, loading or {})
+        return _merged(folder, settings, architecture, loading or {}, run or folder)
     require(
         not settings.merge,
         f"There is nothing to merge in '{folder}': the run trained without an adapter, and its weights are whole "
@@ -162,13 +170,15 @@ def dtype_of(name: Any) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def _merged(folder: Path, settings: ExportSettings, architecture: Any, loading: dict[str, Any]) -> WholeModel:
+def _merged(
+    folder: Path, settings: ExportSettings, architecture: Any, loading: dict[str, Any], run: Path
+) -> WholeModel:
     """The base of an adapter, with the adapter merged into it."""
     config: Any = PeftConfig.from_pretrained(str(folder))
     kind = getattr(config.peft_type, "value", config.peft_type)
     cannot = f"The adapter in {folder} is of the type {kind}, which can't be merged into weights. Leave merge out."
     require(not config.is_prompt_learning, cannot)
-    base, name, notes = _base_of(folder, config, settings, architecture, loading)
+    base, name, notes = _base_of(folder, config, settings, architecture, loading, run)
     model = with_adapter(base, folder, name)
     require(hasattr(model, "merge_and_unload"), cannot)
     lost = lost_to_rounding(model)
@@ -188,7 +198,7 @@ def _merged(folder: Path, settings: ExportSettings, architecture: Any, loading: 
 
 
 def _base_of(
-    folder: Path, config: Any, settings: ExportSettings, architecture: Any, loading: dict[str, Any]
+    folder: Path, config: Any, settings: ExportSettings, architecture: Any, loading: dict[str, Any], run: Path
 ) -> tuple[Any, str, list[str]]:
     """The base model of an adapter, not quantized, its name, and what there is to say about it."""
     name = settings.base or config.base_model_name_or_path
@@ -199,7 +209,7 @@ def _base_of(
         f"The base {name!r} of the adapter in {folder} is an adapter itself. Merge that one first, and pass the "
         "merged model as base.",
     )
-    quantized = {} if settings.full_precision else loading_of_quantized(folder)
+    quantized = {} if settings.full_precision else loading_of_quantized(run)
     revision = {} if settings.base or config.revision is None else {"revision": config.revision}
     try:
         base = create_model_from_path(name, architecture, **{**_loading(settings), **revision, **loading, **quantized})
@@ -217,7 +227,7 @@ def _base_of(
             f"The adapter was trained on a quantized base ({bits}). It is merged into the quantized weights, written "
             f"in {dtype_name(base)}: the model that was trained, to rounding. Quantizing it again is not exact."
         )
-    elif (folder / QUANTIZATION_FILE).is_file():
+    elif (run / QUANTIZATION_FILE).is_file():
         notes.append(
             "The adapter was trained on a quantized base, and is merged into weights of full precision: not quite the "
             "model that was trained."

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import require
+from ..errors import require, require_one_of, require_type
 from ..pipelines.stages import STATE_FILE
-from ..roles.export import Export, export_folder
+from ..roles.export import EXPORTS, Export, export_folder
 from ..roles.merging import ExportSettings
 from ..roles.saved import form_of, read_json
 from ..trainers.seams.whole_checkpoints import TRAINER_STATE, checkpoints_of, damage, newest_whole
@@ -67,12 +67,14 @@ def export_role(
             or is of another shape.
         FileExistsError: if `output` isn't empty and is not to be replaced.
     """
-    run = Path(run)
+    require_type("run", run, str | Path, "Pass the output folder of a run.")
+    require_one_of("role", role, EXPORTS)
+    wanted, run = ExportSettings(merge=merge, **settings), Path(run)
     source, notes = find_source(run, checkpoint)
     name = role if source == run else f"{role}-{source.name}"
     top = run.parent if run.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else run
     target = top / EXPORTED / name if output is None else Path(output)
-    export = export_folder(source, target, role, ExportSettings(merge=merge, **settings), overwrite)
+    export = export_folder(source, target, role, wanted, overwrite)
     export.notes[:0] = notes
     return export
 
