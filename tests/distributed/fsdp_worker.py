@@ -65,11 +65,11 @@ def policy(adapted: bool) -> Any:
     return get_peft_model(tiny.stopping(), tiny.lora()).double() if adapted else tiny.stopping().double()
 
 
-def train(name: str, output_dir: Path, share: Any) -> dict[str, Any]:
+def build(name: str, output_dir: Path, share: Any) -> Any:
     """Two optimizer steps in float64, whose rounding is far below what the steps move."""
     trainer_class, settings = CASES[name]
     settings = dict(settings)
-    trainer = tiny.trainer(
+    return tiny.trainer(
         trainer_class,
         output_dir,
         arguments={"model": policy(settings.pop("adapted", False)), "train_dataset": tiny.ragged(64)},
@@ -81,6 +81,10 @@ def train(name: str, output_dir: Path, share: Any) -> dict[str, Any]:
         max_steps=2,
         **settings,
     )
+
+
+def train(name: str, output_dir: Path, share: Any) -> dict[str, Any]:
+    trainer = build(name, output_dir, share)
     before = weights(trainer.model)
     trainer.train()
     assert trainer.accelerator.num_processes == 2

@@ -3,13 +3,10 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from distributed.deepspeed_worker import read
-from distributed.fsdp_worker import policy
+from distributed.fsdp_worker import build
 from processes import run
-
-from trl_ext import GRPOTrainer
 
 
 pytestmark = pytest.mark.distributed
@@ -27,10 +24,10 @@ def test_shared_prompts_take_the_same_steps(tmp_path, subtests):
             assert movement > 0 and error <= 1e-5
             assert plain["sharing"] is None
             assert shared["sharing"].packed_passes > 0
-            # Read of prompts by one process
-            alone = policy(name == "informed_lora")
-            torch.nn.utils.vector_to_parameters(plain["after"], alone.parameters())
-            trainer = tiny.trainer(GRPOTrainer, tmp_path / name, arguments={"model": alone})
-            torch.testing.assert_close(plain["states"], read(trainer), rtol=1e-5, atol=1e-5)
+            # What one process reads of prompts, a critic's values of them included
+            alone = build(name, tmp_path / name, False)
+            torch.nn.utils.vector_to_parameters(plain["after"], alone.model.parameters())
+            torch.testing.assert_close(plain["states"], read(alone), rtol=1e-5, atol=1e-5)
+            assert plain["states"].size(1) == 1 + (name == "ppo_head") + 3 * 16
             # A second call of the model on one process would leave the other waiting
             assert shared["sharing"].cached_passes == 0

@@ -645,6 +645,34 @@ def test_features_find_the_live_prompts_as_the_policy_improves(subtests):
         assert outlook.calibration.error < 0.1
 
 
+def test_a_value_counts_as_much_as_a_length_does():
+    """Among 64 states that say nothing, a feature that stands for itself is found in a few batches."""
+    generator, read = np.random.default_rng(0), {}
+    reader_of = {}
+    for plain in (1, 2):
+
+        def reader(rows, projection, plain=plain):
+            projection.plain = plain
+            return np.stack([read[row["prompt"]] for row in rows]), len(rows)
+
+        reader_of[plain] = reader
+    outlooks = {plain: adaptive(predicted="pass_rate") for plain in reader_of}
+    for plain, outlook in outlooks.items():
+        outlook.read_prompts(reader_of[plain])
+    for batch in range(4):
+        values = {f"p{batch}_{i}": float(v) for i, v in enumerate(generator.normal(size=8))}
+        for name, value in values.items():
+            read[name] = np.array([0.0, value, *generator.normal(size=64)], dtype=np.float16)
+        for outlook in outlooks.values():
+            observed(outlook, {name: 4 if value > 0 else 0 for name, value in values.items()})
+    for value in (-2.0, 2.0):
+        read[f"new{value}"] = np.array([0.0, value, *[0.0] * 64], dtype=np.float16)
+    low, high = (
+        [outlook.pass_rates([{"prompt": f"new{v}"}])[0] for outlook in outlooks.values()] for v in (-2.0, 2.0)
+    )
+    assert high[1] - low[1] > high[0] - low[0] + 0.1 and high[1] - low[1] > 0.6
+
+
 def test_features_that_say_nothing_are_not_trusted_for_long():
     outlook = adaptive(columns=["kind"], exploration=0.2)
     generator = np.random.default_rng(0)

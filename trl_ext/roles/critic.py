@@ -123,6 +123,7 @@ class Critic(nn.Module):
         super().__init__()
         self.active = True
         self._wanted = False  # in a pass of the actor with the fused head
+        self._read: list[torch.Tensor] | None = None
         self._hidden: torch.Tensor | None = None
         self._inputs: dict[str, Any] = {}
 
@@ -198,8 +199,20 @@ class Critic(nn.Module):
         actor.base_model.register_forward_hook(self._keep)
         actor.register_forward_hook(self._after)
 
+    @contextmanager
+    def reading(self) -> Iterator[list[torch.Tensor]]:
+        """
+        Within this context, passes of the actor without the fused head compute values, too. They are appended to the
+        list that this returns, `(B, S)` each, and don't leave the pass in its output: no gradient flows.
+        """
+        self._read = []
+        try:
+            yield self._read
+        finally:
+            self._read, self._wanted, self._hidden, self._inputs = None, False, None, {}
+
     def _before(self, actor: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._wanted = self.active and bool(kwargs.get("fused_lm_head"))
+        self._wanted = self._read is not None or (self.active and bool(kwargs.get("fused_lm_head")))
         names = ("input_ids", "attention_mask", "position_ids")
         self._inputs = {name: kwargs[name] for name in names if name in kwargs} if self._wanted else {}
 
@@ -213,6 +226,9 @@ class Critic(nn.Module):
         hidden, inputs = self._hidden, self._inputs
         self._wanted, self._hidden, self._inputs = False, None, {}
         assert hidden is not None
+        if self._read is not None:
+            self._read.append(self(hidden, inputs).detach())
+            return output
         return ActorCriticOutput(**output, state_values=self(hidden, inputs))
 
     def save(self, directory: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:

@@ -166,7 +166,12 @@ class AdaptiveOutlook(PromptChooser):
         return shares
 
     def _read(self, rows: Sequence[dict[str, Any]]) -> Floats | None:
-        return None if self.features is None else self.features.of(rows)
+        if self.features is None:
+            return None
+        found = self.features.of(rows)
+        for outlook in self.outlooks:
+            outlook.plain = self.features.projection.plain
+        return found
 
     def _predictions(
         self, rows: Sequence[dict[str, Any]], features: Floats | None, slots: list[int]

@@ -260,6 +260,7 @@ class PromptOutlook:
         self.memory = memory
         self.exploration = exploration
         self.most_slots = most_slots
+        self.plain = PLAIN  # how many features stand for themselves
         self._generator = torch.Generator().manual_seed(seed)
         self._now = 0
         # Inner edges of a column's bins; `None` if each value is a bin of its own
@@ -349,7 +350,7 @@ class PromptOutlook:
 
     def _rate_model(self, size: int) -> PassRateModel:
         if self._rates is None:
-            self._rates = PassRateModel(size, PLAIN, self.memory)
+            self._rates = PassRateModel(size, self.plain, self.memory)
         return self._rates
 
     def _observe_group(self, row: dict[str, Any], solved: int, tried: int, live: bool) -> None:
@@ -519,6 +520,7 @@ class PromptOutlook:
             "now": self._now,
             "generator": self._generator.get_state(),
             "edges": dict(self._edges),
+            "plain": self.plain,
             "prompts": self._prompts.state(),
             "numbers": self._numbers.state(),
             "buckets": self._buckets.state(),
@@ -529,7 +531,7 @@ class PromptOutlook:
         """The reverse of [`state_dict`]."""
         self._now = state["now"]
         self._generator.set_state(state["generator"].cpu())
-        self._edges = dict(state["edges"])
+        self._edges, self.plain = dict(state["edges"]), state["plain"]
         self._prompts.load(state["prompts"])
         self._numbers.load(state["numbers"])
         self._buckets.load(state["buckets"])

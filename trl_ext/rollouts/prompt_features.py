@@ -17,26 +17,31 @@ Halves = NDArray[np.float16]
 
 # Numbers onto which hidden states are projected
 PROJECTED = 64
-# The first features stand for themselves: log tokens
+# The first features stand for themselves: log tokens, and then a critic's value of the prompt, if there is one
 PLAIN = 1
-# Features are computed anew when they are between once and twice this many ticks old
-RENEWED_EVERY = 50
+# Features are computed anew when they are between once and twice this many ticks old; those with a value sooner,
+# because a critic starts at 0 and learns fast
+RENEWED_EVERY, VALUES_RENEWED_EVERY = 50, 5
 LIMIT = 10.0  # of a feature, in standard deviations
 
 
 class Projection:
     """
     From what is read of a prompt to its features. Everything is standardised by the mean and the standard deviation
-    over the first prompts that it sees. The first `PLAIN` numbers are then features; hidden states are projected onto
+    over the first prompts that it sees. The first `plain` numbers are then features; hidden states are projected onto
     `PROJECTED` further ones by a random matrix that preserves their mean square, unless they are fewer.
 
     Args:
         seed (`int`):
             Seed of the matrix.
+
+    Attributes:
+        plain (`int`):
+            `PLAIN`, or one more if a critic's value is read.
     """
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
+        self.seed, self.plain = seed, PLAIN
         self._mean = self._scale = torch.zeros(0, dtype=torch.float64)
         self._matrix: torch.Tensor | None = None
 
@@ -45,14 +50,19 @@ class Projection:
         """Whether mean and standard deviation are known."""
         return len(self._mean) > 0
 
-    def fit(self, read: torch.Tensor) -> None:
-        """Take mean and standard deviation from what was read `(N, R)` of the first prompts."""
-        self._mean, self._scale = read.mean(dim=0), read.std(dim=0, correction=0).clamp(min=1e-6)
+    def fit(self, read: torch.Tensor, plain: int = PLAIN) -> None:
+        """
+        Take mean and standard deviation from what was read `(N, R)` of the first prompts. A value that is the same for
+        all of them, as before a critic has learned, stays in units of reward.
+        """
+        self._mean, self._scale, self.plain = read.mean(dim=0), read.std(dim=0, correction=0).clamp(min=1e-6), plain
+        values = self._scale[PLAIN:plain]
+        values[values <= 1e-6] = 1.0
 
     def __call__(self, read: torch.Tensor) -> Halves:
         """Features `(N, F)` of what was read `(N, R)`, in float64."""
         z = ((read - self._mean) / self._scale).nan_to_num().clamp(-LIMIT, LIMIT)
-        plain, states = z[:, :PLAIN], z[:, PLAIN:]
+        plain, states = z[:, : self.plain], z[:, self.plain :]
         size = states.size(1)
         if size > PROJECTED:
             if self._matrix is None:
@@ -63,12 +73,13 @@ class Projection:
         return features
 
     def state_dict(self) -> dict[str, Any]:
-        """Mean and standard deviation."""
-        return {"mean": self._mean, "scale": self._scale}
+        """Mean and standard deviation, and what stands for itself."""
+        return {"mean": self._mean, "scale": self._scale, "plain": self.plain}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse of [`state_dict`]."""
         self._mean, self._scale, self._matrix = state["mean"].cpu(), state["scale"].cpu(), None
+        self.plain = state["plain"]
 
 
 class FeatureTable:
@@ -156,7 +167,7 @@ class PromptFeatures:
         seed (`int`):
             Seed of the projection.
         renewed_every (`int`, *optional*):
-            Ticks.
+            Ticks, where no value is among the features.
 
     Attributes:
         tokens (`int`):
@@ -174,7 +185,7 @@ class PromptFeatures:
     def tick(self) -> None:
         """Called once for each generation batch."""
         self._now += 1
-        if self._now % self.renewed_every == 0:
+        if self._now % (VALUES_RENEWED_EVERY if self.projection.plain > PLAIN else self.renewed_every) == 0:
             self._old, self._young = self._young, FeatureTable()
 
     def of(self, rows: Sequence[dict[str, Any]]) -> NDArray[np.float64] | None:

@@ -9,6 +9,7 @@ gathered in each.
 import copy
 import inspect
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
-from ...roles.critic import base_model_of
-from ...rollouts.prompt_features import Halves, Projection
+from ...roles.critic import Critic, base_model_of
+from ...rollouts.prompt_features import PLAIN, Halves, Projection
 from ...rollouts.prompt_forms import fault_of
 
 
@@ -38,6 +39,12 @@ def obstacle_of(trainer: Any, rows: Sequence[dict[str, Any]]) -> str | None:
     if trainer.rollout_func is not None and any(fault_of(row.get("prompt")) for row in rows):
         return "only rollout_func can read them"
     return None
+
+
+def critic_to_read(trainer: Any) -> Critic | None:
+    """A trainer's critic, if its values come from the policy's own pass. A model of its own needs another."""
+    critic: Critic | None = trainer.critic
+    return None if critic is None or critic.reads_token_ids else critic
 
 
 def chunks_of(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -76,7 +83,7 @@ def read_prompts(trainer: Any, rows: Sequence[dict[str, Any]], projection: Proje
         processes, here = trainer.accelerator.num_processes, trainer.accelerator.process_index
         first = None if projection.fitted else _read(trainer, ids[slice(*chunks[0])])
         if first is not None:
-            projection.fit(first)
+            projection.fit(first, PLAIN + (critic_to_read(trainer) is not None))
         if projection.fitted:
             found: list[tuple[int, Halves]] = []
             for start in range(0, len(chunks), processes):
@@ -96,7 +103,8 @@ def read_prompts(trainer: Any, rows: Sequence[dict[str, Any]], projection: Proje
 def _read(trainer: Any, ids: list[list[int]]) -> torch.Tensor | None:
     """
     What is read of prompts `(N, 1 + 3 S)`, in float64: log tokens; and of the states of the middle layer, mean and
-    standard deviation over the prompt, and the last one.
+    standard deviation over the prompt, and the last one. With a critic to read, V after the prompt's last token comes
+    second.
     """
     model, device = trainer.model, trainer.accelerator.device
     lengths = torch.tensor([max(len(prompt), 1) for prompt in ids])
@@ -109,14 +117,18 @@ def _read(trainer: Any, ids: list[list[int]]) -> torch.Tensor | None:
     last_logit = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(policy.forward).parameters else {}
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    critic, values = critic_to_read(trainer), []
     try:
-        output = model(
-            input_ids=padded.to(device),
-            attention_mask=mask.long().to(device),
-            output_hidden_states=True,
-            use_cache=False,
-            **last_logit,
-        )
+        with ExitStack() as stack:
+            if critic is not None:
+                values = stack.enter_context(critic.reading())
+            output = model(
+                input_ids=padded.to(device),
+                attention_mask=mask.long().to(device),
+                output_hidden_states=True,
+                use_cache=False,
+                **last_logit,
+            )
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -127,5 +139,6 @@ def _read(trainer: Any, ids: list[list[int]]) -> torch.Tensor | None:
     counts, inside = lengths[:, None].double(), mask[:, :, None]
     mean = (states * inside).sum(dim=1) / counts
     spread = (((states - mean[:, None]) ** 2 * inside).sum(dim=1) / counts).sqrt()
-    last = states[torch.arange(len(ids)), lengths - 1]
-    return torch.cat([counts.log(), mean, spread, last], dim=1)
+    at_end = torch.arange(len(ids)), lengths - 1
+    of_prompts = [v.double().cpu()[at_end].unsqueeze(1) for v in values]
+    return torch.cat([counts.log(), *of_prompts, mean, spread, states[at_end]], dim=1)
