@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -102,6 +103,25 @@ def classifier(seed: int = 1, **overrides: Any) -> Qwen2ForSequenceClassificatio
     config = qwen2().config.to_dict() | {"num_labels": 1} | overrides
     torch.manual_seed(seed)
     return Qwen2ForSequenceClassification(Qwen2Config(**config))
+
+
+def reward_adapter(folder: Path, seed: int = 3, **overrides: Any) -> str:
+    """
+    A reward model as TRL's `RewardTrainer` saves one with PEFT, in `folder/reward`, on the base [`stopping`] that is
+    saved in `folder/base`, both with the tokenizer. B and the head are random.
+    """
+    base = folder / "base"
+    if not base.exists():
+        stopping().save_pretrained(base)
+        tokenizer().save_pretrained(base)
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=overrides.pop("num_labels", 1))
+    settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, "lora_dropout": 0.1}
+    get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **{**settings, **overrides})).save_pretrained(
+        folder / "reward"
+    )
+    tokenizer().save_pretrained(folder / "reward")
+    return str(folder / "reward")
 
 
 def lora(**overrides: Any) -> LoraConfig:

@@ -8,6 +8,7 @@ from .monitors.verify import verify
 from .monitors.waste import WasteCallback
 from .pipelines.dpo_then_ppo import DPOThenPPO
 from .preferences.pairs import make_pairs
+from .rewards.adapter import AdapterReward
 from .rewards.guard import RewardFunctionError
 from .rewards.implicit import ImplicitReward
 from .rewards.objectives import ObjectiveSchedule, RewardConstraint, RewardObjectives
@@ -25,6 +26,7 @@ from .trainers.vapo import VAPOConfig, VAPOTrainer
 
 
 __all__ = [
+    "AdapterReward",
     "DAPOConfig",
     "DAPOTrainer",
     "DPOConfig",

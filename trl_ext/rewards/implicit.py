@@ -51,7 +51,7 @@ def token_ids(tokenizer: Any, text: str | list[dict[str, Any]], **chat_template_
 
 
 @contextmanager
-def _in_evaluation_mode(*models: nn.Module) -> Iterator[None]:
+def in_evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode. Afterwards, the modes of modules and which weights are trainable are what they were before."""
     modules = [(module, module.training) for model in models for module in model.modules()]
     trainable = [(weight, weight.requires_grad) for model in models for weight in model.parameters()]
@@ -236,7 +236,7 @@ class ImplicitReward:
         rewards: list[list[float]] = [[] for _ in rows]
         order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]) + len(rows[row][1]))
         models = [model for model in (self.policy, self.reference) if model is not None]
-        with torch.no_grad(), _in_evaluation_mode(*models):
+        with torch.no_grad(), in_evaluation_mode(*models):
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 for row, log_ratios in zip(batch, self._log_ratios([rows[row] for row in batch]), strict=True):

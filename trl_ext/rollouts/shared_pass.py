@@ -10,7 +10,7 @@ There are two constructions, and a pass takes the cheapest by [`~trl_ext.rollout
   through them. No mask, but two calls of the model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -93,6 +93,33 @@ class Sharing:
     def window_within(self, longest: int) -> Window | None:
         """The window, if it is shorter than the longest row."""
         return self.window if self.window is not None and self.window.tokens < longest else None
+
+    def may_share(self, sizes: Sequence[int], columns: int) -> bool:
+        """Whether rows of these sizes, padded to so many columns, may share what they have in common."""
+        window = self.window_within(max(sizes))
+        too_long = window is not None and window.masks is None
+        too_wide = self.full_width_from is not None and columns >= self.full_width_from
+        return not (min(sizes) == 0 or len(sizes) == 1 or too_long or too_wide)
+
+    def packed(self, rows: Sequence[torch.Tensor], columns: int) -> PackedRows | None:
+        """
+        Rows that [`may_share`] allows, in packed rows; `None` if they may not be packed, or the mask would be too
+        large.
+
+        Args:
+            rows (`Sequence[torch.Tensor]`):
+                Token ids of each row, without padding, on the CPU.
+            columns (`int`):
+                Of the padded rows.
+        """
+        if not self.pack:
+            return None
+        packed = packed_rows(rows, self.cost, self.fewest, self.multiple)
+        window = self.window_within(max(map(len, rows)))
+        masks = 2 if window is not None and window.masks == "by_layer_type" else 1
+        # Never the padded rows instead, many more tokens, to save a mask that is no larger than theirs
+        budget = max(MASK_BUDGET, masks * len(rows) * columns**2)
+        return packed if masks * len(packed.segments) * packed.width**2 <= budget else None
 
 
 def text_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -194,18 +221,12 @@ class SharedPass:
         sharing, cost = self.sharing, self.sharing.cost
         unshared = cost.of(rows.count, rows.columns)
         options: list[tuple[float, Callable[[], Any], int]] = []
-        window = sharing.window_within(max(rows.sizes))
-        too_long = window is not None and window.masks is None
-        too_wide = sharing.full_width_from is not None and rows.columns >= sharing.full_width_from
-        if min(rows.sizes) == 0 or rows.count == 1 or too_long or too_wide:
+        if not sharing.may_share(rows.sizes, rows.columns):
             return None, rows.ids.numel()
-        if sharing.pack:
-            packed = packed_rows(rows.rows, cost, sharing.fewest, sharing.multiple)
-            count = len(packed.segments)
-            masks = 2 if window is not None and window.masks == "by_layer_type" else 1
-            # Never the padded rows instead, many more tokens, to save a mask that is no larger than theirs
-            if masks * count * packed.width**2 <= max(MASK_BUDGET, masks * rows.count * rows.columns**2):
-                options.append((cost.of(count, packed.width), partial(self._packed, rows, packed), packed.tokens))
+        packed = sharing.packed(rows.rows, rows.columns)
+        if packed is not None:
+            whole = cost.of(len(packed.segments), packed.width)
+            options.append((whole, partial(self._packed, rows, packed), packed.tokens))
         if sharing.cache and rows.completion_columns is not None and can_repeat_cache(self.base):
             first, prompt_of, sizes = rows.prompts()
             longest, branch = max(sizes), rows.completion_columns + 1

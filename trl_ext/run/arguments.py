@@ -71,6 +71,10 @@ class PolicyArguments(DataArguments):
             (`accuracy_reward`, `think_format_reward`, ...), or the Hub id or folder of a reward model.
         reward_model_name_or_path (`str`, *optional*):
             One more reward model, as in TRL's own scripts.
+        share_reward_base (`bool`, *optional*):
+            Whether a reward model that is the folder of an adapter is loaded into the policy's own model
+            ([`~trl_ext.AdapterReward`]) or, `False`, as a model of its own. Default: if the policy is trained with an
+            adapter, too (`use_peft`).
         held_out_prompts (`int`, *optional*, defaults to `256`):
             Prompts of the test split on which the policy is measured before and after training. 0: none.
         held_out_samples (`int`, *optional*, defaults to `4`):
@@ -93,6 +97,9 @@ class PolicyArguments(DataArguments):
         default=None, metadata={"help": "module.function, file.py:function, TRL's names, or reward model ids."}
     )
     reward_model_name_or_path: str | None = field(default=None, metadata={"help": "One more reward model."})
+    share_reward_base: bool | None = field(
+        default=None, metadata={"help": "Load a reward model that is an adapter into the policy's own model."}
+    )
     held_out_prompts: int = field(
         default=256, metadata={"help": "Prompts of the test split to measure on before and after. 0: none."}
     )

@@ -21,6 +21,8 @@ from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config,
 
 from ..curriculum.schedule import DifficultyCurriculum
 from ..errors import UserError
+from ..rewards.adapter import AdapterReward
+from ..roles.reward_adapter import REWARD_ADAPTER, is_adapter
 from .arguments import DataArguments, PolicyArguments, PPOArguments
 from .files import find_file
 
@@ -100,10 +102,11 @@ def _statements(file: Path, named: str) -> list[ast.stmt]:
 
 
 def load_reward_funcs(
-    script_args: PolicyArguments, training_args: Any, learned: Sequence[str] = ()
+    script_args: PolicyArguments, training_args: Any, learned: Sequence[str] = (), *, has_adapter: bool = False
 ) -> list[RewardFunc]:
     """
-    Reward functions in the order they are named, reward models as the ids that TRL loads itself.
+    Reward functions in the order they are named, reward models as the ids that TRL loads itself, or as adapters of the
+    policy.
 
     Args:
         script_args ([`PolicyArguments`]):
@@ -112,18 +115,36 @@ def load_reward_funcs(
             Their completion lengths are those of `get_soft_overlong_punishment`.
         learned (`Sequence[str]`, *optional*):
             Names of rewards that an earlier stage learns. They are returned as names.
+        has_adapter (`bool`, *optional*, defaults to `False`):
+            Whether the policy is trained with an adapter. `share_reward_base` decides otherwise.
 
     Raises:
-        UserError: if none is named, or one can't be found.
+        UserError: if none is named, or one can't be found or is no reward model.
     """
     model = script_args.reward_model_name_or_path
     specs = [*filter(None, [model]), *(script_args.reward_funcs or [])]
     if not specs:
         raise UserError("--reward_funcs is missing: name at least one, e.g. `--reward_funcs accuracy_reward`.")
-    return [
+    funcs: list[RewardFunc] = [
         spec if spec in learned or spec == model else _load_reward(spec, training_args, script_args.config_file)
         for spec in specs
     ]
+    if script_args.share_reward_base and not any(map(is_adapter, funcs)):
+        raise UserError(
+            "--share_reward_base is true, but no reward is the folder of an adapter. Train one with recipes/reward.py "
+            "--use_peft true, and name it with --reward_model_name_or_path, or leave --share_reward_base out."
+        )
+    shares = has_adapter if script_args.share_reward_base is None else script_args.share_reward_base
+    return _on_policys_base(funcs) if shares else funcs
+
+
+def _on_policys_base(funcs: list[RewardFunc]) -> list[RewardFunc]:
+    """Reward models that are folders of adapters, as adapters of the policy, each under a name of its own."""
+    names = iter([REWARD_ADAPTER, *(f"{REWARD_ADAPTER}_{number}" for number in range(2, len(funcs) + 2))])
+    try:
+        return [AdapterReward(func, adapter=next(names)) if is_adapter(func) else func for func in funcs]
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _load_reward(spec: str, training_args: Any, config_file: Path | None) -> RewardFunc:
@@ -337,9 +358,12 @@ def ppo_arguments(script_args: PPOArguments, reward_funcs: Sequence[RewardFunc])
         ptx = DataArguments(dataset_name=script_args.ptx_dataset_name)
         data = _splits(_read(ptx, "ptx_dataset_name"), ptx)
         text = get_split(data, script_args.ptx_dataset_split, "ptx_dataset_split")
+    funcs = [func for func in reward_funcs if func != reward_model]
+    shared = next((func for func in funcs if isinstance(func, AdapterReward) and func.folder == reward_model), None)
     return {
-        "reward_funcs": [func for func in reward_funcs if func != reward_model],
-        "reward_model": reward_model,
+        # The reward model is last, also where it is an adapter of the policy
+        "reward_funcs": funcs if shared is None else [*(func for func in funcs if func is not shared), shared],
+        "reward_model": reward_model if shared is None else None,
         "value_model": script_args.value_model_name_or_path,
         "ptx_dataset": text,
     }

@@ -96,7 +96,8 @@ def train_policy(
         arguments = parse_arguments(script_class, config_class, argv, defaults)
         script_args = arguments.script
         data = load_data(script_args, arguments.mixture)
-        reward_funcs = load_reward_funcs(script_args, arguments.training)
+        has_adapter = arguments.model.use_peft
+        reward_funcs = load_reward_funcs(script_args, arguments.training, has_adapter=has_adapter)
         check_models(script_args, arguments.model)
         further = {} if further_arguments is None else further_arguments(script_args, reward_funcs)
         trainer = trainer_class(

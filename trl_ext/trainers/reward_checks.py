@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 import trl.rewards
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig
 from trl.trainer.utils import get_callable_name
 
 from ..errors import require, shown
+from ..rewards.adapter import AdapterReward
 from ..rewards.guard import RewardFunctionError
 from ..rewards.models import RewardModelOnIds
+from ..roles.reward_adapter import ON_ITS_OWN, check_has_head, is_adapter
 from .grpo_config import GRPOConfig
 from .tokenizer_checks import check_tokenizer
 
@@ -72,6 +75,7 @@ def check_rewards(config: GRPOConfig, given: Mapping[str, Any], columns: Sequenc
     )
     _check_packages(funcs)
     _check_models(funcs, config.trust_remote_code)
+    _check_adapters(config, given)
     _check_counts(config, given)
     if given.get("rollout_func") is None and columns is not None:  # it may add columns
         reads_columns = list(filter(is_function, funcs))
@@ -135,6 +139,44 @@ def _check_models(funcs: Sequence[Any], trust_remote_code: bool) -> None:
                 f"The reward model {type(model).__name__} has {outputs} outputs, and the first would be the reward. "
                 "Load it with num_labels=1, or write a reward function that makes one number of its outputs.",
             )
+
+
+def _check_adapters(config: GRPOConfig, given: Mapping[str, Any]) -> None:
+    """Reward models that are adapters: on the policy's base, and loaded as models of their own."""
+    policy, funcs = given["model"], given["reward_funcs"]
+    for func in funcs:
+        if isinstance(func, str) and is_adapter(func):
+            check_has_head(func)
+    shared = [func for func in funcs if isinstance(func, AdapterReward)]
+    if not shared:
+        return
+    first = shared[0]
+    require(
+        isinstance(policy, PeftModel) or given.get("peft_config") is not None,
+        f"The reward adapter in {first.folder} relies on the base {first.files.base!r} as it is, and without a "
+        f"peft_config the whole policy is trained. Pass a peft_config (recipes: --use_peft true), or {ON_ITS_OWN}.",
+    )
+    names = [func.adapter for func in shared]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    require(
+        twice is None,
+        f"Two reward adapters, {' and '.join(f.folder for f in shared if f.adapter == twice)}, would both be "
+        f"{twice!r} in the policy. Pass AdapterReward(..., adapter='another name') for one of them.",
+    )
+    require(
+        config.rewards_in_flight is None and config.reward_timeout is None,
+        f"rewards_in_flight={config.rewards_in_flight} and reward_timeout={config.reward_timeout} call reward "
+        f"functions from other threads, and the reward adapter in {first.folder} switches the adapters of the policy, "
+        f"which is in use then. Leave both at None, or {ON_ITS_OWN}.",
+    )
+    name = policy if isinstance(policy, str) else policy.config.name_or_path
+    try:
+        is_name = isinstance(policy, str)
+        of_policy = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code) if is_name else None
+    except (OSError, ValueError):  # whoever loads it will say so
+        return
+    for func in shared:
+        func.files.check_base(of_policy or policy.config, name, func.check_base_name)
 
 
 def _architectures(model: str, trust_remote_code: bool) -> list[str]:

@@ -52,6 +52,7 @@ from torch import nn
 
 from ...rewards.guard import RewardFunctionError, RewardGuard, guard, raise_reward_faults
 from ...rewards.steps import is_by_step
+from ...roles.reward_adapter import without_reward_adapters
 from ...rollouts.exchange import RolloutExchange
 from ...rollouts.generation_batch import GenerationBatch, Rows
 from ...rollouts.micro_batches import SOURCE_ROW
@@ -66,6 +67,7 @@ from .checkpoints import CheckpointSeams
 from .evaluation import EvaluatedBatch, completions_apart, table_of_evaluation
 from .prefixes import sharing_prefixes
 from .references import making_reference, reference_of, use_reference
+from .reward_adapters import attach_reward_adapters
 from .rewards_ahead import discard_rewards, generate_in_chunks, hand_rewards_to_trl, rewards_ahead_of
 from .waiting import RewardWatch
 
@@ -120,6 +122,7 @@ class GRPOSeams(CheckpointSeams):
         self.beta = self.args.beta
         if ends := further_ends(self.args):
             end_completions_at(self, [*self.eos_token_ids, *ends])
+        attach_reward_adapters(self)
         # Now that TRL has named the functions and added those of environments
         self.reward_funcs = [
             func if isinstance(func, nn.Module) else guard(func, name)
@@ -504,6 +507,10 @@ class GRPOSeams(CheckpointSeams):
             return
         with table_of_evaluation(self, self._evaluated_as):
             super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with without_reward_adapters(self.accelerator.unwrap_model(self.model)):
+            super()._save(output_dir, state_dict)
 
     def rows_seen_in_training(self) -> Any:
         """The training set with the columns that rows from the loader have."""
