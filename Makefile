@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 SFT := runs/sort_digits/sft/model.safetensors
-REWARD_MODEL := runs/sort_digits/reward_model/model.safetensors
+REWARD_MODEL := runs/sort_digits/reward_model/adapter_model.safetensors
 
 # A module's tests stay in one process, and those that start processes follow each other (tests/conftest.py)
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder

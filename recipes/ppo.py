@@ -8,7 +8,8 @@ accelerate launch recipes/ppo.py --config recipes/configs/ppo_qwen2.5_0.5b_gsm8k
 accelerate launch recipes/ppo.py --config recipes/configs/ppo_tutorial.yaml            # the numbers of tutorials
 ```
 
-What is maximised: `--reward_model_name_or_path` (`recipes/reward.py` trains one), `--reward_funcs`, or both.
+What is maximised: `--reward_model_name_or_path` (`recipes/reward.py` trains one), `--reward_funcs`, or both. With
+`--use_peft true`, a reward model that is an adapter on the policy's base is one more adapter of the policy.
 `--reward_weights` has the reward model last; a function of weight 0 is only watched. The output folder has the policy,
 its `critic/`, and beside the usual report `tokens.png`: value, advantage and probability of single tokens. See
 `trl_ext.run.arguments.PPOArguments`.

@@ -6,6 +6,10 @@ one (https://huggingface.co/papers/2203.02155, equation 1). PPO maximises it whe
 accelerate launch recipes/reward.py --config recipes/configs/quickstart_reward.yaml
 ```
 
+With `--use_peft true`, what is trained and saved is an adapter with its score head. A policy that is trained with an
+adapter on the same base, which may be in 4 bits (`--load_in_4bit true`), takes it into its own model: see
+`trl_ext.AdapterReward`.
+
 Data: `prompt`, `chosen` and `rejected`, or `chosen` and `rejected` with the prompt in them, as [`~trl.RewardTrainer`]
 takes them, in conversations or plain text.
 

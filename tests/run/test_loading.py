@@ -165,3 +165,23 @@ def test_ppo_has_its_reward_model_apart(tmp_path):
     assert found["ptx_dataset"]["text"] == ["w0 w0", "w1 w0", "w2 w0"]
     with pytest.raises(UserError, match="--ptx_dataset_split is 'books'"):
         loading.ppo_arguments(replace(given, ptx_dataset_split="books"), [])
+
+
+def test_a_reward_model_that_is_an_adapter_shares_the_policys_base_if_the_policy_has_one(tmp_path):
+    folder, config = tiny.reward_adapter(tmp_path), trl_ext.PPOConfig(**tiny.cpu_settings(tmp_path))
+    given = PPOArguments(reward_model_name_or_path=folder, reward_funcs=["trl.rewards.accuracy_reward", folder])
+    loaded = loading.load_reward_funcs(given, config, has_adapter=True)
+    assert [getattr(func, "adapter", None) for func in loaded] == ["reward", None, "reward_2"]
+    assert loading.load_reward_funcs(given, config) == [folder, trl.rewards.accuracy_reward, folder]
+    for shares in (True, False):
+        found = loading.load_reward_funcs(replace(given, share_reward_base=shares), config, has_adapter=not shares)
+        assert isinstance(found[0], trl_ext.AdapterReward) == shares
+    # PPO's reward model is last, whether it is a model or an adapter
+    apart = loading.ppo_arguments(given, loaded)
+    assert (apart["reward_funcs"], apart["reward_model"]) == ([*loaded[1:], loaded[0]], None)
+    with pytest.raises(UserError, match=r"--share_reward_base is true, but no reward is the folder of an adapter"):
+        loading.load_reward_funcs(script(reward_funcs=["accuracy_reward"], share_reward_base=True), config)
+    policy = tiny.get_peft_model(tiny.qwen2(), tiny.lora())
+    policy.save_pretrained(tmp_path / "policy")
+    with pytest.raises(UserError, match="has no score head"):
+        loading.load_reward_funcs(script(reward_funcs=[str(tmp_path / "policy")]), config, has_adapter=True)

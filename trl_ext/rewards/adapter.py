@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
-from trl.trainer.utils import use_adapter
 
 from ..errors import require, require_count, require_type
 from ..roles.critic import base_model_of
 from ..roles.reward_adapter import ON_ITS_OWN, REWARD_ADAPTER, RewardAdapter
+from ..roles.switching import using_adapter
 from ..rollouts.last_states import batches_of, last_states, sharing_for
 from ..rollouts.prompts import TokenizedPrompt
 from ..rollouts.shared_pass import Sharing
@@ -196,7 +196,7 @@ class AdapterReward:
         self._head.to(base.device)
         assert self.batch_size is not None
         scores = [0.0] * len(rows)
-        with torch.no_grad(), in_evaluation_mode(model), use_adapter(self._policy, self.adapter):
+        with torch.no_grad(), in_evaluation_mode(model), using_adapter(self._policy, self.adapter):
             for batch in batches_of(sizes, list(map(repr, prompts)), self.batch_size):
                 states = last_states(model, base, [rows[i] for i in batch], [last[i] for i in batch], sharing)
                 for i, score in zip(batch, self._head(states.float()).squeeze(-1).tolist(), strict=True):
