@@ -14,6 +14,7 @@ from trl import apply_chat_template
 
 from trl_ext import AdapterReward, GRPOTrainer, PPOTrainer
 from trl_ext.metric_keys import reward_mean
+from trl_ext.rollouts.last_states import sharing_for
 from trl_ext.rollouts.prompts import TokenizedPrompt
 
 
@@ -43,8 +44,10 @@ def alone(folder: Path, texts: list[str], tokenizer: Any = None) -> list[float]:
         return model(**inputs).logits[:, 0].tolist()
 
 
-def attached(folder: Path, model: Any = None, **settings: Any) -> AdapterReward:
-    return AdapterReward(folder).attached(model or policy(folder), tokenizer=tiny.tokenizer(), **settings)
+def attached(folder: Path, model: Any = None, share_prefixes: Any = True, **settings: Any) -> AdapterReward:
+    model = model or policy(folder)
+    sharing = sharing_for(model, "sdpa", share_prefixes == "always") if share_prefixes else None
+    return AdapterReward(folder).attached(model, tokenizer=tiny.tokenizer(), sharing=sharing, **settings)
 
 
 def ask(reward: Any, prompts: Any = PROMPTS, completions: Any = COMPLETIONS, **kwargs: Any) -> list[float]:

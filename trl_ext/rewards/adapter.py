@@ -16,7 +16,8 @@ from ..errors import require, require_count, require_type
 from ..roles.critic import base_model_of
 from ..roles.reward_adapter import ON_ITS_OWN, REWARD_ADAPTER, RewardAdapter
 from ..roles.switching import using_adapter
-from ..rollouts.last_states import batches_of, last_states, sharing_for
+from ..rollouts.last_states import batches_of, last_states
+from ..rollouts.prefix_trees import Cost
 from ..rollouts.prompts import TokenizedPrompt
 from ..rollouts.shared_pass import Sharing
 from .implicit import in_evaluation_mode
@@ -94,8 +95,7 @@ class AdapterReward:
         model: Callable[[], Any] | None = None,
         tokenizer: Any = None,
         batch_size: int = 8,
-        share_prefixes: bool | str = True,
-        multiple: int = 1,
+        sharing: Sharing | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> "AdapterReward":
         """
@@ -110,10 +110,8 @@ class AdapterReward:
                 The policy's.
             batch_size (`int`, *optional*, defaults to `8`):
                 Used if the reward has none of its own.
-            share_prefixes (`bool` or `str`, *optional*, defaults to `True`):
-                As in [`~trl_ext.GRPOConfig`].
-            multiple (`int`, *optional*, defaults to `1`):
-                Rows are padded to a multiple of this.
+            sharing ([`~trl_ext.rollouts.shared_pass.Sharing`], *optional*):
+                What passes may share, and their counters. Default: nothing.
             chat_template_kwargs (`dict`, *optional*):
                 Further arguments of the chat template.
 
@@ -138,23 +136,13 @@ class AdapterReward:
             f"There is no tokenizer in {self.folder}. Pass AdapterReward(..., tokenizer=...).",
         )
         bound._reads_ids = tokenizer is None or _same_vocabulary(bound.tokenizer, tokenizer)
-        bound._share, bound._multiple, bound._sharing = share_prefixes, multiple, None
+        bound._sharing = Sharing(Cost(0.0), pack=False) if sharing is None else sharing
         return bound
 
     _head: nn.Linear
     _template: dict[str, Any]
     _reads_ids: bool
-    _share: bool | str
-    _multiple: int
-    _sharing: Sharing | None
-
-    @property
-    def sharing(self) -> Sharing:
-        """What passes share, and their counters. Made at the first pass, when the policy is where it computes."""
-        if self._sharing is None:
-            self._sharing = sharing_for(self._policy, self._share == "always", self._multiple)
-            self._sharing.pack = self._sharing.pack and bool(self._share)
-        return self._sharing
+    _sharing: Sharing
 
     def __call__(
         self,
@@ -190,7 +178,7 @@ class AdapterReward:
         self._check_tokens(rows)
         by_ids = [isinstance(prompt, TokenizedPrompt) for prompt in prompts]
         last = [len(row) - 1 if ids else self._last(row) for row, ids in zip(rows, by_ids, strict=True)]
-        sharing = self.sharing
+        sharing = self._sharing
         before = sharing.passes, sharing.token_slots, sharing.token_slots_unshared
         model, base = self._model(), base_model_of(self._policy)
         self._head.to(base.device)

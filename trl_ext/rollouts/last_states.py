@@ -17,18 +17,19 @@ from .prefix_trees import WORTH, Cost, PackedRows
 from .shared_pass import Sharing, attention_masks
 
 
-def sharing_for(policy: Any, always: bool = False, multiple: int = 1) -> Sharing:
+def sharing_for(policy: Any, attention: str | None, always: bool = False, multiple: int = 1) -> Sharing:
     """
     What passes of a policy alone may share. Where sharing would be inexact, it is off.
 
     Args:
         policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The causal language model, not wrapped for several processes.
+        attention (`str`, *optional*):
+            Its `attn_implementation`.
         always (`bool`), multiple (`int`):
             As in [`~trl_ext.rollouts.shared_pass.Sharing`].
     """
-    attention: str | None = getattr(policy.config, "_attn_implementation", None)
-    pack = not sharing_obstacles(policy, attention)
+    pack = not sharing_obstacles(policy, attention, trains=False)
     width = needs_full_width(policy)
     return Sharing(
         pass_cost(policy, policy.device.type) if pack else Cost(0.0),

@@ -51,15 +51,15 @@ def dropout_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
                 yield module, name, value
 
 
-def sharing_obstacles(model: Any, attention: str | None) -> list[str]:
+def sharing_obstacles(model: Any, attention: str | None, trains: bool = True) -> list[str]:
     """
     Why the passes of a causal language model, or of a PEFT model, with this `attn_implementation` must not share
-    prompts. Empty: they may.
+    prompts. Empty: they may. Passes that train nothing (`trains=False`) have no dropout.
     """
     obstacles = []
     if not has_relative_positions(model):
         obstacles.append("the model's positions may be absolute")
-    if any(rate > 0 for _, _, rate in dropout_rates(model)):
+    if trains and any(rate > 0 for _, _, rate in dropout_rates(model)):
         obstacles.append("with dropout, each row has its own random numbers (disable_dropout=True, lora_dropout=0)")
     config = getattr(model, "peft_config", {})
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in config.values()):
