@@ -9,7 +9,7 @@ import pytest
 import quickstart
 import torch
 from datasets import DatasetDict, load_from_disk
-from peft import PeftModel
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DatasetMixtureConfig
 
@@ -104,6 +104,19 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(dapo, task):
         assert whole[key] == rest[key], key
 
 
+def trainers_made(monkeypatch):
+    """A list of the trainers that a recipe constructs."""
+    made = []
+    init = trl_ext.GRPOTrainer.__init__
+
+    def remembered(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(trl_ext.GRPOTrainer, "__init__", remembered)
+    return made
+
+
 @pytest.fixture(scope="module")
 def reward_model(task):
     argv = [*quickstart.arguments("reward", task, "sft", "reward_model"), "--max_steps", "30", "--eval_steps", "30"]
@@ -111,18 +124,16 @@ def reward_model(task):
     return task / "reward_model"
 
 
-def test_a_reward_model_as_an_adapter(task):
-    argv = [
-        *quickstart.arguments("reward", task, "sft", "reward_adapter"),
-        "--max_steps",
-        "2",
-        "--eval_strategy",
-        "no",
-    ]
-    argv += ["--eval_on_start", "false"]
-    quickstart.start("reward", [*argv, "--use_peft", "true"])
-    saved = json.loads((task / "reward_adapter/adapter_config.json").read_text())
-    assert saved["task_type"] == "SEQ_CLS"
+def test_a_reward_model_of_its_own(task, reward_model):
+    argv = [*quickstart.arguments("reward", task, "sft", "whole_reward_model"), "--max_steps", "2"]
+    argv += ["--eval_strategy", "no", "--eval_on_start", "false"]
+    quickstart.start("reward", [*argv, "--use_peft", "false"])
+    assert AutoModelForSequenceClassification.from_pretrained(task / "whole_reward_model").num_labels == 1
+    # What the quickstart's configuration saves is plain PEFT
+    saved = json.loads((reward_model / "adapter_config.json").read_text())
+    assert (saved["task_type"], saved["r"]) == ("SEQ_CLS", 16)
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(reward_model, num_labels=1)
+    assert loaded.base_model.model.score.modules_to_save["default"].weight.any()
 
 
 def test_a_reward_model_says_how_many_pairs_it_ranks_right(reward_model):
@@ -134,10 +145,10 @@ def test_a_reward_model_says_how_many_pairs_it_ranks_right(reward_model):
         assert measured["prompts"] == 40
     assert set(summary["gain"]["intervals"]) == {"pair_accuracy"}
     assert (reward_model / "README.md").is_file()
-    assert AutoModelForSequenceClassification.from_pretrained(reward_model).num_labels == 1
 
 
-def test_ppo_from_pairs_to_pictures(task, reward_model):
+def test_ppo_from_pairs_to_pictures(task, reward_model, monkeypatch):
+    made = trainers_made(monkeypatch)
     argv = [*quickstart.arguments("ppo", task, "sft", "ppo"), "--reward_model_name_or_path", str(reward_model)]
     argv += ["--reward_funcs", REWARDS[0], "--held_out_prompts", "16", "--held_out_samples", "2"]
     argv += ["--max_steps", "4", "--per_device_train_batch_size", "16", "--held_out_every", "0"]
@@ -155,7 +166,10 @@ def test_ppo_from_pairs_to_pictures(task, reward_model):
     card = (folder / "README.md").read_text()
     assert "](learning.png)" in card and "](tokens.png)" in card
     assert "| of 40 held-out pairs, it ranks right |" in card
-    # The policy's adapter and its critic are apart
+    # Policy and reward model were adapters of one model. The policy's is saved, apart from its critic
+    (trainer,) = made
+    assert list(trainer.model.peft_config) == ["default", "reward"]
+    assert not (folder / "reward").exists()
     assert (folder / "adapter_model.safetensors").is_file()
     policy = AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(trl_ext.load_critic(folder / "critic", policy), torch.nn.Module)
@@ -178,14 +192,7 @@ def test_vapo_leaves_its_critic_and_its_card(task):
     ("recipe", "estimator"), [("rloo", "leave_one_out"), ("reinforce", "reinforce"), ("maxrl", "maxrl")]
 )
 def test_recipes_with_another_baseline(recipe, estimator, task, monkeypatch):
-    made = []
-    init = trl_ext.GRPOTrainer.__init__
-
-    def remembered(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        made.append(self)
-
-    monkeypatch.setattr(trl_ext.GRPOTrainer, "__init__", remembered)
+    made = trainers_made(monkeypatch)
     argv = quickstart.arguments("sft", task, "sft", recipe)[
         2:
     ]  # these have other arguments than the quickstart's DAPO
