@@ -11,16 +11,20 @@ rate and schedule. Two tasks: `sort`, set A of the sorting task (the start was s
 - `prediction`: the same question where nothing is said about the prompts, which are seen once (20,000 prompts) or
   several times (500).
 - `objectives`: GRPO, MaxRL, DPPO, Dr. GRPO, DAPO and PPO, on prompts that are seen once.
+- `vapo`: VAPO, VAPO without each of its seven parts, and without all of them, which is PPO. All have a critic with its
+  own weights. The tokens of the pretraining count like all others. α is 1 in place of the paper's 0.05, with which λ
+  would be 0 for all completions, which are this short.
 
-The last two measure pass@1 and pass@8, and *tokens to target*: how many tokens a run generates until it is as good as
-TRL's GRPO of the same seed is at its end. For that, they get a quarter more tokens than GRPO. pass@k is sampled at
-temperature 1 on held-out prompts; tokens and CPU-seconds count everything but evaluation.
+The last three measure pass@1 and pass@8, and *tokens to target*: how many tokens a run generates until it is as good
+as the first method (TRL's GRPO, or VAPO) of the same seed is at its end. For that, they get a quarter more tokens than
+that. pass@k is sampled at temperature 1 on held-out prompts; tokens and CPU-seconds count everything but evaluation.
 
 ```shell
 python benchmarks/learning.py --seeds 5 --report
 python benchmarks/learning.py --study refill --seeds 10 --report
 python benchmarks/learning.py --study prediction --seeds 8 --jobs 2 --report
 python benchmarks/learning.py --study objectives --seeds 8 --jobs 2 --report
+python benchmarks/learning.py --study vapo --seeds 5 --jobs 2 --report
 ```
 """
 
@@ -53,6 +57,24 @@ INFORMED = {"rollout_selection": "refill", "refill_draws": "informed"}
 BY_LENGTH = {**INFORMED, "similar_prompts_columns": ["digits"]}
 HALF_BATCH = {"per_device_train_batch_size": 32}
 PPO = {**CRITIC, "num_iterations": 1, "critic_lam": 0.5}
+VAPO = {
+    "num_generations": 16,
+    "critic_learning_rate": 1e-3,
+    "critic_warmup_steps": 12,
+    "lam_alpha": 1.0,
+    "warmup_steps": 0,
+}
+# What VAPO is without each of its parts
+WITHOUT: dict[str, dict[str, Any]] = {
+    "pretraining": {"critic_warmup_steps": 0},
+    "decoupled GAE": {"critic_lam": None},
+    "length-adaptive GAE": {"lam_alpha": None},
+    "clip-higher": {"epsilon_high": None},
+    "token-level loss": {"loss_type": "grpo"},
+    "NLL": {"positive_nll_coef": 0.0},
+    "groups": {"num_generations": 1},
+}
+WITHOUT_ALL = {name: value for settings in WITHOUT.values() for name, value in settings.items()}
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "GRPO": (*TRL, {}),
     "DAPO": (trl_ext.DAPOTrainer, trl_ext.DAPOConfig, {"soft_punish_cache": 0, "warmup_steps": 0}),
@@ -75,6 +97,12 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "DPPO, KL": (*OURS, {"trust_region": "binary_kl"}),
     "Dr. GRPO": (*TRL, {"loss_type": "dr_grpo", "scale_rewards": "none"}),
     "PPO": (trl_ext.PPOTrainer, trl_ext.PPOConfig, PPO),
+    "VAPO": (trl_ext.VAPOTrainer, trl_ext.VAPOConfig, VAPO),
+    **{
+        f"no {name}": (trl_ext.VAPOTrainer, trl_ext.VAPOConfig, {**VAPO, **settings})
+        for name, settings in WITHOUT.items()
+    },
+    "none of them: PPO": (trl_ext.VAPOTrainer, trl_ext.VAPOConfig, {**VAPO, **WITHOUT_ALL}),
 }
 
 
@@ -115,6 +143,8 @@ class Study(NamedTuple):
             Measurements of a run, completions for each held-out prompt, and their number.
         targets (`bool`):
             Whether tokens to target are measured, with the tokens that suit the task.
+        baseline (`str`):
+            The method whose level is the target.
     """
 
     methods: list[str]
@@ -128,6 +158,7 @@ class Study(NamedTuple):
     samples: int = 2
     test_prompts: int = 512
     targets: bool = False
+    baseline: str = "GRPO"
 
 
 TARGETS: dict[str, Any] = {"tasks": list(TASKS), "points": 12, "samples": 8, "test_prompts": 128, "targets": True}
@@ -168,9 +199,16 @@ STUDIES = {
     "objectives": Study(
         ["GRPO", "MaxRL", "DPPO, TV", "DPPO, KL", "Dr. GRPO", "DAPO", "PPO"], [20_000], "objectives.png", **TARGETS
     ),
+    "vapo": Study(
+        ["VAPO", *(f"no {name}" for name in WITHOUT), "none of them: PPO"],
+        [20_000],
+        "vapo.png",
+        **TARGETS | {"points": 6},
+        tokens=60_000,
+        baseline="VAPO",
+    ),
 }
-BASELINE = "GRPO"
-MORE = 1.25  # of GRPO's tokens, for the others to reach its level
+MORE = 1.25  # of the baseline's tokens, for the others to reach its level
 
 
 class Run(NamedTuple):
@@ -246,7 +284,7 @@ def plan(study: Study, args: argparse.Namespace, starts: dict[tuple[str, int], P
             tokens = TASKS[name].tokens if study.targets and study.tokens == float("inf") else study.tokens
             for prompts in study.prompts:
                 for method in study.methods:
-                    more = MORE if study.targets and method != BASELINE else 1
+                    more = MORE if study.targets and method != study.baseline else 1
                     runs.append(
                         Run(
                             method,
@@ -302,8 +340,8 @@ def main() -> None:
     args = parser.parse_args()
     given = {name: value for name, value in vars(args).items() if name in Study._fields and value is not None}
     study = STUDIES[args.study]._replace(**given)
-    if study.targets and BASELINE not in study.methods:
-        parser.error(f"--methods needs {BASELINE}, whose level the others are to reach")
+    if study.targets and study.baseline not in study.methods:
+        parser.error(f"--methods needs {study.baseline}, whose level the others are to reach")
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     with workers(args.jobs) as do:
@@ -317,8 +355,8 @@ def main() -> None:
         for prompts in study.prompts:
             chosen = [run for run in runs if (run.task, run.prompts) == (name, prompts)]
             part = {m: {run.seed: curves[run] for run in chosen if run.method == m} for m in study.methods}
-            rows = target_table(part, BASELINE) if study.targets else table(part)
-            text = target_markdown(rows, BASELINE) if study.targets else markdown(rows)
+            rows = target_table(part, study.baseline) if study.targets else table(part)
+            text = target_markdown(rows, study.baseline) if study.targets else markdown(rows)
             title = f"{TASKS[name].title}, {prompts:,} prompts"
             found[title] = part
             print(f"\n{title}\n\n{text}")
@@ -327,7 +365,7 @@ def main() -> None:
                 write_report("learning.py", args.study + more, text)
     picture = (ROOT / "benchmarks" if args.report else args.output_dir) / study.picture
     if study.targets:
-        plot_targets(found, BASELINE, picture)
+        plot_targets(found, study.baseline, picture)
     else:
         plot(next(iter(found.values())), picture)
     if args.json:

@@ -41,6 +41,15 @@ COLOURS = {
     "DPPO, KL": "#56B4E9",
     "Dr. GRPO": "#999999",
     "PPO": "#CC79A7",
+    "VAPO": "#000000",
+    "no pretraining": "#D55E00",
+    "no decoupled GAE": "#009E73",
+    "no length-adaptive GAE": "#0072B2",
+    "no clip-higher": "#56B4E9",
+    "no token-level loss": "#E69F00",
+    "no NLL": "#F0E442",
+    "no groups": "#999999",
+    "none of them: PPO": "#CC79A7",
 }
 BASELINES = {"GRPO": "TRL's GRPO", "blind": "blind refill"}
 AXES = {"steps": "optimizer steps", "tokens": "generated tokens", "cpu": "CPU-seconds"}
@@ -207,6 +216,7 @@ def target_table(curves: Curves, baseline: str) -> list[dict[str, Any]]:
         measured = [point for points in seeds.values() for point in points[1:]]
         row["live"] = share(measured, "groups_kept", "groups_generated")
         row["calibration_error"] = late_mean(seeds.values(), "calibration_error")
+        row["explained_variance"] = late_mean(seeds.values(), "explained_variance")
         rows.append(row)
     return rows
 
@@ -235,6 +245,7 @@ def target_markdown(rows: list[dict[str, Any]], baseline: str) -> str:
         "live groups": "live",
         "calibration error": "calibration_error",
         "tokens of predictions": "prediction",
+        "explained variance": "explained_variance",
     }
     known = {title: key for title, key in known.items() if any(row[key] is not None for row in rows)}
     start = rows[0]

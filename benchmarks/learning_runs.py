@@ -80,6 +80,7 @@ class Curve(TrainerCallback):
         "prediction_tokens": "compute/prediction_tokens",
         "groups_generated": "selection/groups_generated",
         "groups_kept": "selection/groups_kept",
+        "explained_variance": "val/explained_variance",
     }
 
     def score(self, ids: list[int], answer: list[int]) -> float:
@@ -134,7 +135,7 @@ class Curve(TrainerCallback):
         control.should_training_stop |= done >= 1
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        self.latest |= {name: logs[key] for name, key in self.logged.items() if key in logs}
+        self.latest |= {name: logs[key] for name, key in self.logged.items() if logs.get(key) is not None}
 
     def point(self, step: int, model: Any) -> None:
         cpu = time.process_time() - self.started - self.evaluating

@@ -6,9 +6,11 @@ import random
 import numpy as np
 import pytest
 from automaton import LETTERS, NOISE, TRANSITIONS, AutomatonTask, draw, walk
-from learning import METHODS, STUDIES, TASKS
+from learning import METHODS, STUDIES, TASKS, WITHOUT
 from learning_report import COLOURS, level, markdown, plot, reached, table, target_markdown, target_table
 from learning_runs import workers
+
+from trl_ext import PPOConfig
 
 
 def test_states_are_those_after_each_letter():
@@ -57,6 +59,26 @@ def test_studies_name_what_there_is():
     for study in STUDIES.values():
         assert {*study.methods} <= METHODS.keys() & COLOURS.keys()
         assert {*study.tasks} <= TASKS.keys()
+
+
+def test_each_part_of_vapo_is_left_out_and_nothing_else(tmp_path):
+    """Without all of them, it is PPO with a critic of VAPO's kind, but for its loss, a mean over completions."""
+
+    def settings_of(method):
+        _, config_class, settings = METHODS[method]
+        task = {"steps_per_generation": 4, "max_steps": 100, "per_device_train_batch_size": 64, "use_cpu": True}
+        return config_class(output_dir=str(tmp_path), bf16=False, **task | settings).to_dict()
+
+    whole, ppo = settings_of("VAPO"), settings_of("none of them: PPO")
+    follows = {"token_normalization", "num_generations_eval"}  # what is not set
+    differ = {
+        name: {key for key in whole if settings_of(f"no {name}")[key] != whole[key]} - follows for name in WITHOUT
+    }
+    assert {name: len(keys) for name, keys in differ.items()} == dict.fromkeys(WITHOUT, 1)
+    usual = PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False).to_dict()
+    for keys in differ.values():
+        for key in keys - {"loss_type"}:
+            assert ppo[key] == usual[key] != whole[key], key
 
 
 @pytest.mark.distributed

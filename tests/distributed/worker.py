@@ -144,7 +144,6 @@ PPO_CASES: dict[str, dict[str, Any]] = {
         "success_threshold": 0.8,
         "cliprange_value": None,
         "token_normalization": "mini_batch",
-        "kl_coef": 0.0,
     },
     "steps": {"num_generations": 4, "rollout_selection": "refill", "reward": "by_step", "reward_weights": [2.0]},
     "everything": {
