@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from trl_ext import DAPOConfig, GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, RLOOConfig
+from trl_ext import DAPOConfig, GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, RLOOConfig, VAPOConfig
 from trl_ext.objectives.advantages import ESTIMATORS, AdvantageEstimator, leave_one_out
 from trl_ext.objectives.ppo import LOSS_TERMS
 from trl_ext.objectives.ratios import IMPORTANCE_LEVELS, ImportanceLevel
@@ -76,7 +76,7 @@ def test_an_entry_that_is_half_written(entry, told):
 @pytest.mark.parametrize(
     "name", ["rollout_selection", "advantage_estimator", "importance_sampling_level", "trust_region", "refill_draws"]
 )
-@pytest.mark.parametrize("config_class", [GRPOConfig, PPOConfig])
+@pytest.mark.parametrize("config_class", [GRPOConfig, PPOConfig, VAPOConfig])
 def test_an_unknown_name(config_class, name, tmp_path):
     with pytest.raises(ValueError, match=f"{name}='reinforced' is unknown. Choose one of "):
         config_class(**tiny.cpu_settings(tmp_path, **{name: "reinforced"}))

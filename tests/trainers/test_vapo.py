@@ -11,7 +11,7 @@ import tiny
 import torch
 from trainers.test_ppo import Weights, lora
 
-from trl_ext import VAPOConfig, VAPOTrainer
+from trl_ext import GRPOConfig, PPOConfig, VAPOConfig, VAPOTrainer
 
 
 def build(tmp_path: Any, reward: Any = tiny.hashed, arguments: dict[str, Any] | None = None, **settings: Any) -> Any:
@@ -52,6 +52,33 @@ def test_the_critic_learns_twice_as_fast_as_in_ppo(settings, rate, tmp_path):
     assert config.with_critic("model").critic_learning_rate == pytest.approx(
         rate if "critic" not in settings else 2e-6
     )
+
+
+def test_a_configuration_of_ppo_is_none_of_vapo(tmp_path):
+    """Nobody could tell which of PPO's defaults were meant."""
+    ppo = PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, critic_lam=0.5)
+    with pytest.raises(TypeError, match="`args` is a PPOConfig, whose defaults are those of a different method"):
+        VAPOConfig.adopt(ppo)
+    plain = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, num_generations=8)
+    taken = VAPOConfig.adopt(plain)
+    assert (taken.num_generations, taken.lam_alpha, taken.epsilon_high) == (8, 0.05, 0.28)
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(
+    "axis",
+    [
+        {"rollout_selection": "refill"},
+        {"rollout_selection": "duplicate"},
+        {"importance_sampling_level": "sequence_token", "epsilon": 3e-4, "epsilon_high": 4e-4},
+        {"trust_region": "binary_tv"},
+    ],
+    ids=lambda axis: next(iter(axis.values())),
+)
+def test_it_goes_with_the_axes(axis, tmp_path):
+    trainer = run(tmp_path, critic_warmup_steps=1, lam_alpha=0.4, max_steps=2, **axis)
+    assert trainer.weights.moved(critic=False) == [False, True]
+    assert all(value.isfinite().all() for value in trainer.weights.at[-1].values())
 
 
 # Value pretraining

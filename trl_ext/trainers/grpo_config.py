@@ -449,8 +449,8 @@ class GRPOConfig(RefillArguments, trl.GRPOConfig):
         Raises:
             TypeError: if it is not a configuration for GRPO, or is one of a different method of `trl_ext`.
         """
-        ours = isinstance(args, GRPOConfig)
-        if ours and not issubclass(cls, type(args)) and not isinstance(args, cls):
+        # What all methods have in common can become each of them; PPO's arguments don't become VAPO's
+        if isinstance(args, GRPOConfig) and type(args) is not GRPOConfig and not isinstance(args, cls):
             raise TypeError(
                 f"`args` is a {type(args).__name__}, whose defaults are those of a different method. Pass a "
                 f"{cls.__name__}."
