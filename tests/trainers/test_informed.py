@@ -3,6 +3,7 @@ Informed refill draws through real training: which prompts are generated for, wh
 it knew when it goes on.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from trl_ext import DAPOTrainer, GRPOConfig, RewardFunctionError
-from trl_ext.rollouts.calibration import read_curve
+from trl_ext.rollouts.calibration import REMEMBERED, read_curve
 from trl_ext.rollouts.choosers import PromptChooser
 from trl_ext.rollouts.stream import prompt_key
 from trl_ext.trainers.seams.probes import preview_micro_batches
@@ -200,6 +201,85 @@ class TestWhatIsGenerated:
             for prompts in (generated(unexplored, range(4, 12)), generated(explored, range(4, 12)))
         ]
         assert shares[0] < 0.7 * shares[1]
+
+
+# Groups that are thrown away
+
+ALL_RIGHT = 6
+
+
+def three_kinds(completion_ids: list[list[int]], target: list[int], **columns: Any) -> list[float]:
+    """Groups with variance, all wrong and all right."""
+    constant = {DEAD: 0.0, ALL_RIGHT: 1.0}
+    return [constant.get(t, r) for r, t in zip(tiny.hashed(completion_ids), target, strict=True)]
+
+
+@pytest.mark.train
+def test_what_is_thrown_away_teaches(tmp_path):
+    targets = [(DEAD, ALL_RIGHT, DEAD, ALL_RIGHT, LIVE)[i % 5] for i in range(100)]
+    dataset = Dataset.from_dict({"prompt": tiny.prompts(100)["prompt"], "target": targets})
+    reward = tiny.Remembering(three_kinds)
+    trainer = build(tmp_path, dataset, reward, max_steps=5)
+    trainer.train()
+    shown = {
+        prompt: (sum(r >= trainer.args.success_threshold for r in call.rewards[i : i + 4]), 4)
+        for call in reward.calls
+        for i, prompt in zip(range(0, len(call.prompts), 4), call.prompts[::4], strict=True)
+    }
+    # Dead groups of further rounds, which nothing is trained on
+    of_prompt = dict(zip(dataset["prompt"], targets, strict=True))
+    calls = [call for step in range(5) for call in reward.at_step(step)[1:]]
+    assert len(calls) > 5
+    thrown_away = [of_prompt[prompt] for call in calls for prompt in call.prompts[::4]]
+    assert min(thrown_away.count(DEAD), thrown_away.count(ALL_RIGHT)) >= 5
+    for outlook in trainer.chooser.outlooks:
+        known = {prompt: outlook._prompts[prompt_key({"prompt": prompt})] for prompt in shown}
+        assert {prompt: (last.last_solved, last.last_tried) for prompt, last in known.items()} == shown
+        assert len(outlook._prompts) == len(shown)
+    # The regression and the calibration saw each group once: what counts in the curve fades from group to group
+    groups = sum(len(call.prompts) // 4 for call in reward.calls)
+    count = sum(n for n, _, _ in trainer.chooser.calibration.curve)
+    fade = math.exp(-1 / REMEMBERED)
+    assert count == pytest.approx((1 - fade**groups) / (1 - fade))
+
+
+class Improving:
+    """Half of the completions pass; for prompts that begin with w1, from a step on only."""
+
+    __name__ = "improving"
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, prompts: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+        hopeless = trainer_state.global_step < self.step
+        return [float(i % 2 and not (hopeless and prompt.startswith("w1 "))) for i, prompt in enumerate(prompts)]
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(
+    ("features", "exploration"),
+    [("hidden_states", 0.25), ("none", 0.25), ("none", 0.0)],
+    ids=["by what similar prompts show", "by chance", "by fading"],
+)
+def test_all_wrong_prompts_come_back(tmp_path, features, exploration):
+    """Without their samples. Where the policy has improved they come more often than where it hasn't."""
+    change, last = 10, 26
+    words = [f"{tiny.WORDS[2 + i % 18]} {tiny.WORDS[2 + i // 18]}" for i in range(40)]
+    dataset = Dataset.from_dict({"prompt": [f"w{i % 2} {text}" for i, text in enumerate(words)]})
+    settings = {"prompt_features": features, "refill_exploration": exploration, "learning_rate": 0.0}
+    back: dict[int, list[str]] = {}
+    for improves_at in (change, last):
+        reward = tiny.Remembering(Improving(improves_at))
+        trainer = build(tmp_path, dataset, reward, max_steps=last, **settings)
+        trainer.train()
+        early, late = generated(reward, range(change)), generated(reward, range(change + 3, last))
+        all_wrong = {prompt for prompt in early if prompt.startswith("w1 ")}
+        back[improves_at] = [prompt for prompt in late if prompt in all_wrong]
+    assert len(all_wrong) >= 8
+    assert len(set(back[change])) > len(all_wrong) / 2
+    # Seen once, the others are predicted to have changed as well
+    assert len(back[change]) > (1.5 if features == "hidden_states" else 1.0) * len(back[last])
 
 
 class TestSimilarPrompts:

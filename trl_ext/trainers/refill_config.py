@@ -24,15 +24,16 @@ class RefillArguments:
             have variance, according to earlier groups of the same prompt and of similar prompts. Dealt prompts whose
             groups probably have none are replaced before anything is generated for them, and return in a later pass.
         prompt_features (`str`, *optional*, defaults to `"hidden_states"`):
-            What `"informed"` reads from a prompt itself. `"hidden_states"`: its length and what the policy's middle
-            layer makes of it, from which a regression learns pass rates during the run. This takes a forward pass over
-            the prompt. `"none"`: nothing.
+            What `"informed"` reads from a prompt itself. `"hidden_states"`: its length, what the policy's middle layer
+            makes of it, and the value that PPO's value head gives it. From these a regression learns pass rates during
+            the run. This takes a forward pass over the prompt. `"none"`: nothing.
         similar_prompts_columns (`list[str]`, *optional*):
             Columns by which `"informed"` recognises similar prompts, too: a difficulty, a topic, a pass rate. Numbers
             are divided at deciles. `None`: as far as columns say, all prompts are similar.
         refill_value (`str`, *optional*, defaults to `"live"`):
             What `"informed"` looks for. `"live"`: groups that probably have variance. `"signal"`: groups whose rewards
-            probably vary much, which are those of prompts that are solved half of the time.
+            probably vary much, which are those of prompts that are solved half of the time. The two differ in large
+            groups, of which nearly all have variance.
         refill_exploration (`float`, *optional*, defaults to `0.1`):
             Share of the prompts, in [0, 1], that `"informed"` chooses at random, so that no prompt is given up for
             good.
