@@ -11,17 +11,19 @@ import tiny
 import torch
 from comparing import Gradients, largest_relative_error
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from trl import RewardConfig
 
-from trl_ext import DPOConfig, DPOTrainer, GRPOTrainer, PPOTrainer
+from trl_ext import AdapterReward, DPOConfig, DPOTrainer, GRPOTrainer, PPOTrainer
+from trl_ext.run.supervised import RewardTrainer
 
 
 pytestmark = pytest.mark.train
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
 
 
-def base(folder: Path) -> Any:
+def base(folder: Path, kind: Any = AutoModelForCausalLM, **settings: Any) -> Any:
     if not (folder / "base").exists():
         # bitsandbytes packs layers whose sizes are multiples of 64
         tiny.qwen2(hidden_size=64, intermediate_size=128, initializer_range=0.2).save_pretrained(folder / "base")
@@ -31,7 +33,7 @@ def base(folder: Path) -> Any:
         bnb_4bit_compute_dtype=torch.float32,
         bnb_4bit_use_double_quant=True,
     )
-    return AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=quantized)
+    return kind.from_pretrained(folder / "base", quantization_config=quantized, **settings)
 
 
 def lora() -> LoraConfig:
@@ -127,3 +129,35 @@ def scorer(folder: Path) -> Any:
         tiny.classifier(hidden_size=64, intermediate_size=128).save_pretrained(folder / "scorer")
     quantized = BitsAndBytesConfig(load_in_4bit=True)
     return AutoModelForSequenceClassification.from_pretrained(folder / "scorer", quantization_config=quantized)
+
+
+def test_a_reward_adapter_is_trained_and_read_on_a_4_bit_base(tmp_path):
+    rows = Dataset.from_list([{"chosen_ids": [5, 6 + i % 4], "rejected_ids": [5, 12 + i % 4, 9]} for i in range(16)])
+    args = RewardConfig(
+        **tiny.pair_settings(tmp_path / "reward", eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    )
+    learner = RewardTrainer(
+        base(tmp_path, AutoModelForSequenceClassification, num_labels=1),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="SEQ_CLS"),
+    )
+    learner.train()  # evaluated before and between steps, which packs weights on some processors
+    learner.save_model()
+    own = base(tmp_path, AutoModelForSequenceClassification, num_labels=1)
+    own = PeftModel.from_pretrained(own, tmp_path / "reward").eval()
+    reward = AdapterReward(tmp_path / "reward", check_base_name=False)
+    given = {"model": base(tmp_path), "peft_config": lora()}
+    made = tiny.trainer(GRPOTrainer, tmp_path / "run", reward, given)
+    score = made.reward_guards[0].func
+    texts = ["w1 w2", "w5", "w7 w8 w9"]
+    with torch.no_grad():
+        ids = [tiny.tokenizer()(text, return_tensors="pt")["input_ids"] for text in texts]
+        wanted = torch.stack([own(row).logits[0, 0].float() for row in ids])
+    found = score(prompts=texts, completions=[""] * 3, completion_ids=[[]] * 3)
+    torch.testing.assert_close(torch.tensor(found), wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(wanted, wanted[0])
+    made.train()
+    assert score(prompts=texts, completions=[""] * 3, completion_ids=[[]] * 3) == found

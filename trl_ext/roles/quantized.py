@@ -54,3 +54,23 @@ def loading_of_quantized(folder: Path) -> dict[str, Any]:
     found = json.loads(file.read_text(encoding="utf-8"))
     quantization = AutoQuantizationConfig.from_dict(found["quantization_config"])
     return {"quantization_config": quantization, "dtype": found["dtype"]}
+
+
+def keep_head_in_float32(model: Any, names: tuple[str, ...]) -> None:
+    """
+    Have the trained head of a sequence classifier on a quantized base compute in float32. TRL takes all that is
+    trained on such a base to bfloat16, where a head can't read states in float32, and loses small steps.
+    Changes nothing for other models.
+
+    Args:
+        model ([`~peft.PeftModel`] or [`~transformers.PreTrainedModel`]):
+            The classifier.
+        names (`tuple[str, ...]`):
+            What its head may be called.
+    """
+    if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "modules_to_save" in name and set(names).intersection(name.split(".")):
+            module.float()
+            module.register_forward_pre_hook(lambda head, args: (args[0].to(head.weight.dtype), *args[1:]))

@@ -7,6 +7,8 @@ from typing import Any
 
 import trl
 
+from ..roles.quantized import keep_head_in_float32, keep_weights_trainable
+from ..roles.reward_adapter import HEADS
 from ..trainers.cards import CardAdditions, complete_card
 from ..trainers.seams.evaluation import EvaluatedBatch, WholeEvaluations
 from ..trainers.seams.quantized import SavesQuantization
@@ -30,6 +32,9 @@ class RewardTrainer(SavesQuantization, WholeEvaluations, trl.RewardTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.card = CardAdditions()
         super().__init__(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        keep_weights_trainable(model)
+        keep_head_in_float32(model, HEADS)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
