@@ -110,6 +110,9 @@ def test_what_the_policy_has_learned_elsewhere_doesnt_count(settings, folder):
 
 def test_it_leaves_the_policy_alone(folder):
     model = policy(folder, lora_dropout=0.5)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
     reward = attached(folder, model)
     model.train()
     before = tiny.weights(model)
