@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
-from trl.trainer.utils import use_adapter
 
 from ..errors import require, require_count, require_number, require_type
+from ..roles.switching import using_adapter
 from ..rollouts.prompts import TokenizedPrompt
 
 
@@ -52,9 +52,8 @@ def token_ids(tokenizer: Any, text: str | list[dict[str, Any]], **chat_template_
 
 @contextmanager
 def in_evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode. Afterwards, the modes of modules and which weights are trainable are what they were before."""
+    """Evaluation mode. Afterwards, the modes of modules are what they were before."""
     modules = [(module, module.training) for model in models for module in model.modules()]
-    trainable = [(weight, weight.requires_grad) for model in models for weight in model.parameters()]
     try:
         for model in models:
             model.eval()
@@ -62,9 +61,6 @@ def in_evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modules:
             module.training = training
-        for weight, required in trainable:  # PEFT sets it whenever the active adapter changes
-            if weight.requires_grad != required:
-                weight.requires_grad_(required)
 
 
 def _copy(weight: torch.Tensor) -> torch.Tensor:
@@ -271,7 +267,7 @@ class ImplicitReward:
     def _log_ratios(self, rows: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
         """log π/π_ref of each token, a tensor for each completion, from rows of prompt and completion ids."""
         if self.has_adapter:
-            with use_adapter(self.policy, self.adapter):
+            with using_adapter(self.policy, self.adapter):
                 policy = self._logps(self.policy, self._copies, rows)
         else:
             policy = self._logps(self.policy, self._copies, rows)
@@ -280,7 +276,7 @@ class ImplicitReward:
         else:
             # The copies of a reference adapter are used through the policy's adapter
             through_policy = self._copies is not None and self.reference_adapter is not None
-            with use_adapter(self.policy, self.adapter if through_policy else self.reference_adapter):
+            with using_adapter(self.policy, self.adapter if through_policy else self.reference_adapter):
                 reference = self._logps(self.policy, self._reference_copies, rows)
         return [mine - other for mine, other in zip(policy, reference, strict=True)]
 
