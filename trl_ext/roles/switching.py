@@ -128,9 +128,9 @@ def _named(model: nn.Module, adapter: str | None) -> Iterator[None]:
                 module.active_adapter = name
 
 
-def _enter(use: _Use, layers: list[Any]) -> list[Any]:
+def _enter(use: _Use, layers: list[Any], inside: bool) -> list[Any]:
     """Note that a context is entered. Returns the layers that don't compute with its adapter yet."""
-    others = {id(other): other for layer in layers for other in _open.get(layer, [])}
+    others = {id(other): other for layer in layers for other in _open.get(layer, [])[-1:]}
     for other in others.values():
         if other.thread != use.thread:
             raise RuntimeError(
@@ -138,12 +138,12 @@ def _enter(use: _Use, layers: list[Any]) -> list[Any]:
                 f"to {_shown(use.adapter)}: a layer has one active adapter. Score in the thread that trains, or load "
                 "a model of its own for it."
             )
-        if other.adapter != use.adapter:
+        if other.adapter != use.adapter and not inside:
             raise RuntimeError(
                 f"The model computes with {_shown(other.adapter)} in a context that is still open, so that it can't "
                 f"switch to {_shown(use.adapter)} inside of it. Leave that context first."
             )
-    new = [layer for layer in layers if layer not in _open]
+    new = [layer for layer in layers if layer not in _open or _open[layer][-1].adapter != use.adapter]
     for layer in layers:
         _open.setdefault(layer, []).append(use)
     return new
@@ -172,7 +172,17 @@ def _shown(adapter: str | None) -> str:
 
 
 @contextmanager
-def using_adapter(model: nn.Module, adapter: str | None) -> Iterator[None]:
+def staying_trainable(weights: list[nn.Parameter]) -> Iterator[None]:
+    """After this context, these weights are trainable, whatever adapters PEFT has switched to in it."""
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+@contextmanager
+def using_adapter(model: nn.Module, adapter: str | None, inside: bool = False) -> Iterator[None]:
     """
     Within this context, the adapter layers inside `model` compute with one adapter, or with none. Which weights are
     trainable, the modes of modules, and afterwards the active adapters are as before. With gradient checkpointing, the
@@ -183,6 +193,9 @@ def using_adapter(model: nn.Module, adapter: str | None) -> Iterator[None]:
             A [`~peft.PeftModel`], or a model or a part of one whose layers PEFT has replaced.
         adapter (`str` or `None`):
             Name of the adapter. `None`: the base model alone.
+        inside (`bool`, *optional*, defaults to `False`):
+            Whether it may lie in the context of a different adapter: for a pass between two passes of that context,
+            such as a critic's after the layers of its actor.
 
     Raises:
         ValueError: if there is no such adapter, or adapters are merged into the base model.
@@ -204,7 +217,7 @@ def using_adapter(model: nn.Module, adapter: str | None) -> Iterator[None]:
         f"The adapters {merged} are merged into the base model, so that no other can be used. Call unmerge_adapter().",
     )
     use, wrong = _Use(adapter), None
-    wanted = {layer: _wanted(layer, adapter) for layer in _enter(use, layers)}
+    wanted = {layer: _wanted(layer, adapter) for layer in _enter(use, layers, inside)}
     try:
         with ExitStack() as stack:
             if wanted or not layers:  # else a context outside of this one has done it

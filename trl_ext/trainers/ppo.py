@@ -167,6 +167,7 @@ class PPOTrainer(GRPOTrainer):
         self._reward_model = None if reward_model is None else add_reward_model(given, reward_model, on_ids)
         self._set_up_run(config, ptx_dataset)
         kind = critic_class(config.critic)
+        kind.check_policy(given["model"], given.get("peft_config"))
         self._make_critic = partial(kind.for_policy, config=config, value_model=value_model, reward_model=reward_model)
         self._own_critic = self._make_critic(given["model"]) if kind.built_before_trl else None
         super().__init__(**given, curriculum=curriculum)

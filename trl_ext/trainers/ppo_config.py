@@ -31,14 +31,19 @@ class PPOConfig(TRL112Arguments):
     Args:
         critic (`str`, *optional*, defaults to `"head"`):
             Source of the values, a key of [`~trl_ext.roles.critic.CRITICS`]. `"head"`: a head on the policy's last
-            hidden state. `"model"`: a model of its own.
+            hidden state. `"adapter"`: an adapter and a head of its own on the policy's frozen base model, for policies
+            with an adapter (LoRA). `"model"`: a model of its own.
         critic_head (`str`, *optional*):
-            For `critic="head"`: `"linear"` or `"mlp"`. `None`: `"linear"`.
+            For `critic="head"` and `critic="adapter"`: `"linear"` or `"mlp"`. `None`: `"linear"`.
         critic_trunk_grad (`float`, *optional*):
             For `critic="head"`: share of the value gradient, in [0, 1], that reaches the policy's trunk. `None`: 0.
         critic_init (`str`, *optional*):
             For `critic="model"` without a `value_model`: whether it starts as a copy of the `"policy"` or of the
             `"reward"` model. `None`: `"policy"`.
+        critic_lora_r (`int`, *optional*):
+            For `critic="adapter"`: rank of the critic's adapter. `None`: that of the policy's.
+        critic_lora_alpha (`float`, *optional*):
+            For `critic="adapter"`: α of the critic's adapter. `None`: that of the policy's.
         critic_learning_rate (`float`, *optional*):
             The critic's learning rate. `None`: `learning_rate` times the `learning_rate_factor` of the critic's class.
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
@@ -122,7 +127,8 @@ class PPOConfig(TRL112Arguments):
     num_iterations: int = field(default=4, metadata={"help": "Epochs on each generation batch."})
     learning_rate: float = field(default=3e-6, metadata={"help": "Learning rate of the policy."})
     critic: str = field(
-        default="head", metadata={"help": "A 'head' on the policy's hidden state, or a 'model' of its own."}
+        default="head",
+        metadata={"help": "A 'head' on the policy's hidden state, an 'adapter' on its base, or a 'model' of its own."},
     )
     critic_head: str | None = field(default=None, metadata={"help": "'linear' or 'mlp'."})
     critic_trunk_grad: float | None = field(
@@ -130,6 +136,12 @@ class PPOConfig(TRL112Arguments):
     )
     critic_init: str | None = field(
         default=None, metadata={"help": "What a critic model is a copy of: 'policy' or 'reward'."}
+    )
+    critic_lora_r: int | None = field(
+        default=None, metadata={"help": "Rank of the critic's adapter. None: that of the policy's."}
+    )
+    critic_lora_alpha: float | None = field(
+        default=None, metadata={"help": "Alpha of the critic's adapter. None: that of the policy's."}
     )
     critic_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the critic."})
     critic_warmup_steps: int = field(

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from ..errors import require, require_type
 from ..rewards.models import RewardModelOnIds
-from ..roles.critic import HeadCritic, ModelCritic
+from ..roles.critic import CRITICS, ModelCritic
 from ..rollouts.prompts import with_tokenized_prompts
 from .argument_checks import check_dataset_type
 from .arguments import model_name
@@ -28,7 +28,7 @@ def resolved_config(config: PPOConfig, value_model: Any) -> PPOConfig:
     """
     if value_model is None:
         return config
-    for name in (*HeadCritic.settings, *ModelCritic.settings):
+    for name in sorted({name for kind in CRITICS.values() for name in kind.settings}):
         value = getattr(config, name)
         require(value is None, f"{name}={value!r} has no effect with a value_model. Leave one of them out.")
     return config.with_critic(ModelCritic.kind)

@@ -29,6 +29,7 @@ from trl.kernels import chunked_logprob
 from trl.trainer.utils import disable_dropout_in_model
 
 from ...roles.critic import CRITIC, Critic, base_model_of, without_critic
+from ...roles.switching import staying_trainable
 from ...rollouts.kept_states import KeptStates
 from .grpo import GRPOSeams
 
@@ -168,6 +169,11 @@ class CriticSeams(GRPOSeams):
             return (*result, torch.cat(recording.state_values)[:, -columns:])
 
         return with_values
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        # PEFT freezes all adapters but the active one when TRL goes back to it from the reference
+        with staying_trainable([] if self.critic is None else self.critic.trained_parameters()):
+            return super()._generate_and_score_completions(inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.critic is None:

@@ -29,7 +29,7 @@ def savings_of(trainer: trl.GRPOTrainer) -> ExactSavings:
     unwrap: Any = trainer.accelerator.unwrap_model
     critic = critic_of(unwrap(trainer.model))
     models = [unwrap(model) for model in (trainer.model, trainer.ref_model) if model is not None]
-    models += [critic] if critic is not None and critic.reads_token_ids else []
+    models += [getattr(critic, "backbone", critic)] if critic is not None and critic.reads_token_ids else []
     return exact_savings(
         trainer.loss_type,
         kl=trainer.beta != 0.0,

@@ -281,7 +281,7 @@ def require_trainable(trainer: Any) -> None:
     """
     policy = trainer.accelerator.unwrap_model(trainer.model)
     critic = critic_of(policy)
-    own = {id(weight) for weight in critic.parameters()} if critic is not None else set()
+    own = {id(weight) for weight in (*critic.parameters(), *critic.trained_parameters())} if critic else set()
     require(
         any(weight.requires_grad for weight in policy.parameters() if id(weight) not in own),
         "No weight of the policy can be trained: all are frozen. Load an adapter with is_trainable=True "
