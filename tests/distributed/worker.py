@@ -131,6 +131,7 @@ PPO_CASES: dict[str, dict[str, Any]] = {
         "ref_model_sync_steps": 1,
         "ref_model_mixup_alpha": 0.5,
     },
+    "critic_adapter": {"adapted": True, "critic": "adapter", "gradient_checkpointing": True},
     "warm_up": {"critic_warmup_steps": 1, "critic_trunk_grad": 0.5},
     "vapo": {
         "critic": "model",

@@ -78,6 +78,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "RLOO": (RLOOTrainer, {"beta": 0.1, "vllm_importance_sampling_correction": True}, dict),
     "PPO, head": (PPOTrainer, {"num_iterations": 1, "critic_learning_rate": 0.1}, dict),
     "PPO, model": (PPOTrainer, {"num_iterations": 1, "critic": "model"}, dict),
+    "PPO, adapter": (PPOTrainer, {"num_iterations": 1, "critic": "adapter"}, lambda: {"peft_config": tiny.lora()}),
     "PPO, head and LoRA": (PPOTrainer, {"num_iterations": 1}, lambda: {"peft_config": tiny.lora()}),
 }
 

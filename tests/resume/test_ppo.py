@@ -41,6 +41,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "value model": ({"num_iterations": 2}, lambda: {"value_model": classifier()}),
     "lora": (IN_THE_MIDDLE, lambda: {"peft_config": lora()}),
     "lora and model": ({"critic": "model"}, lambda: {"peft_config": lora()}),
+    "adapter": ({"critic": "adapter", **IN_THE_MIDDLE}, lambda: {"peft_config": lora()}),
     "coefficients and scales": (
         {
             "kl_target": 0.1,

@@ -13,7 +13,15 @@ from trl.kernels import chunked_logprob
 
 from trl_ext import GRPOTrainer, PPOConfig, PPOTrainer, load_critic
 from trl_ext.roles import critic as critics
-from trl_ext.roles.critic import CRITICS, Critic, HeadCritic, ModelCritic, critic_class, logps_and_values
+from trl_ext.roles.critic import (
+    CRITICS,
+    AdapterCritic,
+    Critic,
+    HeadCritic,
+    ModelCritic,
+    critic_class,
+    logps_and_values,
+)
 from trl_ext.trainers.seams.critic import CPU_TILE
 
 
@@ -114,7 +122,7 @@ def test_a_base_of_several_kinds_may_be_half_a_critic():
 
 
 def test_an_unknown_kind_and_one_by_two_names(monkeypatch):
-    with pytest.raises(ValueError, match=r"critic='linear' is unknown\. Choose one of 'head', 'model'"):
+    with pytest.raises(ValueError, match=r"critic='linear' is unknown\. Choose one of 'head', 'adapter', 'model'"):
         critic_class("linear")
     monkeypatch.setitem(CRITICS, "by_another_name", ConstantPlusLinear)
     with pytest.raises(ValueError, match="is ConstantPlusLinear, whose `kind` is 'constant_plus_linear'"):
@@ -130,9 +138,8 @@ def test_a_saved_kind_that_is_unknown_here(registered, tmp_path, monkeypatch):
 
 
 def test_every_kind_keeps_the_contract():
-    assert {cls.kind: cls for cls in (HeadCritic, ModelCritic)} == CRITICS
-    settings = [name for cls in CRITICS.values() for name in cls.settings]
-    assert len(settings) == len(set(settings))  # each belongs to one kind
+    assert {cls.kind: cls for cls in (HeadCritic, AdapterCritic, ModelCritic)} == CRITICS
+    settings = {name for cls in CRITICS.values() for name in cls.settings}
     assert all(hasattr(PPOConfig("out", use_cpu=True, bf16=False), name) for name in settings)
     assert critics.__doc__ and all(cls.__name__ in critics.__doc__ for cls in CRITICS.values())
 

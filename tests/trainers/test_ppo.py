@@ -97,8 +97,9 @@ def test_the_critic_has_its_own_learning_rate(tmp_path):
         ({"critic": "model"}, {}, 1),
         ({}, {"value_model": classifier}, 1),
         ({"critic": "model"}, {"value_model": classifier}, 1),
+        ({"critic": "adapter"}, {"peft_config": lora}, 10),
     ],
-    ids=["head", "model", "value model", "both"],
+    ids=["head", "model", "value model", "both", "adapter"],
 )
 def test_learning_rates_that_nobody_set(settings, arguments, factor, tmp_path):
     made = {name: make() for name, make in arguments.items()}
@@ -110,16 +111,19 @@ def test_learning_rates_that_nobody_set(settings, arguments, factor, tmp_path):
         assert group["lr"] == pytest.approx(1e-3 * (factor if group.get("is_critic") else 1))
 
 
+@pytest.mark.parametrize("critic", ["model", "adapter"])
 @pytest.mark.parametrize("arguments", [{}, {"peft_config": lora()}], ids=["full", "lora"])
-def test_every_weight_is_in_one_group(arguments, tmp_path):
-    trainer = build(tmp_path, arguments=arguments, critic="model", weight_decay=0.1)
+def test_every_weight_is_in_one_group(arguments, critic, tmp_path):
+    if critic == "adapter" and not arguments:
+        pytest.skip("an adapter needs one of the policy's")
+    trainer = build(tmp_path, arguments=arguments, critic=critic, weight_decay=0.1)
     trainer.create_optimizer()
     trainer.create_optimizer()  # as some backends do
     grouped = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
     trainable = [id(p) for p in trainer.model.parameters() if p.requires_grad]
     assert sorted(grouped) == sorted(trainable)
     of_critic = {id(p) for group in trainer.optimizer.param_groups if group.get("is_critic") for p in group["params"]}
-    assert of_critic == {id(p) for p in trainer.critic.parameters()}
+    assert of_critic == {id(p) for p in trainer.critic.trained_parameters()} >= {*map(id, trainer.critic.parameters())}
     # Norms and biases don't decay, the critic's neither
     decays = [(group.get("is_critic", False), group["weight_decay"]) for group in trainer.optimizer.param_groups]
     assert {(True, 0.1), (True, 0.0), (False, 0.1)} <= set(decays)

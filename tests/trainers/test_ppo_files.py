@@ -61,6 +61,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "value model": ({}, lambda: {"value_model": classifier()}),
     "lora": ({"critic_head": "mlp"}, lambda: {"peft_config": lora()}),
     "lora and model": ({"critic": "model"}, lambda: {"peft_config": lora()}),
+    "lora and adapter": ({"critic": "adapter", "critic_lora_r": 2}, lambda: {"peft_config": lora()}),
 }
 
 
@@ -128,12 +129,13 @@ def test_nothing_is_missing_or_left_over_when_it_is_loaded(loaded):
 def test_the_files_of_the_policy_hold_no_critic(name, where, trained):
     folder = trained[1][name][0] / where
     weights = load_file(folder / ("adapter_model.safetensors" if "lora" in name else "model.safetensors"))
+    assert not list(folder.glob("critic/*.safetensors.index.json")) and not (folder / "critic.safetensors").exists()
     assert weights and not any("critic" in key or "score" in key for key in weights)
     if "lora" not in name:
         _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not report["unexpected_keys"] and not report["missing_keys"] and not report["mismatched_keys"]
     description = json.loads((folder / "critic" / "critic_config.json").read_text())
-    assert description["critic"] == ("model" if "model" in name else "head")
+    assert description["critic"] == ("model" if "model" in name else "adapter" if "and adapter" in name else "head")
     head = load_file(folder / "critic" / "critic.safetensors")
     assert any(value.any() for key, value in head.items() if "score" in key or "out" in key)
 

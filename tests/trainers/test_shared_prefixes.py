@@ -52,6 +52,8 @@ PPO: dict[str, dict[str, Any]] = {
     "head_that_trains_the_trunk": {"critic": "head", "critic_head": "mlp", "critic_trunk_grad": 0.5, "seed": 8},
     "model": {"critic": "model"},
     "lora_checkpointing": {"adapted": True, "gradient_checkpointing": True},
+    "adapter": {"critic": "adapter", "adapted": True},
+    "adapter_checkpointing": {"critic": "adapter", "adapted": True, "gradient_checkpointing": True},
     "kl_in_the_loss": {"beta": 0.1, "kl_coef": 0.0},
     "one_pass_for_old_policy_and_loss": {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
 }
@@ -82,7 +84,7 @@ def test_ppo(name, tmp_path):
     assert plain.sharing is None
     assert shared.sharing.packed_passes + shared.sharing.cached_passes > 0
     assert shared.sharing.token_slots < 0.8 * shared.sharing.token_slots_unshared
-    assert shared.sharing.cache == (name != "model")  # whose critic would miss the prompt
+    assert shared.sharing.cache == (PPO[name].get("critic", "head") == "head")  # others would miss the prompt
 
 
 # DPO

@@ -22,8 +22,9 @@ from trl_ext.trainers.step_control import zero_loss
         ({"critic_trunk_grad": 0.5, "critic_head": "mlp"}, {}),
         ({"critic": "model"}, {}),
         ({}, {"peft_config": lora()}),
+        ({"critic": "adapter"}, {"peft_config": lora()}),
     ],
-    ids=["head", "shared", "model", "lora"],
+    ids=["head", "shared", "model", "lora", "adapter"],
 )
 def test_the_policy_waits_for_its_critic(critic, arguments, tmp_path):
     # Two steps of warm-up; of two steps, the second moves the policy. AdamW would decay what has a gradient of zero.

@@ -8,7 +8,7 @@ that an engine sees one model, and batches and shared prompts are the actor's.
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import require, require_count, require_number, require_one_of
-from .adapters import trained_adapter
+from .adapters import trained_adapter, without_adapter
 from .critic_contract import CRITIC, HEAD_KINDS, Critic, ValueHead, base_model_of
 from .switching import staying_trainable, using_adapter
 from .trunk import load_adapter
@@ -112,7 +112,8 @@ class AdapterCritic(Critic):
         own = critic_adapter_config(policy.peft_config[adapter], config.critic_lora_r, config.critic_lora_alpha)
         if config.disable_dropout:
             own.lora_dropout = 0.0
-        policy.add_adapter(CRITIC, own)
+        with torch.random.fork_rng():  # so that the first rollouts are those with critic='head'
+            policy.add_adapter(CRITIC, own)
         critic = cls(policy, config.critic_head or "linear")
         types = {weight.dtype for name, weight in policy.named_parameters() if adapter in name.split(".")}
         for weight in critic.adapter_parameters():
@@ -173,15 +174,10 @@ class AdapterCritic(Critic):
     @contextmanager
     def detached(self, actor: nn.Module) -> Iterator[None]:
         """Within this context, `actor` has no weights of the critic, and PEFT knows nothing of its adapter."""
-        configs = self.policy.peft_config
-        own = configs.pop(CRITIC, None)
-        try:
-            # What loads or merges adapters switches them, and PEFT freezes those that aren't active
-            with super().detached(actor), staying_trainable(self.adapter_parameters()):
-                yield
-        finally:
-            if own is not None:
-                configs[CRITIC] = own
+        # What loads or merges adapters switches them, and PEFT freezes those that aren't active
+        trained = [weight for weight in self.adapter_parameters() if weight.requires_grad]
+        with staying_trainable(trained), super().detached(actor), without_adapter(self.policy, CRITIC):
+            yield
 
     def split_state_dict(
         self, state_dict: dict[str, torch.Tensor]
@@ -225,7 +221,10 @@ class AdapterCritic(Critic):
                 active = self.policy.active_adapters()
                 self.policy.add_adapter(config, CRITIC)
                 self.policy.set_adapter(active)
-        load_adapter(self.policy, folder, CRITIC)
+        base = base_model_of(self.policy)
+        attached = getattr(base, CRITIC, None) is self
+        with super().detached(base) if attached else nullcontext():  # whose head has the adapter's name in it
+            load_adapter(self.policy, folder, CRITIC)
         super().load(directory)
 
 

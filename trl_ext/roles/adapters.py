@@ -4,12 +4,15 @@ The adapters of a policy: which of them is trained, and a copy of it inside the 
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from torch import nn
 
 from ..errors import require
+from .switching import adapter_layers
 from .trunk import REFERENCE_ADAPTER
 
 
@@ -75,6 +78,39 @@ def add_reference_adapter(policy: Any) -> None:
     for own, reference in pairs:
         reference.data = own.detach().clone()
         reference.requires_grad_(False)
+
+
+@contextmanager
+def without_adapter(policy: Any, adapter: str) -> Iterator[None]:
+    """
+    Within this context, a policy has no adapter of this name: neither its weights, in layers, nor its configuration.
+    PEFT takes weights of an adapter whose configuration it doesn't know for those of every other.
+
+    Args:
+        policy ([`~peft.PeftModel`] or [`~transformers.PreTrainedModel`]):
+            The policy, whose active adapter is another.
+        adapter (`str`):
+            The adapter. If there is none of this name, nothing changes.
+    """
+    containers: list[Any] = [
+        part
+        for layer in adapter_layers(policy)
+        for part in layer.children()
+        if isinstance(part, nn.ModuleDict | nn.ParameterDict) and adapter in part
+    ]
+    held = [list(container.items()) for container in containers]
+    config = policy.peft_config.pop(adapter, None)
+    for container in containers:
+        del container[adapter]
+    try:
+        yield
+    finally:
+        for container, items in zip(containers, held, strict=True):
+            added = [item for item in container.items() if item[0] not in dict(items)]
+            container.clear()
+            container.update(dict([*items, *added]))  # in their order, which is that of the policy's parameters
+        if config is not None:
+            policy.peft_config[adapter] = config
 
 
 def starts_without_effect(policy: Any) -> bool:
