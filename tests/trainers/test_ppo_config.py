@@ -125,7 +125,7 @@ REFUSED = {
         r"missing_eos_penalty=1\.0 punishes truncated completions, mask_truncated_completions=True leaves them out",
     ),
     "estimator": ({"advantage_estimator": "group"}, "advantage_estimator='group' is unknown. Choose one of 'gae'"),
-    "critic": ({"critic": "none"}, "critic='none' is unknown. Choose one of 'head', 'model'"),
+    "critic": ({"critic": "none"}, "critic='none' is unknown. Choose one of 'head', 'adapter', 'model'"),
     "head of a model": ({"critic": "model", "critic_head": "mlp"}, "critic_head='mlp' has no effect"),
     "trunk of a model": ({"critic": "model", "critic_trunk_grad": 0.5}, r"critic_trunk_grad=0\.5 has no effect"),
     "init of a head": ({"critic_init": "reward"}, "critic_init='reward' has no effect with critic='head'"),

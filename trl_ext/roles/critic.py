@@ -17,14 +17,25 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ..errors import require, require_one_of, require_type
 from .adapter_critic import AdapterCritic
-from .critic_contract import CONFIG_FILE, CRITIC, Critic, ValueHead, base_model_of, critic_of, without_critic
+from .critic_contract import (
+    CONFIG_FILE,
+    CRITIC,
+    WEIGHTS_FILE,
+    Critic,
+    ValueHead,
+    base_model_of,
+    critic_of,
+    without_critic,
+)
 from .head_critic import HeadCritic
 from .model_critic import ModelCritic
 
 
 __all__ = [
+    "CONFIG_FILE",
     "CRITIC",
     "CRITICS",
+    "WEIGHTS_FILE",
     "AdapterCritic",
     "Critic",
     "HeadCritic",
