@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from trl.trainer.utils import use_adapter
 
 from ..errors import shown
 from ..objectives.advantages import aggregate_rewards
 from ..objectives.credit import completions_that_end, estimate_credit, token_rewards
 from ..objectives.kl import kl_estimate
 from ..roles.critic import logps_and_values
+from ..roles.switching import using_adapter
 from ..roles.trunk import REFERENCE_ADAPTER
 from ..rollouts.rollout import Rollout
 
@@ -203,7 +203,7 @@ def _reference_logps(trainer: Any, input_ids: torch.Tensor, attention_mask: torc
     adapters = getattr(trainer.model, "peft_config", None)
     if adapters is None:
         return None
-    with use_adapter(trainer.model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in adapters else None):
+    with using_adapter(trainer.model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in adapters else None):
         return trainer.model(**inputs).log_probs
 
 
