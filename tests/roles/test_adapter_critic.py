@@ -160,7 +160,9 @@ def test_training_it_changes_nothing_else_by_a_bit(settings, tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(tiny.stopping(), lora())
     model.add_adapter("reward", lora(target_modules=["k_proj", "v_proj"]))
-    trainer = built(tmp_path, {"model": model}, critic_warmup_steps=4, max_steps=4, entropy_coef=0.01, **settings)
+    trainer = built(
+        tmp_path, {"model": model}, value_updates_per_policy_update=5, max_steps=4, entropy_coef=0.01, **settings
+    )
 
     @torch.no_grad()
     def said() -> dict[str | None, torch.Tensor]:
