@@ -247,7 +247,8 @@ class TestHandingOn:
         curriculum = DifficultyCurriculum("frontier")
         looks = Looks(lambda trainer: getattr(trainer, "chooser", None))
         short(tmp_path, policy_kwargs={"curriculum": curriculum}, prepare=looks).train()
-        assert looks.seen["ppo"].state_dict()["seen"] and not curriculum.state_dict()["seen"]
+        learned, given = (c.state_dict()["outlook"]["outlooks"][0] for c in (looks.seen["ppo"], curriculum))
+        assert learned["prompts"] and not given["prompts"]
 
 
 class TestKilled:
