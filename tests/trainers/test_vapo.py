@@ -181,6 +181,10 @@ def test_the_policy_that_is_sampled_is_fixed(settings, arguments, tmp_path):
     trainer = run(tmp_path, arguments=arguments, critic_warmup_steps=3, max_steps=5, learning_rate=0.05, **settings)
     assert trainer.weights.moved(critic=False) == [False] * 3 + [True] * 2
     assert trainer.weights.moved(critic=True) == [True] * 5
+    # A learning rate of 0 alone would leave the policy where it is, but fill Adam's averages
+    for group in trainer.optimizer.param_groups:
+        taken = {int(trainer.optimizer.state[parameter]["step"]) for parameter in group["params"]}
+        assert taken == {5 if group.get("is_critic") else 2}
     # The surrogate at ratio 1 is minus the mean advantage, which whitening makes 0; no other term is in the loss
     for log in tiny.history(trainer)[:3]:
         assert log["loss"] == pytest.approx(0.1 * log["loss/value_avg"], rel=1e-4, abs=1e-6)
