@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import trl_ext
+from trl_ext import export_role
 from trl_ext.curriculum.partial import weights_key
 
 
@@ -28,10 +29,11 @@ pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 
 
-def start(tmp_path: Path, stage: int, *command: str | Path) -> None:
+def start(tmp_path: Path, stage: int, *command: str | Path, **settings: Any) -> None:
     """Runs a worker with TRL's own configuration, on two processes without a GPU."""
     config = yaml.safe_load((Path(trl.__file__).parent / "accelerate_configs" / f"zero{stage}.yaml").read_text())
     config |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
+    config["deepspeed_config"] |= settings
     file = tmp_path / f"zero{stage}.yaml"
     file.write_text(yaml.safe_dump(config))
     run(["-m", "accelerate.commands.launch", "--config_file", file, *command], {"DS_ACCELERATOR": "cpu"})
@@ -87,3 +89,16 @@ def test_zero_3_refuses_a_reference_that_is_not_the_policy(tmp_path: Path) -> No
     """Spread over processes, the policy can't be copied: what TRL loads again is compared with it."""
     tiny.qwen2().save_pretrained(tmp_path / "model")
     start(tmp_path, 3, WORKER.with_name("reference_worker.py"), tmp_path)
+
+
+def test_what_zero_3_saves_in_parts_is_exported_whole(tmp_path: Path) -> None:
+    start(tmp_path, 3, Path(__file__).with_name("export_worker.py"), tmp_path / "run", zero3_save_16bit_model=False)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    expected = torch.load(tmp_path / "run" / "expected.pt")
+    export = export_role(tmp_path / "run")
+    assert export.form == "the policy, whole, put together from the parts of its processes, in float32"
+    found = AutoModelForCausalLM.from_pretrained(export.folder).state_dict()
+    policy = {name: weight for name, weight in expected.items() if not name.startswith("critic.")}
+    assert len(policy) < len(expected)
+    for name, weight in policy.items():
+        assert torch.equal(found[name], weight)

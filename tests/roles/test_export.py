@@ -396,6 +396,8 @@ def test_parts_of_fsdp_are_put_together(tmp_path) -> None:
     assert export.folder == tmp_path / "run" / "exported" / "policy-checkpoint-3"
     assert export.notes == ["The run has not ended with a model: exported is checkpoint-3, its last whole checkpoint."]
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(export.folder)), logits(policy))
+    with pytest.raises(ValueError, match=r"has no critic that can be exported: .* Resume the run with stage3_gather"):
+        export_role(tmp_path / "run", "critic")
     wrong = tiny.qwen2(hidden_size=32)
     wrong.save_pretrained(tmp_path / "wrong")
     with pytest.raises(

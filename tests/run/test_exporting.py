@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -92,10 +91,15 @@ def test_a_run_of_stages_that_has_not_ended(tmp_path):
 
 
 def test_a_model_without_a_tokenizer_gets_that_of_its_base(tmp_path):
-    torch.manual_seed(0)
     base = tmp_path / "base"
-    save(base)
+    tiny.qwen2(pad_token_id=None, eos_token_id=5).save_pretrained(base)
     tiny.tokenizer().save_pretrained(base)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), tiny.lora()).save_pretrained(tmp_path / "run")
     export = export_role(tmp_path / "run", merge=True)
     assert (export.folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    # Its special tokens are the model's, as in training
+    config, generation = (
+        json.loads((export.folder / f"{name}config.json").read_text()) for name in ("", "generation_")
+    )
+    assert config["pad_token_id"] == generation["pad_token_id"] == 0
+    assert config["eos_token_id"] == 2 and 2 in generation["eos_token_id"]

@@ -41,6 +41,7 @@ from .saved import (
     REFERENCE,
     REFERENCE_FILE,
     REWARD,
+    SHARDED,
     form_of,
     load_weights,
     read_json,
@@ -167,6 +168,12 @@ def _require_role(source: Path, role: str) -> None:
     )
     if role in found:
         return
+    require(
+        form_of(source) != SHARDED,
+        f"'{source}' has no {role} that can be exported: of weights that processes wrote in parts only the policy's "
+        "are put together. Resume the run with stage3_gather_16bit_weights_on_model_save (DeepSpeed) or "
+        "FULL_STATE_DICT (FSDP), with which the next checkpoint is whole.",
+    )
     base = read_json(source / ADAPTER_CONFIG).get("base_model_name_or_path") if form_of(source) == ADAPTER else None
     start = f"the base {base!r} without the adapter" if base else "the model that the run began with"
     where = {
