@@ -8,6 +8,8 @@ weights of full precision (`full_precision`), the model is not quite the one tha
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -211,8 +213,10 @@ def _base_of(
     )
     quantized = {} if settings.full_precision else loading_of_quantized(run)
     revision = {} if settings.base or config.revision is None else {"revision": config.revision}
+    arguments = {**_loading(settings), **revision, **loading, **quantized}
     try:
-        base = create_model_from_path(name, architecture, **{**_loading(settings), **revision, **loading, **quantized})
+        with _quiet_loading() if loading else nullcontext():
+            base = create_model_from_path(name, architecture, **arguments)
     except OSError as error:
         raise ValueError(
             f"The base {name!r} of the adapter in {folder} can't be loaded: {str(error).splitlines()[0]} {remedy}"
@@ -233,6 +237,17 @@ def _base_of(
             "model that was trained."
         )
     return base, str(name), notes
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Within this context, transformers doesn't report that a base has no head, which comes with the adapter."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
 
 
 def with_adapter(base: Any, folder: Path, name: str) -> PeftModel:
