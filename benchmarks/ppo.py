@@ -22,21 +22,17 @@ python benchmarks/ppo.py --json
 """
 
 import argparse
-import ctypes
-import gc
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout, suppress
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from turns import Clock, Memory, quiet_environment, take_turns, wait_for_turn
 
 
 # Nothing heavy is imported here: what a side imports is its own, and is measured. The main process needs none of it.
@@ -79,85 +75,13 @@ def python_with_trl_1_12(directory: Path = ENVIRONMENT) -> str:
 
 def environment_of(side: str) -> dict[str, str]:
     """Environment variables of a run."""
-    variables = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-    }
+    variables = quiet_environment()
     if side == "theirs":
         variables.pop("PYTHONPATH", None)  # packages of ours
     return variables
 
 
 # What happens in the process of a side
-
-
-def resident(field: str) -> float:
-    """A field of this process's status, in MB: `VmRSS`, or `VmHWM` for its peak."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
-
-
-class Memory:
-    """Resident memory from now on. What was freed until now is given back first, or it would be used for nothing."""
-
-    def __init__(self) -> None:
-        gc.collect()
-        with suppress(OSError, AttributeError):  # where there is glibc
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self.before = resident("VmRSS")
-        with suppress(OSError):  # where the kernel doesn't allow it, a peak among the imports would be counted
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
-
-    @property
-    def peak(self) -> float:
-        try:
-            return resident("VmHWM") - self.before
-        except StopIteration:
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - self.before
-
-
-class Clock:
-    """
-    Seconds of each step after the first, and of generation and training in it.
-
-    Args:
-        wait (`Callable`):
-            Called between two steps; what it takes doesn't count.
-    """
-
-    def __init__(self, wait: Callable[[], Any]) -> None:
-        self.wait = wait
-        self.steps: list[dict[str, float]] = []
-        self.began: tuple[float, float] | None = None  # wall-clock, CPU
-        self.generation = 0.0
-        self.began_training: float | None = None
-
-    def around_generation(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            result = generate(*args, **kwargs)
-            self.generation = time.perf_counter() - began
-            return result
-
-        return timed
-
-    def begin_training(self, *_: Any) -> None:
-        """May be called more than once a step."""
-        if self.began_training is None:
-            self.began_training = time.perf_counter()
-
-    def end_step(self) -> None:
-        now, cpu = time.perf_counter(), time.process_time()
-        assert self.generation and self.began_training
-        parts = {"generation": self.generation, "training": now - self.began_training}
-        if self.began is not None:
-            self.steps.append({"seconds": now - self.began[0], "cpu_seconds": cpu - self.began[1], **parts})
-        self.generation, self.began_training = 0.0, None
-        self.wait()
-        self.began = time.perf_counter(), time.process_time()
 
 
 def arguments(shape: dict[str, Any], with_value_model: bool) -> dict[str, Any]:
@@ -278,11 +202,7 @@ def train(side: str, steps: int, shape: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     run = train_theirs if side == "theirs" else partial(train_ours, critic=side)
 
-    def wait() -> None:
-        print("waiting", file=sys.__stdout__, flush=True)
-        sys.stdin.readline()
-
-    clock = Clock(wait)
+    clock = Clock(wait_for_turn)
     with redirect_stdout(sys.stderr):  # what trainers print
         run(1, TINY, Clock(lambda: None))
         memory = Memory()
@@ -293,62 +213,13 @@ def train(side: str, steps: int, shape: dict[str, Any]) -> None:
 # What happens in the main process
 
 
-class Run:
-    """
-    A side in a process of its own, which waits between steps.
-
-    Args:
-        side (`str`):
-            One of the three.
-        python (`str`):
-            Its interpreter.
-        steps (`int`):
-            Steps that are measured.
-        shape (`str`):
-            A name in `SHAPES`.
-        errors (`IO[str]`):
-            A file for what else it prints.
-    """
-
-    def __init__(self, side: str, python: str, steps: int, shape: str, errors: IO[str]) -> None:
-        self.side, self.errors = side, errors
-        command = [python, str(Path(__file__).resolve()), "--side", side, "--steps", str(steps), "--shape", shape]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-        self.process = subprocess.Popen(command, env=environment_of(side), text=True, **pipes)
-        self.read()
-
-    def read(self) -> str:
-        line = self.process.stdout.readline()
-        if not line:
-            self.errors.seek(0)
-            raise RuntimeError(f"{self.side} failed:\n{self.errors.read()}")
-        return line
-
-    def step(self) -> None:
-        """Have it do one step."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self.read()
-
-    def found(self) -> dict[str, Any]:
-        """What it measured, once all steps are done."""
-        self.process.stdin.close()
-        found: dict[str, Any] = json.loads(self.read())
-        self.process.wait()
-        return found
-
-
 def measure(pythons: dict[str, str], steps: int, shape: str) -> dict[str, dict[str, Any]]:
-    """One run of each side, in turn after every step."""
-    runs: dict[str, Run] = {}
-    with ExitStack() as stack:
-        for side, python in pythons.items():
-            runs[side] = Run(side, python, steps, shape, stack.enter_context(tempfile.TemporaryFile("w+")))
-            stack.callback(runs[side].process.kill)
-        for step in range(steps):
-            for side in runs if step % 2 == 0 else reversed(runs):
-                runs[side].step()
-        return {side: run.found() for side, run in runs.items()}
+    script = str(Path(__file__).resolve())
+    commands = {
+        side: [python, script, "--side", side, "--steps", str(steps), "--shape", shape]
+        for side, python in pythons.items()
+    }
+    return take_turns(commands, {side: environment_of(side) for side in pythons}, steps)
 
 
 def main() -> None:
