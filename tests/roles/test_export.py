@@ -33,7 +33,7 @@ from trl_ext.run.supervised import RewardTrainer
 IDS = torch.tensor([[5, 9, 4, 17, 8, 2], [7, 7, 11, 20, 2, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
 REAL = MASK.bool()
-# Merged weights are W + BA in float32: the largest difference of log-probabilities seen here is 3e-6
+# Merged weights are W + BA in float32, rounded once
 ROUNDING = {"rtol": 0.0, "atol": 2e-5}
 
 # What a user does with the line that an export names, where nothing of the training process is

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.trainer_utils import align_special_tokens
 
 from ..errors import require, require_one_of
+from .adapter_critic import ADAPTER_FOLDER
 from .critic import CONFIG_FILE, CRITIC, WEIGHTS_FILE
 from .merging import ExportSettings, WholeModel, dtype_name, dtype_of, model_with, whole_model
 from .quantized import QUANTIZATION_FILE
@@ -64,7 +65,6 @@ TOKENIZER_FILES = (
 )
 TEMPLATES = "additional_chat_templates"
 EVERY_STATE = "logits[:, t, 0] is the value of the state after token t."
-ADAPTER_FOLDER = "adapter"  # in the folder of a critic that is an adapter of its own
 HEADS = ("score", "classifier")  # names of the head in models that classify
 
 
