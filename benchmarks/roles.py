@@ -8,7 +8,7 @@ critic. The reward model was trained as an adapter on the same base: `trunk` loa
 that merging makes of it. Completions have full length.
 
 The sides are alive at the same time and take turns after every step, as in `ppo.py`. Time is that of a whole step
-(generation, scoring, two updates in micro-batches of 8), after one step of warm-up; ratios are medians over pairs of
+(generation, scoring, two updates in micro-batches of 4), after one step of warm-up; ratios are medians over pairs of
 steps. `weights` are the bytes of all weights in the process, each storage once, in the last step; `peak` is that of
 the resident set, beyond what it was after the imports.
 
@@ -32,7 +32,7 @@ from turns import Clock, Memory, quiet_environment, take_turns, wait_for_turn
 # Nothing heavy is imported here: what a side imports is its own, and is measured
 
 SIDES = ("separate", "trunk")
-PROMPTS, PROMPT, COMPLETION, MICRO_BATCH, EPOCHS = 16, 32, 32, 8, 2
+PROMPTS, PROMPT, COMPLETION, MICRO_BATCH, EPOCHS = 8, 24, 24, 4, 2
 VOCABULARY = 32_000
 FULL = {
     "vocab_size": VOCABULARY,
@@ -196,7 +196,7 @@ def run_side(side: str, folder: Path, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default: 3)")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a run, after one of warm-up (default: 3)")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a run, after one of warm-up (default: 2)")
     parser.add_argument("--shape", choices=SHAPES, default="full", help="of the models (default: full)")
     parser.add_argument("--side", choices=SIDES, help="train this side in this process, a step for each line of input")
     parser.add_argument("--models", type=Path, help="folder of the models, with --side")
