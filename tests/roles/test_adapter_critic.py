@@ -320,7 +320,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "biases are trained": (
         {"peft_config": lora(bias="all")},
         {"kl_coef": 0.0},
-        r"'critic' is on the base model 'Qwen2.*bias.*it would change with them\. Freeze them",
+        r"'critic' on 'Qwen2.* relies on the policy's base, and 6 weights of it are trained, such as .*bias",
     ),
     "rank": ({}, {"critic_lora_r": 0}, "critic_lora_r=0 must be at least 1"),
     "alpha": ({}, {"critic_lora_alpha": -1.0}, r"critic_lora_alpha=-1\.0 must be positive"),

@@ -139,6 +139,11 @@ class AdapterReward:
         bound._sharing = Sharing(Cost(0.0), pack=False) if sharing is None else sharing
         return bound
 
+    @property
+    def head(self) -> nn.Linear:
+        """The score head that is used: that of the files until a trainer has attached the reward."""
+        return self.files.head if self._policy is None else self._head
+
     _head: nn.Linear
     _template: dict[str, Any]
     _reads_ids: bool

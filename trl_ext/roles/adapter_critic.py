@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import require, require_count, require_number, require_one_of
-from .adapters import trained_adapter, without_adapter
-from .critic_contract import CRITIC, HEAD_KINDS, Critic, ValueHead, base_model_of
+from .adapters import check_base_is_frozen, trained_adapter, without_adapter
+from .critic_contract import CRITIC, HEAD_KINDS, Critic, ValueHead, base_model_of, base_name
 from .switching import staying_trainable, using_adapter
 from .trunk import load_adapter
 
@@ -108,7 +108,7 @@ class AdapterCritic(Critic):
     def for_policy(cls, policy: Any, config: Any, value_model: Any = None, reward_model: Any = None) -> Self:
         cls.check_policy(policy, None)
         adapter = trained_adapter(policy)
-        check_base_is_frozen(policy, CRITIC)
+        check_base_is_frozen(policy, f"The adapter {CRITIC!r} on {base_name(policy)!r}", "set critic='head'")
         own = critic_adapter_config(policy.peft_config[adapter], config.critic_lora_r, config.critic_lora_alpha)
         if config.disable_dropout:
             own.lora_dropout = 0.0
@@ -226,20 +226,3 @@ class AdapterCritic(Critic):
         with super().detached(base) if attached else nullcontext():  # whose head has the adapter's name in it
             load_adapter(self.policy, folder, CRITIC)
         super().load(directory)
-
-
-def base_name(policy: Any) -> str:
-    """The name or folder of the base model of a policy."""
-    return str(base_model_of(policy).config.name_or_path or type(base_model_of(policy)).__name__)
-
-
-def check_base_is_frozen(policy: Any, adapter: str) -> None:
-    """Raises `ValueError` if weights of the base model are trained that an adapter relies on as they are."""
-    named = {*policy.peft_config}
-    trained = [name for name, w in policy.named_parameters() if w.requires_grad and not named & {*name.split(".")}]
-    require(
-        not trained,
-        f"The adapter {adapter!r} is on the base model {base_name(policy)!r}, {len(trained)} weights of which are "
-        f"trained, such as {(trained or [''])[0]!r}: it would change with them. Freeze them, name their modules in "
-        "modules_to_save of the peft_config (biases: bias='none'), or give the role a model of its own.",
-    )

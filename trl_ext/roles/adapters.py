@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ..errors import require
+from .critic_contract import CRITIC
 from .switching import adapter_layers
 from .trunk import REFERENCE_ADAPTER
 
@@ -124,6 +125,22 @@ def starts_without_effect(policy: Any) -> bool:
     weights = dict(policy.named_parameters())
     factors = [(name, name.replace("lora_A.", "lora_B.").replace("embedding_A.", "embedding_B.")) for name in weights]
     return not any(weights[a].any() and weights[b].any() for a, b in factors if a != b and b in weights)
+
+
+def check_base_is_frozen(policy: Any, named: str, otherwise: str) -> None:
+    """
+    Raises `ValueError` if a policy trains weights outside of its adapters. `named` begins the message: the adapter
+    that relies on the base as it is; `otherwise` ends it: what else can be done.
+    """
+    adapters = {*policy.peft_config, CRITIC}
+    trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
+    trained = [name for name in trained if not adapters.intersection(name.split("."))]
+    require(
+        not trained,
+        f"{named} relies on the policy's base, and {len(trained)} weights of it are trained, such as "
+        f"{(trained or [''])[0]!r}. Freeze them, name their modules in modules_to_save of the peft_config (biases: "
+        f"bias='none'), or {otherwise}.",
+    )
 
 
 def check_only_adapter_trained(policy: Any) -> None:

@@ -252,6 +252,12 @@ def base_model_of(actor: Any) -> Any:
     return actor.get_base_model() if hasattr(actor, "get_base_model") else actor
 
 
+def base_name(policy: Any) -> str:
+    """The name or folder of the base model of a policy, or its class."""
+    base = base_model_of(policy)
+    return str(base.config.name_or_path or type(base).__name__)
+
+
 def critic_of(actor: nn.Module) -> Critic | None:
     """The critic that is attached to a model or to the base model of a PEFT model."""
     critic = getattr(base_model_of(actor), CRITIC, None)

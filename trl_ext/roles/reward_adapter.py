@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from ..errors import require
-from .critic import CRITIC
+from .adapters import check_base_is_frozen
 
 
 REWARD_ADAPTER = "reward"
@@ -218,7 +218,7 @@ class RewardAdapter:
             ValueError: if the policy has another adapter of that name, trains weights that the adapter relies on, or
                 is no place for its weights.
         """
-        check_base_is_frozen(policy, self.named)
+        check_base_is_frozen(policy, self.named, ON_ITS_OWN)
         there: dict[str, str] = getattr(policy, REWARD_ADAPTERS, {})
         if there.get(adapter) == self.folder:  # of an earlier trainer of the same model
             return
@@ -253,19 +253,6 @@ class RewardAdapter:
 def _is_same(name: str, other: str) -> bool:
     """Whether two names mean one model: equal ones, or paths to the same folder."""
     return name == other or (Path(name).exists() and Path(name).resolve() == Path(other).resolve())
-
-
-def check_base_is_frozen(policy: Any, named: str) -> None:
-    """Raises `ValueError` if a policy trains weights outside of its adapters; `named` begins the message."""
-    adapters = {*policy.peft_config, CRITIC}
-    trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
-    trained = [name for name in trained if not adapters.intersection(name.split("."))]
-    require(
-        not trained,
-        f"{named} relies on the policy's base, and {len(trained)} weights of it are trained, such as "
-        f"{(trained or [''])[0]!r}. Freeze them, name their modules in modules_to_save of the peft_config (biases: "
-        f"bias='none'), or {ON_ITS_OWN}.",
-    )
 
 
 @contextmanager

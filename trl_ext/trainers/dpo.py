@@ -22,6 +22,7 @@ from datasets import Dataset
 
 from ..errors import require, require_one_of
 from ..rewards.implicit import IMPLICIT_REWARD, ImplicitReward
+from ..roles.roles import Roles
 from ..roles.trunk import REFERENCE_ADAPTER
 from ..rollouts.pair_dealing import PAIR_MEAN_LOSSES, SORTING_LOSSES, WHOLE_BATCH_LOSSES
 from .arguments import adopted, bound
@@ -29,6 +30,7 @@ from .cards import CardAdditions, complete_card
 from .config_checks import check_types
 from .pair_checks import check_all_pairs, check_loaded_pairs, check_weights
 from .references import check_reference
+from .roles import roles_of
 from .seams.dpo import DPOSeams, RowOrder
 from .seams.prefixes import sharing_wanted
 
@@ -188,6 +190,11 @@ class DPOTrainer(DPOSeams):
         super().__init__(**given)
         check_loaded_pairs(self, prompts)
         self.sharing = sharing_wanted(self, self.args.share_prefixes)[0]
+
+    @property
+    def roles(self) -> Roles:
+        """Actor and reference, and on which weights they are."""
+        return roles_of(self)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's model card with what is wrong in it put right, followed by what `self.card` adds."""

@@ -33,6 +33,7 @@ from ..objectives.advantages import (
 from ..objectives.ratios import IMPORTANCE_LEVELS
 from ..objectives.trust_region import TRUST_REGIONS
 from ..rewards.guard import RewardFunctionError
+from ..roles.roles import Roles
 from ..rollouts.choosers import PromptChooser, RolloutObserver
 from ..rollouts.generation_batch import GenerationBatch, Rows
 from ..rollouts.groups import Groups
@@ -58,6 +59,7 @@ from .data_checks import check_inputs, check_loaded, check_prompts, rows_of
 from .grpo_config import GRPOConfig
 from .references import check_reference
 from .reward_checks import check_not_negative, check_outcome_names
+from .roles import roles_of
 from .seams.critic import CriticSeams
 from .seams.prefixes import sharing_wanted
 from .seams.probes import savings_of, without_trace
@@ -138,6 +140,11 @@ class GRPOTrainer(CriticSeams):
         self._set_up_selection(config)
         self._set_up_roles(config)
         self._set_up_micro_batches(config)
+
+    @property
+    def roles(self) -> Roles:
+        """Actor, critic, rewards that are models, and reference, and on which weights they are."""
+        return roles_of(self)
 
     def _set_up_roles(self, config: GRPOConfig) -> None:
         """Adds models to the policy, and to the reference and reward models that TRL has."""

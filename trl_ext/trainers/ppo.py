@@ -34,6 +34,7 @@ import torch
 import trl
 from accelerate.logging import get_logger
 from datasets import Dataset
+from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel
 
@@ -191,6 +192,8 @@ class PPOTrainer(GRPOTrainer):
         if self._reward_model is not None:
             self._reward_model.model = prepared(self, self._reward_model.model)
         del self._make_critic, self._own_critic  # their models are held elsewhere now
+        if isinstance(self.model, PeftModel) and len(self.model.active_adapters) == 1:
+            logger.info(f"Roles: {self.roles}.")
         if config.stop_token_id is not None:
             end_completions_at(self, [config.stop_token_id])
         require(
