@@ -3,9 +3,12 @@ PPO (https://huggingface.co/papers/1707.06347, for language models https://huggi
 says what each token was worth, so that one completion a prompt is enough.
 
 ```shell
-accelerate launch recipes/ppo.py --config recipes/configs/quickstart_ppo.yaml          # a laptop, minutes: `make ppo`
-accelerate launch recipes/ppo.py --config recipes/configs/ppo_qwen2.5_0.5b_gsm8k.yaml  # a GPU
-accelerate launch recipes/ppo.py --config recipes/configs/ppo_tutorial.yaml            # the numbers of tutorials
+accelerate launch recipes/ppo.py --config recipes/configs/quickstart_ppo.yaml             # a laptop: `make ppo`
+accelerate launch recipes/ppo.py --config recipes/configs/ppo_qwen2.5_0.5b_gsm8k.yaml     # a GPU
+accelerate launch recipes/ppo.py --config recipes/configs/ppo_one_trunk_qwen2.5_0.5b.yaml # four roles, one base
+accelerate launch recipes/ppo.py --config recipes/configs/ppo_one_trunk_qwen2.5_7b.yaml   # a GPU with 80 GB
+accelerate launch recipes/ppo.py --config recipes/configs/ppo_one_trunk_33b.yaml          # see the head of the file
+accelerate launch recipes/ppo.py --config recipes/configs/ppo_tutorial.yaml               # the numbers of tutorials
 ```
 
 What is maximised: `--reward_model_name_or_path` (`recipes/reward.py` trains one), `--reward_funcs`, or both. With
