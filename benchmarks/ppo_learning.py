@@ -1,12 +1,14 @@
 """
 How well does PPO learn next to TRL's GRPO, from the same start, on the same number of generated completions, with the
-same number of optimizer steps? Two studies:
+same number of optimizer steps? Three studies:
 
 - `outcome`: set N of the sorting task, and a reward of 1 for a right answer, at its end. PPO with a value head, and
   GRPO, each train LoRA adapters, and each all weights. Measured: pass@1.
 - `steps`: the prompt `m4096=` asks for each digit's successor, `5107`, and demonstrations have half of their digits
   wrong. Every right digit is a reward. PPO gets them where they were earned; GRPO, which takes one number, their sum,
   and so does PPO for comparison. Measured: the share of digits that are right.
+- `critics`: PPO of the study `outcome` with LoRA, and each kind of critic: a head on the policy's hidden states, which
+  learns alone or shapes the policy's adapter, too; an adapter of its own on the policy's base; a model of its own.
 
 A generation batch is 256 completions (GRPO: 32 prompts × 8; PPO: 256 prompts), used in 2 epochs of 2 mini-batches. The
 learning rate is the same for both methods: 3e-4 for all weights, 1e-3 for adapters. Completions are sampled at
@@ -15,6 +17,7 @@ temperature 1, measured on 512 held-out prompts.
 ```shell
 python benchmarks/ppo_learning.py --study outcome --seeds 5 --report
 python benchmarks/ppo_learning.py --study steps --seeds 5 --start_seed 0 --report
+python benchmarks/ppo_learning.py --study critics --seeds 5 --jobs 2 --report
 ```
 """
 
@@ -32,7 +35,7 @@ import torch
 import trl
 from datasets import Dataset, DatasetDict
 from learning_report import write_report
-from learning_runs import Budget, Curve, TokenCounter, code_version, run_recipe, supervised
+from learning_runs import Budget, Curve, TokenCounter, code_version, run_recipe, supervised, workers
 from peft import LoraConfig
 from task import ROOT, TrainingTask
 from transformers import PrinterCallback
@@ -56,6 +59,8 @@ CRITIC = {
     "cliprange_value": None,
 }
 ALL_WEIGHTS, ADAPTER = {"learning_rate": 3e-4}, {"learning_rate": 1e-3}
+# A critic that shapes no features of the policy's; its learning rate is the policy's
+OF_ITS_OWN = {"critic_trunk_grad": None, "critic_learning_rate": 1e-3, "critic_lam": 0.5}
 LENGTHS = range(10, 15)
 TEST_PROMPTS, SAMPLES = 512, 2
 
@@ -187,6 +192,26 @@ STUDIES = {
             "PPO, steps": Method(PPO, {**ALL_WEIGHTS, **CRITIC, "gamma": 0.5, "lam": 0.5}, by_step=True),
         },
     ),
+    "critics": Study(
+        start_of_outcome,
+        TrainingTask,
+        Curve,
+        60,
+        {
+            "GRPO": Method(GRPO, ADAPTER, lora=True),
+            "head": Method(PPO, {**ADAPTER, **CRITIC, "critic_trunk_grad": 0.0, "critic_lam": 0.5}, lora=True),
+            "head, trunk learns": Method(PPO, {**ADAPTER, **CRITIC, "critic_lam": 0.5}, lora=True),
+            "adapter": Method(PPO, {**ADAPTER, **CRITIC, **OF_ITS_OWN, "critic": "adapter"}, lora=True),
+            "model": Method(
+                PPO, {**ADAPTER, **CRITIC, **OF_ITS_OWN, "critic": "model", "critic_head": None}, lora=True
+            ),
+        },
+    ),
+}
+TITLES = {
+    "outcome": "Sorting digits, set N",
+    "steps": "Digits and their successors",
+    "critics": "Sorting digits, set N, LoRA",
 }
 # Okabe and Ito's
 COLOURS = {
@@ -197,6 +222,10 @@ COLOURS = {
     "PPO, LoRA": "#56B4E9",
     "PPO, sum": "#56B4E9",
     "PPO, steps": "#D55E00",
+    "head": "#56B4E9",
+    "head, trunk learns": "#0072B2",
+    "adapter": "#D55E00",
+    "model": "#009E73",
 }
 
 
@@ -212,7 +241,10 @@ def shape_of_runs(generations: int) -> dict[str, int]:
 
 
 def train(study: Study, method: Method, start: Path, seed: int, points: int, generations: int) -> dict[str, Any]:
-    """The curve of a run, and explained variance by optimizer step where there is a critic."""
+    """
+    The curve of a run, explained variance by optimizer step where there is a critic, and the numbers of weights of
+    policy and critic together, and of those that are trained.
+    """
     trainer_class, config_class = method.classes
     counter = DigitCounter(method.by_step) if study.curve is DigitCurve else TokenCounter()
     task = study.task(seed=seed, model_path=str(start), reward_func=counter, train_size=8192)
@@ -235,6 +267,8 @@ def train(study: Study, method: Method, start: Path, seed: int, points: int, gen
     return {
         "points": curve.points,
         "explained_variance": {entry["step"]: entry["val/explained_variance"] for entry in logged},
+        "weights": sum(weight.numel() for weight in trainer.model.parameters()),
+        "trained": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
     }
 
 
@@ -266,6 +300,7 @@ def table(runs: dict[str, dict[int, dict[str, Any]]], metric: str) -> list[dict[
                 "explained_variance": explained,
                 "tokens": float(np.mean([run["points"][-1]["tokens"] for run in seeds.values()])),
                 "cpu": float(np.mean([run["points"][-1]["cpu"] for run in seeds.values()])),
+                **{name: next(iter(seeds.values()))[name] for name in ("weights", "trained")},
             }
         )
     return rows
@@ -274,8 +309,8 @@ def table(runs: dict[str, dict[int, dict[str, Any]]], metric: str) -> list[dict[
 def markdown(rows: list[dict[str, Any]], metric: str) -> str:
     lines = [
         f"| method | {metric}: start | end (mean ± sd) | by seed | against {rows[0]['method']}, paired (mean ± sd) "
-        "| explained variance at the end (mean, least) | tokens (k) | CPU-s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| explained variance at the end (mean, least) | weights (k) | trained (k) | tokens (k) | CPU-s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         explained = row["explained_variance"]
@@ -286,7 +321,7 @@ def markdown(rows: list[dict[str, Any]], metric: str) -> str:
             ", ".join(f"{value:.3f}" for value in row["by_seed"]),
             "" if row is rows[0] else f"{row['difference']:+.3f} ± {row['difference_sd']:.3f}",
             f"{np.mean(explained):.2f}, {min(explained):.2f}" if explained else "",
-            f"{row['tokens'] / 1000:.0f}",
+            *(f"{row[name] / 1000:.0f}" for name in ("weights", "trained", "tokens")),
             f"{row['cpu']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -317,11 +352,28 @@ def plot(runs: dict[str, dict[int, dict[str, Any]]], metric: str, title: str, pa
     figure.savefig(path, dpi=130)
 
 
+def one_run(
+    study: str, method: str, start: Path, seed: int, points: int, generations: int, output_dir: Path
+) -> dict[str, Any]:
+    """Each finished run is kept: an interrupted benchmark goes on where it was."""
+    torch.set_num_threads(1)
+    settings = f"{start.name}_{generations}_{points}_{code_version('ppo_learning.py')}"
+    done = output_dir / f"{study}_{method}_{seed}_{settings}.json"
+    if not done.exists():
+        chosen = STUDIES[study]
+        part = done.with_suffix(".part")
+        part.write_text(json.dumps(train(chosen, chosen.methods[method], start, seed, points, generations)))
+        part.rename(done)
+    result: dict[str, Any] = json.loads(done.read_text())
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=STUDIES, default="outcome")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each on one thread (default: 1)")
     parser.add_argument("--start_seed", type=int, help="one start for all seeds (default: each has its own)")
     parser.add_argument("--model", type=Path, help="folder of the start; default: made by the recipes, one per seed")
     parser.add_argument("--generations", type=int, help="generation batches of a run (default: 60; steps: 20)")
@@ -330,34 +382,40 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="write the table into benchmarks/RESULTS.md")
     parser.add_argument("--json", action="store_true", help="print the table as JSON in the last line")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     study = STUDIES[args.study]
     metric = study.curve.metric
     generations = args.generations or study.generations
 
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     runs: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in study.methods}
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        start = args.model or study.start(args.output_dir, seed if args.start_seed is None else args.start_seed)
-        for name, method in study.methods.items():
-            # Each finished run is kept: an interrupted benchmark goes on where it was
-            settings = f"{start.name}_{generations}_{args.points}"
-            done = args.output_dir / f"{args.study}_{name}_{seed}_{settings}_{code_version('ppo_learning.py')}.json"
-            if not done.exists():
-                done.write_text(json.dumps(train(study, method, start, seed, args.points, generations)))
-            runs[name][seed] = run = json.loads(done.read_text())
+    with workers(args.jobs) as do:
+        own = seeds if args.start_seed is None else [args.start_seed]
+        starts = dict.fromkeys(own, args.model)
+        if args.model is None:
+            made = do(study.start, [(args.output_dir, seed) for seed in own])
+            starts |= {own[place]: path for place, path in made}
+        calls = [
+            (args.study, name, starts[seed if args.start_seed is None else args.start_seed], seed, args.points)
+            for seed in seeds
+            for name in study.methods
+        ]
+        for place, run in do(one_run, [(*call, generations, args.output_dir) for call in calls]):
+            _, name, _, seed, _ = calls[place]
+            runs[name][seed] = run
             first, last, explained = run["points"][0], run["points"][-1], explained_at_the_end(run)
             print(
                 f"seed {seed} {name}: {first[metric]:.3f} → {last[metric]:.3f}, {last['tokens']:.0f} tokens, "
                 f"{last['cpu']:.0f} CPU-s" + ("" if explained is None else f", explained variance {explained:.2f}"),
                 flush=True,
             )
+    runs = {name: {seed: by_seed[seed] for seed in seeds} for name, by_seed in runs.items()}
 
     rows = table(runs, metric)
     text = markdown(rows, metric)
     print(text)
     picture = f"ppo_{args.study}.png"
-    title = {"outcome": "Sorting digits, set N", "steps": "Digits and their successors"}[args.study]
+    title = TITLES[args.study]
     plot(runs, metric, title, args.output_dir / picture)
     if args.report:
         plot(runs, metric, title, ROOT / "benchmarks" / picture)

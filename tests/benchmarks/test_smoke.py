@@ -102,11 +102,12 @@ def test_learning(tmp_path):
     assert (tmp_path / "objectives.png").is_file()
 
 
-@pytest.mark.parametrize("study", ["outcome", "steps"])
+@pytest.mark.parametrize("study", ["outcome", "steps", "critics"])
 def test_ppo_learning(study, start, tmp_path):
     sizes = ("--seeds", 1, "--generations", 1, "--points", 1, "--model", start)
     rows = last_line("ppo_learning", "--study", study, *sizes, "--output_dir", tmp_path)
-    assert {row["method"].split(",")[0] for row in rows} == {"GRPO", "PPO"}
+    kinds = {"GRPO", "head", "adapter", "model"} if study == "critics" else {"GRPO", "PPO"}
+    assert {row["method"].split(",")[0] for row in rows} == kinds
     assert all(row["tokens"] > 0 and 0 <= row["final"] <= 1 for row in rows)
     assert all(value <= 1 for row in rows for value in row["explained_variance"])
     assert (tmp_path / f"ppo_{study}.png").is_file()
