@@ -27,6 +27,7 @@ CASES: dict[str, Any] = {
     "grpo": (trl_ext.GRPOTrainer, {}),
     # The processes choose prompts by what they read together
     "informed_lora": (trl_ext.DAPOTrainer, {"refill_draws": "informed", "adapted": True}),
+    "ppo_adapter": (trl_ext.PPOTrainer, {"critic": "adapter", "critic_learning_rate": 0.1, "adapted": True}),
     "ppo_head": (trl_ext.PPOTrainer, {"critic": "head", "critic_trunk_grad": 0.5, "critic_learning_rate": 0.1}),
 }
 FSDP2 = {

@@ -102,3 +102,23 @@ def test_what_zero_3_saves_in_parts_is_exported_whole(tmp_path: Path) -> None:
     assert len(policy) < len(expected)
     for name, weight in policy.items():
         assert torch.equal(found[name], weight)
+
+
+def test_a_critic_that_is_an_adapter_learns_the_same_under_zero_2_and_zero_3(tmp_path: Path) -> None:
+    found = {}
+    for stage in (2, 3):
+        folder = tmp_path / f"zero_{stage}"
+        start(tmp_path, stage, WORKER.with_name("critic_worker.py"), folder)
+        critic = folder / "critic"
+        head = load_file(critic / "critic.safetensors")
+        found[stage] = {
+            "policy": load_peft_weights(str(folder), device="cpu"),
+            "critic": load_peft_weights(str(critic / "adapter"), device="cpu"),
+            "head": head,
+        }
+    for name, weights in found[2].items():
+        assert weights.keys() == found[3][name].keys()
+        for key, weight in weights.items():
+            # B and the head start at zero
+            assert weight.any() or ("lora_B" not in key and "out." not in key), key
+            torch.testing.assert_close(found[3][name][key], weight, rtol=1e-3, atol=1e-4)
