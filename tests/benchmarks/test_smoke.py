@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.train]
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # What scripts share, or no script
-NOT_RUN = {"automaton", "learning_report", "learning_runs", "task"}
+NOT_RUN = {"automaton", "learning_report", "learning_runs", "task", "turns"}
 
 
 def last_line(script: str, *arguments: Any) -> Any:
@@ -111,6 +111,11 @@ def test_ppo_learning(study, start, tmp_path):
     assert all(row["tokens"] > 0 and 0 <= row["final"] <= 1 for row in rows)
     assert all(value <= 1 for row in rows for value in row["explained_variance"])
     assert (tmp_path / f"ppo_{study}.png").is_file()
+
+
+def test_roles():
+    found = last_line("roles", "--shape", "tiny", "--rounds", 1, "--steps", 1)
+    assert found["weights_memory_ratio"] < 0.3 and found["time_ratio"] > 0 and found["peak_memory_ratio"] > 0
 
 
 def test_critic_heads(start, tmp_path):

@@ -105,6 +105,22 @@ def test_a_resumed_run_has_the_same_types_and_weights(tmp_path, trainer_class):
         assert torch.equal(tiny.weights(again.model)[name], value), name
 
 
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit"])
+def test_optimizers_with_states_in_8_bits_train_a_critic_at_its_own_rate(tmp_path, optim):
+    settings = {**SAVING, "critic": "adapter", "critic_learning_rate": 0.01, "optim": optim}
+    whole = trainer(PPOTrainer, tmp_path, "whole", **settings)
+    before = tiny.weights(whole.model)
+    whole.train()
+    assert type(whole.optimizer.optimizer).__module__.startswith("bitsandbytes")
+    assert {bool(group.get("is_critic")) for group in whole.optimizer.param_groups} == {True, False}
+    moved = {name for name, value in tiny.weights(whole.model).items() if not torch.equal(before[name], value)}
+    assert {any("critic" in name.split(".") for name in moved), any(".default." in name for name in moved)} == {True}
+    again = trainer(PPOTrainer, tmp_path, "again", **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    for name, value in tiny.weights(whole.model).items():
+        assert torch.equal(tiny.weights(again.model)[name], value), name
+
+
 @pytest.mark.parametrize("start", ["policy", "adapter", "name", "value_model", "reward_model"])
 def test_a_critic_of_its_own_does_not_start_from_a_quantized_model(start, tmp_path):
     """It would train its head alone, and couldn't be resumed."""

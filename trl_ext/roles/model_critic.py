@@ -16,7 +16,7 @@ from .critic_contract import Critic
 CRITIC_INITS = ("policy", "reward")
 QUANTIZED = (
     "A critic of its own (critic='model') would start from a quantized model, whose layers can't learn, nor be read "
-    "from a checkpoint. Set critic='head', or pass a value_model that is not quantized."
+    "from a checkpoint. Set critic='head' or critic='adapter', or pass a value_model that is not quantized."
 )
 
 
