@@ -8,6 +8,7 @@ trl-ext run sft --config quickstart_sft.yaml
 trl-ext run dapo --config quickstart_dapo.yaml --max_steps 60    # any argument of the recipe
 trl-ext run ppo --num_processes 4 --accelerate_config 4xa100_80g.yaml --config mine.yaml
 trl-ext copy dapo mine                                           # to change it
+trl-ext plan --method ppo --model 33b --layout 4xa100-80g        # will it fit?
 trl-ext export runs/ppo --role policy --merge                    # plain weights of what a run has trained
 ```
 
@@ -170,11 +171,19 @@ def _export_parser() -> Parser:
     return parser
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+def plan(argv: Sequence[str]) -> int:
+    """Says whether a method fits on GPUs, by phases, before anything is loaded."""
+    from .run.planning import plan_parser, run_plan
+
+    return run_plan(plan_parser(f"{PROGRAM} plan", str(plan.__doc__)).parse_args(argv))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "recipes": recipes,
     "run": run,
     "copy": copy,
     "export": export,
+    "plan": plan,
 }
 
 
@@ -187,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             Arguments without the program's name, by default those of the process.
 
     Returns:
-        `int`: exit status: 0, or 2 where the arguments can't be used; one line on the standard error says why.
+        `int`: exit status: 0, 1 where a plan doesn't fit, or 2 where the arguments can't be used; one line on the
+        standard error says why.
     """
     words, debug = without_debug(sys.argv[1:] if argv is None else argv)
     parser = Parser(
@@ -201,13 +211,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=f"see `{PROGRAM} COMMAND --help`")
     try:
         command = COMMANDS[parser.parse_args(words[:1]).command]
-        command([*words[1:], DEBUG] if debug and command is run else words[1:])  # a recipe has errors of its own
+        # A recipe has errors of its own
+        status = command([*words[1:], DEBUG] if debug and command is run else words[1:])
     except UserError as error:
         if debug:
             raise
         say(error, PROGRAM)
         return STATUS
-    return 0
+    return status or 0
 
 
 def _version() -> str:

@@ -1,0 +1,175 @@
+"""
+What passes take: a forward and a backward pass of an update, the passes without gradients, and the first pass of
+generation, at their real size on fake tensors ([`~trl_ext.trainers.seams.fake_passes`]). Weights and gradients of
+weights are not counted here; activations, the fused head's tiles and what the loss keeps are.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..roles.critic import base_model_of
+from ..roles.switching import using_adapter
+from ..trainers.seams.fake_passes import LiveBytes, head_as_on_gpus, make_fake
+from .job import Job
+from .models import FEW, build_policy, build_scorer
+from .shapes import Shape
+
+
+# What the passes of a job depend on, beside the types of weights
+POLICY = ("lora_r", "lora_target_modules", "critic", "critic_head", "dtype")
+OF_UPDATE = (
+    *("gradient_checkpointing", "prompt_tokens", "completion_tokens", "per_device_train_batch_size"),
+    *("share_prefixes", "reference"),
+)
+
+
+def _key(job: Job, *names: str) -> Job:
+    """A job that is equal to others with the same passes. Strategies only decide on the types of weights."""
+    return job.reduced_to(*POLICY, *names).but(strategy="ddp" if job.computes_on_copies else "zero3")
+
+
+@dataclass(frozen=True)
+class UpdateBytes:
+    """
+    Bytes of one micro-batch.
+
+    Attributes:
+        kept (`float`):
+            Kept from the forward for the backward pass.
+        forward, backward (`float`):
+            The most that is alive at once in each, with what is kept.
+    """
+
+    kept: float
+    forward: float
+    backward: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.forward, self.backward)
+
+
+def _autocast(job: Job) -> AbstractContextManager[Any]:
+    """As transformers' trainer computes: in bfloat16, whatever the type of the weights. DeepSpeed has cast them."""
+    return torch.autocast("cpu", dtype=torch.bfloat16) if job.computes_on_copies else nullcontext()
+
+
+def _inputs(job: Job, rows: int, columns: int, mask: bool = True) -> dict[str, torch.Tensor]:
+    ids = torch.zeros((rows, columns), dtype=torch.long)
+    if job.share_prefixes and job.batch_shape == (rows, columns):
+        # Branches of one prompt: a mask of who sees whom, and positions that begin anew
+        seen = torch.ones((rows, 1, columns, columns), dtype=torch.bool)
+        return {"input_ids": ids, "attention_mask": seen, "position_ids": torch.zeros_like(ids)}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if mask else {"input_ids": ids}
+
+
+def _loss_of(job: Job, outputs: Any, reference: torch.Tensor | None) -> torch.Tensor:
+    """A loss that keeps what the trainers' keep: numbers for each token of the completions."""
+    logps = outputs.log_probs.float()
+    if reference is not None:
+        logps = logps - reference
+    loss = -(torch.exp(logps - logps.detach()) * torch.ones_like(logps)).mean()
+    values = getattr(outputs, "state_values", None)
+    return loss if values is None else loss + values.float().pow(2).mean()
+
+
+def _measure_update(job: Job, layers: int) -> UpdateBytes:
+    policy = build_policy(job, layers)
+    base = base_model_of(policy)
+    if job.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        if not job.is_full:
+            base.enable_input_require_grads()
+    fake = make_fake(policy)
+    policy.train()
+    rows, columns = job.batch_shape
+    scored = job.completion_tokens if not job.share_prefixes else job.rows * job.completion_tokens
+    with fake, head_as_on_gpus():
+        inputs = _inputs(job, rows, columns)
+        labels = torch.zeros((rows, scored + 1 if scored < columns else columns), dtype=torch.long)
+        for weight in policy.parameters():
+            weight.grad = torch.empty_like(weight) if weight.requires_grad else None
+        known = [*inputs.values(), labels, *policy.parameters(), *policy.buffers()]
+        known += [weight.grad for weight in policy.parameters() if weight.grad is not None]
+        with LiveBytes(known) as live, _autocast(job):
+            outputs = policy(**inputs, labels=labels, fused_lm_head=True)
+            reference = None
+            if not job.samples and job.reference is not None:
+                # DPO's pass of the reference comes while the policy's activations wait for the backward pass
+                switched = using_adapter(policy, None) if job.reference == "adapter" else nullcontext()
+                with torch.no_grad(), switched:
+                    reference = policy(**inputs, labels=labels, fused_lm_head=True).log_probs
+            loss = _loss_of(job, outputs, reference)
+            del outputs, reference
+            kept, forward = live.bytes, live.peak
+            live.reset_peak()
+            loss.backward()
+            return UpdateBytes(kept, forward, live.peak)
+
+
+@lru_cache(maxsize=256)
+def _update(job: Job) -> UpdateBytes:
+    few, more = (_measure_update(job, layers) for layers in FEW)
+    per_layer = [(b - a) / (FEW[1] - FEW[0]) for a, b in zip(_parts(few), _parts(more), strict=True)]
+    whole = [a + slope * (job.model.layers - FEW[0]) for a, slope in zip(_parts(few), per_layer, strict=True)]
+    return UpdateBytes(*whole)
+
+
+def _parts(found: UpdateBytes) -> tuple[float, float, float]:
+    return found.kept, found.forward, found.backward
+
+
+def update_bytes(job: Job) -> UpdateBytes:
+    """What a micro-batch of an update takes."""
+    return _update(_key(job, *OF_UPDATE))
+
+
+@lru_cache(maxsize=256)
+def _without_gradients(job: Job, rows: int, columns: int, scored: int, shape: Shape | None) -> float:
+    layers = FEW[0]  # one layer's activations at a time: their number doesn't matter
+    model: Any = build_policy(job, layers) if shape is None else build_scorer(shape, layers, "bfloat16")
+    fake = make_fake(model)
+    model.eval()
+    with fake, head_as_on_gpus(), torch.no_grad():
+        inputs = _inputs(job, rows, columns)
+        known = [*inputs.values(), *model.parameters(), *model.buffers()]
+        with LiveBytes(known) as live, _autocast(job):
+            if shape is not None:
+                model.base_model(**inputs, use_cache=False)
+            elif scored:
+                labels = torch.zeros((rows, min(scored + 1, columns)), dtype=torch.long)
+                model(**inputs, labels=labels, fused_lm_head=True)
+            else:
+                base_model_of(model).base_model(**inputs, use_cache=False)
+            return float(live.peak)
+
+
+def scoring_pass_bytes(job: Job) -> float:
+    """A pass of the policy or the reference for log-probabilities and values, without gradients."""
+    rows, columns = job.batch_shape
+    scored = job.completion_tokens if not job.share_prefixes else job.rows * job.completion_tokens
+    return _without_gradients(_key(job, *OF_UPDATE), rows, columns, scored, None)
+
+
+def _without_critic(job: Job) -> Job:
+    """With the smallest one, which takes no part in a pass of the backbone."""
+    return job.but(critic="head", critic_head="linear") if job.critic else job
+
+
+def prefill_bytes(job: Job) -> float:
+    """The pass that reads all prompts of a generation batch, without its cache."""
+    return _without_gradients(_key(_without_critic(job)), job.rollouts, job.prompt_tokens, 0, None)
+
+
+def reward_pass_bytes(job: Job) -> float:
+    """A pass of the reward: an adapter scores as many rows at once as a micro-batch has, TRL's models score all."""
+    if job.reward is None:
+        return 0.0
+    key = _key(_without_critic(job))
+    if job.reward == "adapter":
+        return _without_gradients(key, job.rows, job.tokens, 0, None)
+    return _without_gradients(key, job.rollouts, job.tokens, 0, job.reward_model or job.model)

@@ -1,0 +1,104 @@
+"""
+Passes on tensors without numbers: a model computes at its real size, nothing is allocated, and every storage that is
+alive is counted.
+
+Fake tensors here are CPU tensors, because torch without CUDA can't make others with gradients. What a GPU would do
+differently is put right: TRL's fused head folds tiles of logits with Triton kernels, in place, where a CPU makes
+copies of them in float32.
+
+This file reads what torch keeps private (fake tensors, dispatch modes, the names of storages) and TRL's kernels.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from trl.kernels import chunked_logprob
+
+
+class LiveBytes(TorchDispatchMode):
+    """
+    Counts the bytes of the storages that are alive.
+
+    Args:
+        known (`Iterable[torch.Tensor]`):
+            Tensors that don't count, such as weights.
+
+    Attributes:
+        bytes, peak (`int`):
+            Bytes alive now, and at most since [`reset_peak`].
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self.bytes = self.peak = 0
+
+    def reset_peak(self) -> None:
+        """Begin a new maximum."""
+        self.peak = self.bytes
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.bytes -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._seen:
+                    self._seen.add(storage._cdata)
+                    self.bytes += (size := storage.nbytes())
+                    weakref.finalize(storage, self._forget, storage._cdata, size)
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+
+def make_fake(model: nn.Module) -> FakeTensorMode:
+    """
+    Turns the weights of a model on the meta device into fake CPU tensors, in place.
+
+    Returns:
+        `FakeTensorMode`: the mode in which it computes.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    done: dict[int, torch.Tensor] = {}  # tied weights stay tied
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in done:
+                    new = FakeTensor(fake, tensor.detach().to("meta"), torch.device("cpu"))
+                    done[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if held is module._parameters else new
+                held[name] = done[id(tensor)]  # type: ignore[assignment]
+    return fake
+
+
+def _in_place(*args: Any, **kwargs: Any) -> None:
+    """What a Triton kernel does to a tile, as far as memory goes."""
+
+
+def _matrix_product(accumulator: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """cuBLAS adds to float32 without a copy of its inputs."""
+
+
+@contextmanager
+def head_as_on_gpus() -> Iterator[None]:
+    """Within this context, TRL's fused head takes the memory that it takes on GPUs. It computes nothing."""
+    replaced = {"_forward_tile": _in_place, "_backward_tile": _in_place, "_addmm_fp32": _matrix_product}
+    before = {name: getattr(chunked_logprob, name) for name in replaced}
+    try:
+        for name, function in replaced.items():
+            setattr(chunked_logprob, name, function)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(chunked_logprob, name, function)
