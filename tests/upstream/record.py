@@ -36,6 +36,12 @@ COMMAND = "python tests/upstream/record.py"
 # Sources that we don't override, but whose behaviour something of ours relies on. Found by introspection and therefore
 # not here: what is overridden, what is imported from a submodule of TRL, and private methods that are called.
 LEANED_ON = {
+    "torch._subclasses.fake_tensor.FakeTensor": "stands for weights and activations when the planner measures passes",
+    "torch._subclasses.fake_tensor.FakeTensorMode": "computes sizes without numbers, for the planner",
+    "torch.utils._python_dispatch.TorchDispatchMode": "shows the planner every operation's results",
+    "trl.kernels.chunked_logprob._forward_tile": "makes float32 copies of a tile on a CPU, as a GPU's kernel doesn't",
+    "trl.kernels.chunked_logprob._backward_tile": "makes float32 copies of a tile on a CPU, as a GPU's kernel doesn't",
+    "trl.kernels.chunked_logprob._addmm_fp32": "copies both factors to float32 on a CPU, and neither on a GPU",
     "trl.trainer.grpo_trainer.GRPOTrainer._generate_single_turn": (
         "takes the number of generations from `num_generations` or `num_generations_eval`, which `roll_out` sets"
     ),

@@ -6,7 +6,7 @@ Fake tensors here are CPU tensors, because torch without CUDA can't make others 
 differently is put right: TRL's fused head folds tiles of logits with Triton kernels, in place, where a CPU makes
 copies of them in float32.
 
-This file reads what torch keeps private (fake tensors, dispatch modes, the names of storages) and TRL's kernels.
+This file reads what torch keeps private, fake tensors and dispatch modes, and TRL's kernels.
 """
 
 import weakref
@@ -17,9 +17,23 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from trl.kernels import chunked_logprob
+
+
+def _tensors(result: Any) -> Iterator[torch.Tensor]:
+    """What an operation returns: a tensor, or several."""
+    if isinstance(result, torch.Tensor):
+        yield result
+    elif isinstance(result, tuple | list):
+        for part in result:
+            yield from _tensors(part)
+
+
+def _name_of(storage: torch.UntypedStorage) -> int:
+    """A number that no other living storage has. Fake ones have no address."""
+    return int(StorageWeakRef(storage).cdata)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -37,7 +51,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self._seen = {_name_of(tensor.untyped_storage()) for tensor in known}
         self.bytes = self.peak = 0
 
     def reset_peak(self) -> None:
@@ -50,13 +64,14 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+        for tensor in _tensors(result):
+            if tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._seen:
-                    self._seen.add(storage._cdata)
+                name = _name_of(storage)
+                if name not in self._seen:
+                    self._seen.add(name)
                     self.bytes += (size := storage.nbytes())
-                    weakref.finalize(storage, self._forget, storage._cdata, size)
+                    weakref.finalize(storage, self._forget, name, size)
         self.peak = max(self.peak, self.bytes)
         return result
 
@@ -70,15 +85,16 @@ def make_fake(model: nn.Module) -> FakeTensorMode:
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     done: dict[int, torch.Tensor] = {}  # tied weights stay tied
+    held: list[torch.Tensor] = []  # so that no other gets the id of one that is replaced
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in done:
-                    new = FakeTensor(fake, tensor.detach().to("meta"), torch.device("cpu"))
-                    done[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if held is module._parameters else new
-                held[name] = done[id(tensor)]  # type: ignore[assignment]
+        weights = module.named_parameters(recurse=False, remove_duplicate=False)
+        for name, tensor in [*weights, *module.named_buffers(recurse=False, remove_duplicate=False)]:
+            if id(tensor) not in done:
+                new = FakeTensor(fake, tensor.detach().to("meta"), torch.device("cpu"))
+                is_weight = isinstance(tensor, nn.Parameter)
+                done[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_weight else new
+                held.append(tensor)
+            setattr(module, name, done[id(tensor)])
     return fake
 
 
