@@ -191,7 +191,7 @@ def forecast(job: Job, assumed: Efficiencies = ASSUMED) -> dict[str, Any]:
         phases.append(
             {
                 "name": work.name,
-                "seconds": round(by_resource[bound], 3),
+                "seconds": float(f"{by_resource[bound]:.3g}"),
                 "bound_by": bound,
                 "tflop": round(work.flops / 1e12, 1),
                 "memory_gib": round(work.memory_bytes / GIB, 1),
@@ -203,8 +203,8 @@ def forecast(job: Job, assumed: Efficiencies = ASSUMED) -> dict[str, Any]:
     slowest = max(phases, key=lambda phase: float(str(phase["seconds"])))
     tokens = job.rollouts * METHODS[job.method].rows * job.tokens * job.layout.gpus
     return {
-        "step_seconds": round(seconds, 2),
-        "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+        "step_seconds": float(f"{seconds:.3g}"),
+        "tokens_per_second": float(f"{tokens / seconds:.3g}"),
         "bottleneck": f"{slowest['name']}, by {slowest['bound_by']}",
         "phases": phases,
         "assumed": vars(assumed),
@@ -213,10 +213,10 @@ def forecast(job: Job, assumed: Efficiencies = ASSUMED) -> dict[str, Any]:
 
 def in_words(found: dict[str, Any]) -> list[str]:
     """A forecast in sentences."""
-    parts = [f"{phase['name']} {phase['seconds']:.1f} s ({phase['bound_by']})" for phase in found["phases"]]
+    parts = [f"{phase['name']} {phase['seconds']:.3g} s ({phase['bound_by']})" for phase in found["phases"]]
     assumed = found["assumed"]
     return [
-        f"A step: {found['step_seconds']:.0f} s, {found['tokens_per_second']:.0f} tokens a second on all GPUs. "
+        f"A step: {found['step_seconds']:.3g} s, {found['tokens_per_second']:,.0f} tokens a second on all GPUs. "
         f"Bottleneck: {found['bottleneck']}.",
         f"{'; '.join(parts)}.",
         f"Assumed, not measured: {assumed['compute']:.0%} of the operations, {assumed['memory']:.0%} of the memory's "
