@@ -183,15 +183,7 @@ def train_ours(steps: int, shape: dict[str, Any], clock: Clock, critic: str) -> 
         given = arguments(shape, with_value_model=critic == "model")
         given["processing_class"].pad_token = "w0"  # ours refuses one that no model knows; nothing is ever padded
         trainer = PPOTrainer(args=config, callbacks=[Watch()], **given)
-        trainer._generate_single_turn = clock.around_generation(trainer._generate_single_turn)
-        score = trainer._generate_and_score_completions
-
-        def scored(*args: Any, **kwargs: Any) -> Any:
-            result = score(*args, **kwargs)
-            clock.begin_training()
-            return result
-
-        trainer._generate_and_score_completions = scored
+        clock.follow(trainer)
         trainer.train()
 
 

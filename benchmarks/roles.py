@@ -167,15 +167,7 @@ def train(side: str, folder: Path, steps: int, clock: Clock) -> dict[str, int]:
         trainer = PPOTrainer(
             args=config, train_dataset=rows, processing_class=tokenizer(), callbacks=[Watch()], **arguments
         )
-        trainer._generate_single_turn = clock.around_generation(trainer._generate_single_turn)
-        score = trainer._generate_and_score_completions
-
-        def scored(*args: Any, **kwargs: Any) -> Any:
-            result = score(*args, **kwargs)
-            clock.begin_training()
-            return result
-
-        trainer._generate_and_score_completions = scored
+        clock.follow(trainer)
         trainer.train()
     return found
 

@@ -90,6 +90,18 @@ class Clock:
 
         return timed
 
+    def follow(self, trainer: Any) -> None:
+        """Notice when a trainer of `trl_ext` generates, and when it begins to train on a batch."""
+        trainer._generate_single_turn = self.around_generation(trainer._generate_single_turn)
+        score = trainer._generate_and_score_completions
+
+        def scored(*args: Any, **kwargs: Any) -> Any:
+            result = score(*args, **kwargs)
+            self.begin_training()
+            return result
+
+        trainer._generate_and_score_completions = scored
+
     def begin_training(self, *_: Any) -> None:
         """May be called more than once a step."""
         if self.began_training is None:
