@@ -3,9 +3,9 @@ What do the four models of PPO cost, as four models and as adapters on one? Acto
 each with weights of its own (`separate`) or all on one frozen base (`trunk`).
 
 Equal on both sides: the shape of the models (100M parameters, Llama's architecture, random weights, float32), prompts,
-settings, and what is trained: a LoRA of rank 16 on every linear layer for the actor, another one and a head for the
-critic. The reward model was trained as an adapter on the same base: `trunk` loads it as one, `separate` as the model
-that merging makes of it. Completions have full length.
+settings, and what the actor trains, a LoRA of rank 16 on every linear layer. The reward model was trained as such an
+adapter on the same base: `trunk` loads it as one, `separate` as the model that merging makes of it. Not equal is what
+the critic trains, because one is what people use in place of the other: such a LoRA and a head, or a whole model.
 
 The sides are alive at the same time and take turns after every step, as in `ppo.py`. Time is that of a whole step
 (generation, scoring, two updates in micro-batches of 4), after one step of warm-up; ratios are medians over pairs of
@@ -57,16 +57,15 @@ def lora(task_type: str) -> Any:
 
 
 def tokenizer() -> Any:
-    """It never makes the token that ends a completion."""
-    from tokenizers import Tokenizer, models
+    """A word is a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {f"w{i}": i for i in range(VOCABULARY - 1)}
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({**vocabulary, "<eos>": VOCABULARY - 1}, unk_token="w0")),
-        pad_token="w0",
-        eos_token="<eos>",
-        padding_side="left",
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )
 
 
@@ -101,26 +100,23 @@ def loaded(folder: Path, classifier: bool = False) -> Any:
 
 def roles_of(side: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of the trainer, and settings."""
-    from peft import inject_adapter_in_model
-
     from trl_ext import AdapterReward
 
     policy = {"model": loaded(folder / "base"), "peft_config": lora("CAUSAL_LM")}
     if side == "trunk":
         return {**policy, "reward_funcs": AdapterReward(folder / "reward_adapter")}, {"critic": "adapter"}
-    critic = inject_adapter_in_model(lora("SEQ_CLS"), loaded(folder / "base", classifier=True))
-    for name, weight in critic.named_parameters():
-        weight.requires_grad_("lora_" in name or name.startswith("score"))
     models = {
         "ref_model": loaded(folder / "base"),
         "reward_model": loaded(folder / "reward_model", classifier=True),
-        "value_model": critic,
     }
     return {**policy, **models}, {"critic": "model"}
 
 
-def train(side: str, folder: Path, steps: int, clock: Clock) -> dict[str, int]:
-    """Trains for one step of warm-up and `steps` more. Returns the bytes of all weights, and of those that learn."""
+def train(side: str, folder: Path, steps: int, clock: Clock) -> dict[str, float]:
+    """
+    Trains for one step of warm-up and `steps` more. Returns the bytes of all weights, and of those that learn, and
+    the tokens and the mean reward of the first step.
+    """
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -129,9 +125,9 @@ def train(side: str, folder: Path, steps: int, clock: Clock) -> dict[str, int]:
     from trl_ext.roles.trunk import storages
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(VOCABULARY - 1, (8 * PROMPTS, PROMPT), generator=generator).tolist()
+    ids = torch.randint(3, VOCABULARY, (8 * PROMPTS, PROMPT), generator=generator).tolist()
     arguments, settings = roles_of(side, folder)
-    found: dict[str, int] = {}
+    found: dict[str, float] = {}
 
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -169,7 +165,8 @@ def train(side: str, folder: Path, steps: int, clock: Clock) -> dict[str, int]:
         )
         clock.follow(trainer)
         trainer.train()
-    return found
+    first = trainer.state.log_history[0]
+    return {**found, "tokens": first["num_tokens"], "reward": first["objective/scores"]}
 
 
 def run_side(side: str, folder: Path, steps: int) -> None:
@@ -224,6 +221,10 @@ def main() -> None:
             + "".join(f"{scale.get(name, 1) * statistics.median(values(side, name)):>13.3f}" for name in columns)
         )
     print("seconds a step; weights, trained weights and peak in MB")
+    tokens = {side: {runs[side]["tokens"] for runs in rounds} for side in SIDES}
+    rewards = {side: [runs[side]["reward"] for runs in rounds] for side in SIDES}
+    if tokens["separate"] != tokens["trunk"] or not all(map(all, rewards.values())):
+        raise RuntimeError(f"The sides do different work: {tokens} tokens, rewards {rewards}.")
 
     def ratio(name: str) -> float:
         pairs = zip(values("trunk", name), values("separate", name), strict=True)
