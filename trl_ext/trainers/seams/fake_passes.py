@@ -58,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
         """Begin a new maximum."""
         self.peak = self.bytes
 
-    def _forget(self, key: int, size: int) -> None:
+    def _drop_stored(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.bytes -= size
 
@@ -71,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
                 if name not in self._seen:
                     self._seen.add(name)
                     self.bytes += (size := storage.nbytes())
-                    weakref.finalize(storage, self._forget, name, size)
+                    weakref.finalize(storage, self._drop_stored, name, size)
         self.peak = max(self.peak, self.bytes)
         return result
 
