@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import require, require_count, require_number, require_one_of
 from .adapters import check_base_is_frozen, trained_adapter, without_adapter
 from .critic_contract import CRITIC, HEAD_KINDS, Critic, ValueHead, base_model_of, base_name
-from .switching import staying_trainable, using_adapter
+from .switching import using_adapter
 from .trunk import load_adapter
 
 
@@ -174,9 +174,7 @@ class AdapterCritic(Critic):
     @contextmanager
     def detached(self, actor: nn.Module) -> Iterator[None]:
         """Within this context, `actor` has no weights of the critic, and PEFT knows nothing of its adapter."""
-        # What loads or merges adapters switches them, and PEFT freezes those that aren't active
-        trained = [weight for weight in self.adapter_parameters() if weight.requires_grad]
-        with staying_trainable(trained), super().detached(actor), without_adapter(self.policy, CRITIC):
+        with super().detached(actor), without_adapter(self.policy, CRITIC):
             yield
 
     def split_state_dict(
