@@ -368,8 +368,9 @@ def markdown(runs: dict[str, dict[int, dict[str, Any]]], study: Study) -> str:
         f"| | {' | '.join(measures)} |",
         "|---" * (len(measures) + 1) + "|",
     ]
-    for place, other in enumerate(study.baselines):
-        for arm in [arm for arm in curves if arm not in study.baselines[: place + 1]]:
+    baselines = [arm for arm in study.baselines if arm in curves]
+    for place, other in enumerate(baselines):
+        for arm in [arm for arm in curves if arm not in baselines[: place + 1]]:
             differences = [
                 over_seeds([found[arm][name][seed] - found[other][name][seed] for seed in curves[arm]], "+")
                 for name in measures
@@ -421,6 +422,7 @@ def one_run(name: str, arm: str, seed: int, start: Path, size: Size, output_dir:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES), help="default: both")
+    parser.add_argument("--arms", nargs="+", choices=[*CURRICULA, *SCHEDULES], help="default: all of each study")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each on one thread (default: 1)")
@@ -431,6 +433,9 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="write tables and picture into benchmarks/")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.report and args.arms:
+        parser.error("--report writes whole tables: leave out --arms")
+    arms = {name: [arm for arm in STUDIES[name].arms if not args.arms or arm in args.arms] for name in args.study}
     size, seeds = Size(args.batches, args.points), range(args.first_seed, args.first_seed + args.seeds)
     with workers(args.jobs) as do:
         starts = dict.fromkeys(range(len(seeds)), args.model)
@@ -440,7 +445,7 @@ def main() -> None:
             (name, arm, seed, starts[place], size, args.output_dir)
             for name in args.study
             for place, seed in enumerate(seeds)
-            for arm in STUDIES[name].arms
+            for arm in arms[name]
         ]
         done = {}
         for place, result in do(one_run, calls):
@@ -452,7 +457,7 @@ def main() -> None:
                 flush=True,
             )
     for name in args.study:
-        runs = {arm: {seed: done[name, arm, seed] for seed in seeds} for arm in STUDIES[name].arms}
+        runs = {arm: {seed: done[name, arm, seed] for seed in seeds} for arm in arms[name]}
         text = markdown(runs, STUDIES[name])
         print(text)
         if args.report:
