@@ -75,6 +75,10 @@ WasteCallback(trl.GRPOTrainer(tiny.stopping(), tiny.low_ids, args=args, **argume
 objectives = RewardObjectives({"low_ids": ObjectiveSchedule([(0.0, 1.0), (1.0, 0.0)])})
 objectives.attach(tiny.trainer(GRPOTrainer, "out", [tiny.low_ids, tiny.hashed]))
 """,
+    "AdapterReward": """
+from pathlib import Path
+AdapterReward(tiny.reward_adapter(Path("out")))
+""",
     "ImplicitReward": "ImplicitReward(tiny.qwen2(), tiny.qwen2(1), 0.1, tiny.tokenizer())",
 }
 # Functions, which get a trainer or a model that is there, and errors

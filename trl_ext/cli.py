@@ -126,7 +126,7 @@ def export(argv: Sequence[str]) -> None:
     from .run.quiet import be_quiet
 
     be_quiet()
-    from .run.exporting import export_role
+    from .pipelines.exporting import export_role
 
     with preparing():
         exported = export_role(**vars(given))

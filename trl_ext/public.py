@@ -7,13 +7,13 @@ from .monitors.health import HealthChecks
 from .monitors.verify import verify
 from .monitors.waste import WasteCallback
 from .pipelines.dpo_then_ppo import DPOThenPPO
+from .pipelines.exporting import export_role
 from .preferences.pairs import make_pairs
 from .rewards.adapter import AdapterReward
 from .rewards.guard import RewardFunctionError
 from .rewards.implicit import ImplicitReward
 from .rewards.objectives import ObjectiveSchedule, RewardConstraint, RewardObjectives
 from .roles.critic import load_critic
-from .run.exporting import export_role
 from .trainers.dapo import DAPOConfig, DAPOTrainer
 from .trainers.dpo import DPOConfig, DPOTrainer
 from .trainers.dupo import DUPOConfig, DUPOTrainer

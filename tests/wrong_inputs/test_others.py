@@ -12,6 +12,7 @@ from refused import check
 
 import trl_ext
 from trl_ext import (
+    AdapterReward,
     DifficultyCurriculum,
     DPOConfig,
     DPOThenPPO,
@@ -143,6 +144,8 @@ CASES: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "waste: ours": (lambda: WasteCallback(trainer()), ["WasteCallback", "trl.GRPOTrainer", "read"]),
     "verify: none": (lambda: verify(None), ["NoneType", "trl_ext.GRPOTrainer"]),
     "verify: repetitions": (lambda: verify(trainer(), repetitions=0), ["repetitions=0"]),
+    "reward adapter: folder": (lambda: AdapterReward("out"), ["There is no adapter in out"]),
+    "reward adapter: batch_size": (lambda: AdapterReward("out", batch_size=0), ["batch_size=0"]),
     # Critics
     "export: run": (lambda: export_role(None), ["run is None"]),
     "export: no run": (lambda: export_role("out"), ["'out' is no folder"]),

@@ -213,6 +213,8 @@ class PPOConfig(TRL112Arguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_selection()
+        if self.max_steps > 0:
+            check_warmup(self.critic_warmup_steps, self.max_steps)
 
     @contextmanager
     def _shown_to_trl(self) -> Iterator[None]:
@@ -282,8 +284,6 @@ class PPOConfig(TRL112Arguments):
         require(self.critic_learning_rate > 0, f"critic_learning_rate={self.critic_learning_rate} must be positive.")
         require(self.vf_coef > 0, f"vf_coef={self.vf_coef} must be positive: without it the critic learns nothing.")
         require(self.critic_warmup_steps >= 0, f"critic_warmup_steps={self.critic_warmup_steps} must be at least 0.")
-        if self.max_steps > 0:
-            check_warmup(self.critic_warmup_steps, self.max_steps)
         wanted = self.critic_warmup_explained_variance
         require(
             wanted is None or self.critic_warmup_steps > 0,

@@ -143,7 +143,8 @@ def _check_models(funcs: Sequence[Any], trust_remote_code: bool) -> None:
 
 def _check_adapters(config: GRPOConfig, given: Mapping[str, Any]) -> None:
     """Reward models that are adapters: on the policy's base, and loaded as models of their own."""
-    policy, funcs = given["model"], given["reward_funcs"]
+    policy: Any = given.get("model")  # if it is missing, TRL says so
+    funcs = given["reward_funcs"]
     for func in funcs:
         if isinstance(func, str) and is_adapter(func):
             check_has_head(func)

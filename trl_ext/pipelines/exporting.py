@@ -1,5 +1,5 @@
 """
-`trl-ext export`: finds what a run has saved, and has one of its roles exported.
+What a run has saved, whatever made it, and one of its roles exported.
 """
 
 import json
@@ -9,11 +9,11 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import require, require_one_of, require_type
-from ..pipelines.stages import STATE_FILE
 from ..roles.export import EXPORTS, Export, export_folder
 from ..roles.merging import ExportSettings
 from ..roles.saved import form_of, read_json
 from ..trainers.seams.whole_checkpoints import TRAINER_STATE, checkpoints_of, damage, newest_whole
+from .stages import STATE_FILE
 
 
 # Folder in that of a run

@@ -9,8 +9,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_ext import export_role
+from trl_ext.pipelines.exporting import find_source
 from trl_ext.roles.saved import roles_of
-from trl_ext.run.exporting import find_source
 from trl_ext.trainers.seams.whole_checkpoints import write_manifest
 
 

@@ -1,0 +1,1 @@
+"""A package, because a benchmark is called like this folder."""
