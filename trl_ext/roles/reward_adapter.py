@@ -85,7 +85,8 @@ class RewardAdapter:
         try:
             config = PeftConfig.from_pretrained(self.folder)
         except ValueError as error:
-            raise ValueError(f"There is no adapter in {self.folder}: {error} Pass the folder of one.") from error
+            message = f"There is no adapter in {self.folder}: {error}. Pass the folder of one, or its id on the Hub."
+            raise ValueError(message) from error
         self.config = config
         self._check_kind(config)
         self.head = self._read_head()
