@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -128,6 +129,16 @@ def lora(**overrides: Any) -> LoraConfig:
     """B is not zero, so that A has a gradient too."""
     settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0, "init_lora_weights": False}
     return LoraConfig(**{**settings, **overrides})
+
+
+def nf4(nested: bool = True) -> BitsAndBytesConfig:
+    """4 bits that compute in float32, with double quantisation or without."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=nested,
+    )
 
 
 def prompts(count: int = 32, conversational: bool = False) -> Dataset:

@@ -11,7 +11,7 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -60,13 +60,7 @@ def prepare(folder: Path) -> None:
 
 def build(folder: Path, output_dir: Path, counts: Counts) -> Any:
     """Three roles beside the actor, whose B is not zero."""
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_use_double_quant=True,
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=nf4)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=tiny.nf4())
     trainer = tiny.trainer(
         trl_ext.PPOTrainer,
         output_dir,

@@ -7,7 +7,7 @@ import tiny
 import torch
 from peft import LoraConfig
 from planner.jobs import SHAPE, job, layout
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_ext import DPOConfig, DPOTrainer, GRPOTrainer, PPOTrainer
 from trl_ext.planner.models import count_numbers
@@ -73,13 +73,9 @@ def model(tmp_path: Any, quantization: str | None) -> Any:
     if quantization is None:
         return made
     made.save_pretrained(tmp_path / "base")
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_use_double_quant=quantization == "4bit_nested",
+    return AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=tiny.nf4(quantization == "4bit_nested")
     )
-    return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
 
 
 CASES = [

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from pipelines import dpo_then_ppo_worker as pipeline
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from trl_ext import (
     DAPOTrainer,
@@ -132,13 +132,7 @@ def policy(folder: Path, quantized: bool) -> Any:
         Path(f"{place}.{os.getpid()}").rename(place)
     if not quantized:
         return str(place)
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_use_double_quant=True,
-    )
-    return AutoModelForCausalLM.from_pretrained(place, quantization_config=nf4)
+    return AutoModelForCausalLM.from_pretrained(place, quantization_config=tiny.nf4())
 
 
 def live_for_half(**columns: Any) -> list[float]:

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dist_cp
 from datasets import Dataset
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import RewardConfig
 
 from trl_ext import GRPOTrainer, PPOTrainer, export_role
@@ -341,13 +341,7 @@ def test_an_adapter_on_a_4_bit_base(tmp_path) -> None:
     """It is merged into the weights that it was trained on; on weights of full precision it is another model."""
     base = tiny.qwen2(hidden_size=64, intermediate_size=128, initializer_range=0.2)
     base.save_pretrained(tmp_path / "base")
-    quantized = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_use_double_quant=True,
-    )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantized)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=tiny.nf4())
     trainer = tiny.trainer(
         GRPOTrainer, tmp_path / "run", tiny.hashed, {"model": model, "peft_config": tiny.lora()}, max_steps=1
     )

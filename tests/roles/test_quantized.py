@@ -27,13 +27,7 @@ def base(folder: Path, kind: Any = AutoModelForCausalLM, **settings: Any) -> Any
     if not (folder / "base").exists():
         # bitsandbytes packs layers whose sizes are multiples of 64
         tiny.qwen2(hidden_size=64, intermediate_size=128, initializer_range=0.2).save_pretrained(folder / "base")
-    quantized = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_use_double_quant=True,
-    )
-    return kind.from_pretrained(folder / "base", quantization_config=quantized, **settings)
+    return kind.from_pretrained(folder / "base", quantization_config=tiny.nf4(), **settings)
 
 
 def lora() -> LoraConfig:

@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from roles.test_adapters import CONFIGS, logits, with_adapter
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
+from roles.test_adapters import CONFIGS, logits, with_adapter
 from trl_ext.roles.switching import adapter_layers, using_adapter
 
 
@@ -95,13 +95,7 @@ CHECKPOINTING = {"off": None, "not reentrant": {"use_reentrant": False}, "reentr
 
 def four_bit(folder):
     tiny.qwen2(hidden_size=64, intermediate_size=128, initializer_range=0.2).save_pretrained(folder)
-    quantized = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_use_double_quant=True,
-    )
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantized)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=tiny.nf4())
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)

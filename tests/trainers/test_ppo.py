@@ -66,7 +66,13 @@ def build(tmp_path: Any, reward: Any = tiny.hashed, arguments: dict[str, Any] | 
     return tiny.trainer(tiny.recorded(PPOTrainer), tmp_path, reward, arguments, **settings)
 
 
-def run(tmp_path: Any, reward: Any = tiny.hashed, arguments: dict[str, Any] | None = None, **settings: Any) -> Any:
+def run(
+    tmp_path: Any,
+    reward: Any = tiny.hashed,
+    arguments: dict[str, Any] | None = None,
+    build: Any = build,
+    **settings: Any,
+) -> Any:
     weights = Weights()
     trainer = build(tmp_path, reward, {**(arguments or {}), "callbacks": [weights]}, **settings)
     trainer.train()

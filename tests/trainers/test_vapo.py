@@ -4,12 +4,14 @@ switches, alone and together. Its λ, returns and negative log-likelihood by han
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from trainers.test_ppo import Weights, lora
+from trainers import test_ppo
+from trainers.test_ppo import lora
 
 from trl_ext import GRPOConfig, PPOConfig, VAPOConfig, VAPOTrainer
 
@@ -20,12 +22,7 @@ def build(tmp_path: Any, reward: Any = tiny.hashed, arguments: dict[str, Any] | 
     return tiny.trainer(tiny.recorded(VAPOTrainer), tmp_path, reward, arguments, **settings)
 
 
-def run(tmp_path: Any, reward: Any = tiny.hashed, arguments: dict[str, Any] | None = None, **settings: Any) -> Any:
-    weights = Weights()
-    trainer = build(tmp_path, reward, {**(arguments or {}), "callbacks": [weights]}, **settings)
-    trainer.train()
-    trainer.weights = weights
-    return trainer
+run = partial(test_ppo.run, build=build)
 
 
 def test_the_defaults_are_the_papers(tmp_path):
