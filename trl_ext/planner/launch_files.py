@@ -172,6 +172,7 @@ def write_files(plan: Plan, folder: Path) -> str:
     config.write_text(
         about
         + "# Data, rewards and learning rate are examples: put yours in their place.\n"
+        + ("# Planned with a learned reward: name it in reward_model_name_or_path.\n" if job.reward else "")
         + as_yaml(recipe_config(job)),
         encoding="utf-8",
     )

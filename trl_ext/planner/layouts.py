@@ -83,9 +83,7 @@ LAYOUTS: dict[str, Layout] = _NVLINK | {
 
 
 def find_layout(name: str) -> Layout:
-    """
-    The layout of a name: one of [`LAYOUTS`], or `cpu`, which has no GPU. Raises `ValueError` if there is none.
-    """
+    """The layout of a name, one of [`LAYOUTS`]. Raises `ValueError` if there is none."""
     found = LAYOUTS.get(re.sub("[ _]", "-", name.lower()))
     require(found is not None, f"--layout is '{name}'. Choose one of {', '.join(LAYOUTS)}.{meant(name, LAYOUTS)}")
     assert found is not None

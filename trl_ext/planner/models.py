@@ -27,7 +27,7 @@ from .shapes import Shape
 
 FEW = (2, 4)  # numbers of layers
 # What the numbers of a job depend on
-ROLES = ("method", "lora_r", "lora_target_modules", "critic", "critic_head", "reward", "reward_model")
+COUNTED = ("method", "lora_r", "lora_target_modules", "critic", "critic_head", "reward", "reward_model")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -168,7 +168,7 @@ def _numbers(job: Job) -> Numbers:
 
 def count_numbers(job: Job) -> Numbers:
     """The numbers of a job's models."""
-    return _numbers(job.reduced_to("model", *ROLES))
+    return _numbers(job.reduced_to("model", *COUNTED))
 
 
 def check_layers_are_alike(shape: Shape) -> None:

@@ -189,8 +189,6 @@ def _one_trunk(job: Job) -> Job | None:
     shared = {"critic": "head"} if job.critic == "model" else {}
     if not job.is_full:
         shared |= {name: "adapter" for name in ("reward", "reference") if getattr(job, name) == "model"}
-    elif job.reward == "model":
-        return job.but(**shared) if shared else None
     return job.but(**shared) if shared else None
 
 

@@ -59,8 +59,10 @@ class Shape:
         return config
 
 
-def _qwen2(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab: int, tied: bool = False) -> Any:
-    return Qwen2Config(
+def _config(
+    kind: type[Any], hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab: int, tied: bool = False
+) -> Any:
+    return kind(
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -72,32 +74,27 @@ def _qwen2(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab:
     )
 
 
-def _llama(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab: int) -> Any:
-    return LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=mlp,
-        vocab_size=vocab,
-        tie_word_embeddings=False,
-        max_position_embeddings=32768,
-    )
-
-
 # Configuration, what it is, and weights of this shape. Numbers: hidden size, layers, heads, heads of keys and values,
 # MLP, vocabulary
 SHAPES: dict[str, tuple[Any, str, str]] = {
-    "0.5b": (_qwen2(896, 24, 14, 2, 4864, 151936, tied=True), "as Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct"),
-    "7b": (_qwen2(3584, 28, 28, 4, 18944, 152064), "as Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct"),
-    "14b": (_qwen2(5120, 48, 40, 8, 13824, 152064), "as Qwen2.5-14B", "Qwen/Qwen2.5-14B-Instruct"),
-    "32b": (_qwen2(5120, 64, 40, 8, 27648, 152064), "as Qwen2.5-32B", "Qwen/Qwen2.5-32B-Instruct"),
+    "0.5b": (
+        _config(Qwen2Config, 896, 24, 14, 2, 4864, 151936, tied=True),
+        "as Qwen2.5-0.5B",
+        "Qwen/Qwen2.5-0.5B-Instruct",
+    ),
+    "7b": (_config(Qwen2Config, 3584, 28, 28, 4, 18944, 152064), "as Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct"),
+    "14b": (_config(Qwen2Config, 5120, 48, 40, 8, 13824, 152064), "as Qwen2.5-14B", "Qwen/Qwen2.5-14B-Instruct"),
+    "32b": (_config(Qwen2Config, 5120, 64, 40, 8, 27648, 152064), "as Qwen2.5-32B", "Qwen/Qwen2.5-32B-Instruct"),
     "33b": (
-        _llama(6656, 60, 52, 52, 17920, 32000),
+        _config(LlamaConfig, 6656, 60, 52, 52, 17920, 32000),
         "as LLaMA-33B, every head with keys and values of its own",
         "huggyllama/llama-30b",
     ),
-    "70b": (_llama(8192, 80, 64, 8, 28672, 128256), "as Llama-3-70B", "meta-llama/Meta-Llama-3-70B-Instruct"),
+    "70b": (
+        _config(LlamaConfig, 8192, 80, 64, 8, 28672, 128256),
+        "as Llama-3-70B",
+        "meta-llama/Meta-Llama-3-70B-Instruct",
+    ),
 }
 
 
