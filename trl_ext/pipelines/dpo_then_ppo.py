@@ -393,15 +393,28 @@ class DPOThenPPO:
             args.seed,
         )
         metric = PREFERENCE_ACCURACY if args.eval_strategy == "no" else f"{EVALUATION}{PREFERENCE_ACCURACY}"
+        rule, held_out = self._end_of_dpo(trainer, folder, metric)
+        self._train(trainer, DPO, folder, rule, held_out)
+        state = trainer.state
+        self._report_dpo(state, metric, has_threshold=isinstance(rule, StaysAbove))
+        if isinstance(rule, StopsRising):
+            print_once(f"its policy of step {rule.use_best(trainer, folder)} goes on, with the best held-out reward")
+        for one in (trainer, *([held_out.sampler] if held_out is not None else [])):
+            release(one)
+        seconds = time.monotonic() - started
+        self.file.finish(StageResult(DPO, round_, str(folder), state.global_step, seconds=seconds))
+
+    def _end_of_dpo(
+        self, trainer: Any, folder: Path, metric: str
+    ) -> tuple[StaysAbove | StopsRising | None, HeldOut | None]:
+        """Adds to DPO's trainer what ends it, and what measures for that."""
         rule: StaysAbove | StopsRising | None = None
         held_out: HeldOut | None = None
-        sampler: GRPOTrainer | None = None
         if self.dpo_held_out_every:
             assert self.held_out is not None
             sampler = self._sampler(folder, beside=True)
-            held_out = HeldOut(
-                trainer, list(self.held_out), every=self.dpo_held_out_every, sampler=sampler, **self._measurement
-            )
+            every = self.dpo_held_out_every
+            held_out = HeldOut(trainer, list(self.held_out), every=every, sampler=sampler, **self._measurement)
             trainer.add_callback(held_out)
             weights = dict(zip(sampler.reward_func_names, sampler.reward_weights.tolist(), strict=True))
             rule = StopsRising(weights, self.dpo_patience, folder / "best")
@@ -409,16 +422,7 @@ class DPOThenPPO:
             rule = StaysAbove(self.accuracy_threshold, self.accuracy_logs, metric)
         if rule is not None:
             trainer.add_callback(rule)
-        self._train(trainer, DPO, folder, rule, held_out)
-        state = trainer.state
-        self._report_dpo(state, metric, has_threshold=isinstance(rule, StaysAbove))
-        if isinstance(rule, StopsRising):
-            print_once(f"its policy of step {rule.use_best(trainer, folder)} goes on, with the best held-out reward")
-        for one in (trainer, sampler):
-            if one is not None:
-                release(one)
-        seconds = time.monotonic() - started
-        self.file.finish(StageResult(DPO, round_, str(folder), state.global_step, seconds=seconds))
+        return rule, held_out
 
     def _report_dpo(self, state: TrainerState, metric: str, has_threshold: bool) -> None:
         logged = [entry[metric] for entry in state.log_history if metric in entry]

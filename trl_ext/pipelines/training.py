@@ -87,13 +87,18 @@ class StopsRising(TrainerCallback):
         found = self.rewards(state)
         return bool(found) and len(found) - 1 - found.index(max(found)) >= self.patience
 
-    def _look(self, state: TrainerState, control: TrainerControl, model: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         measured, found = read_estimates(state.log_history), self.rewards(state)
         if state.global_step not in measured:
             return
         if found.index(max(found)) == len(found) - 1:
             self._keep(model)
         control.should_training_stop |= self.reached(state)
+
+    # Where [`HeldOut`] measures, too
+    on_train_begin = on_train_end = on_step_end
 
     def _keep(self, model: Any) -> None:
         process = PartialState()
@@ -104,21 +109,6 @@ class StopsRising(TrainerCallback):
             shutil.rmtree(self.best, ignore_errors=True)
             partial.rename(self.best)
         process.wait_for_everyone()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        self._look(state, control, model)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        self._look(state, control, model)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        self._look(state, control, model)
 
     def use_best(self, trainer: Any, folder: Path) -> int:
         """

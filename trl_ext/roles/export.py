@@ -32,6 +32,7 @@ from .adapter_critic import ADAPTER_FOLDER
 from .critic import CONFIG_FILE, CRITIC, WEIGHTS_FILE
 from .merging import ExportSettings, WholeModel, dtype_name, dtype_of, model_with, whole_model
 from .quantized import QUANTIZATION_FILE
+from .reward_adapter import HEADS
 from .saved import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -65,7 +66,6 @@ TOKENIZER_FILES = (
 )
 TEMPLATES = "additional_chat_templates"
 EVERY_STATE = "logits[:, t, 0] is the value of the state after token t."
-HEADS = ("score", "classifier")  # names of the head in models that classify
 
 
 @dataclass

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from ..errors import require
 from .adapters import check_base_is_frozen
+from .saved import ADAPTER_CONFIG
 
 
 REWARD_ADAPTER = "reward"
@@ -34,7 +35,7 @@ ON_ITS_OWN = (
 
 def is_adapter(name: Any) -> bool:
     """Whether a name is that of a folder in which PEFT saved an adapter."""
-    return isinstance(name, str | Path) and (Path(name) / "adapter_config.json").is_file()
+    return isinstance(name, str | Path) and (Path(name) / ADAPTER_CONFIG).is_file()
 
 
 def without_head(folder: str, base: str | None) -> str:

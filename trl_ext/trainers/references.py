@@ -2,13 +2,13 @@
 What is refused about a reference before a model is loaded. How it is made is in `seams/references.py`.
 """
 
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
 from ..errors import require
 from ..roles.adapters import trained_adapter
+from ..roles.reward_adapter import is_adapter
 from ..roles.trunk import REFERENCE_ADAPTER
 
 
@@ -30,7 +30,7 @@ def check_reference(given: dict[str, Any], ref_model: Any, wanted: bool) -> None
     config, policy = given["args"], given["model"]
     for name, model in (("model", policy), ("ref_model", ref_model)):
         require(
-            not isinstance(model, str) or not (Path(model) / "adapter_config.json").is_file(),
+            not isinstance(model, str) or not is_adapter(model),
             f"{name}={model!r} is the folder of an adapter, not of a model. Load it with "
             "AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True), and pass what that returns.",
         )
