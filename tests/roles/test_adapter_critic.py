@@ -10,9 +10,9 @@ import tiny
 import torch
 from comparing import relative_error
 from peft import IA3Config, PeftModel, get_peft_model
-from roles.test_switching import CHECKPOINTING, four_bit
 from transformers import AutoModelForCausalLM
 
+from roles.test_switching import CHECKPOINTING, four_bit
 from trl_ext import PPOConfig, PPOTrainer, load_critic
 from trl_ext.roles.critic import critic_of, logps_and_values, without_critic
 from trl_ext.roles.switching import using_adapter

@@ -5,10 +5,10 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from roles.test_adapter_critic import IDS, built, lora
-from roles.test_switching import two_adapters
 from torch import nn
 
+from roles.test_adapter_critic import IDS, built, lora
+from roles.test_switching import two_adapters
 from trl_ext import DPOConfig, DPOTrainer, PPOTrainer
 from trl_ext.roles.roles import Roles, roles_on
 from trl_ext.roles.switching import using_adapter
