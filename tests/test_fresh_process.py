@@ -79,6 +79,7 @@ objectives.attach(tiny.trainer(GRPOTrainer, "out", [tiny.low_ids, tiny.hashed]))
 from pathlib import Path
 AdapterReward(tiny.reward_adapter(Path("out")))
 """,
+    "ServiceReward": "ServiceReward(tiny.hashed, retries=2)",
     "ImplicitReward": "ImplicitReward(tiny.qwen2(), tiny.qwen2(1), 0.1, tiny.tokenizer())",
 }
 # Functions, which get a trainer or a model that is there, and errors

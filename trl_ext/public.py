@@ -13,6 +13,7 @@ from .rewards.adapter import AdapterReward
 from .rewards.guard import RewardFunctionError
 from .rewards.implicit import ImplicitReward
 from .rewards.objectives import ObjectiveSchedule, RewardConstraint, RewardObjectives
+from .rewards.service import ServiceReward
 from .roles.critic import load_critic
 from .trainers.dapo import DAPOConfig, DAPOTrainer
 from .trainers.dpo import DPOConfig, DPOTrainer
@@ -50,6 +51,7 @@ __all__ = [
     "RewardConstraint",
     "RewardFunctionError",
     "RewardObjectives",
+    "ServiceReward",
     "VAPOConfig",
     "VAPOTrainer",
     "WasteCallback",

@@ -23,6 +23,7 @@ from trl_ext import (
     PPOConfig,
     RewardConstraint,
     RewardObjectives,
+    ServiceReward,
     WasteCallback,
     export_role,
     load_critic,
@@ -106,6 +107,12 @@ CASES: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "objectives: none": (RewardObjectives, ["RewardObjectives", "reward_weights"]),
     "objectives: trainer": (lambda: RewardObjectives({"a": 1.0}).attach(None), ["not NoneType"]),
     "objectives: unknown reward": (lambda: RewardObjectives({"a": 1.0}).attach(trainer()), ["'a'", "hashed"]),
+    # A service
+    "service: func": (lambda: ServiceReward("judge"), ["func is 'judge'", "reward function"]),
+    "service: retries": (lambda: ServiceReward(tiny.hashed, retries=-1), ["retries=-1"]),
+    "service: first_wait": (lambda: ServiceReward(tiny.hashed, first_wait=-1.0), ["first_wait=-1.0"]),
+    "service: timeout": (lambda: ServiceReward(tiny.hashed, timeout=0), ["timeout=0", "None"]),
+    "service: most_missing": (lambda: ServiceReward(tiny.hashed, most_missing="all"), ["most_missing is 'all'"]),
     # The implicit reward
     "implicit: policy": (lambda: implicit(policy="m"), ["policy is 'm'"]),
     "implicit: reference": (lambda: implicit(reference="m"), ["reference is 'm'"]),

@@ -19,6 +19,10 @@ class RewardFunctionError(RuntimeError):
     """A reward function raised, or returned something that can't be a reward."""
 
 
+class RewardServiceError(RuntimeError):
+    """A reward service was asked again and again, in vain: there is no use in asking for single samples."""
+
+
 class RewardTimeoutError(RuntimeError):
     """
     The reward function of another process didn't return while this one waited for it. Nothing is saved, because the
@@ -31,6 +35,7 @@ class RewardTimeoutError(RuntimeError):
 FAILED = math.inf
 # What TRL passes to every reward function
 TRLS_ARGUMENTS = {"prompts", "completions", "completion_ids"}
+GIVEN_UP = "on the whole batch; here is its first sample"
 # How many samples are tried one by one after a function raised on a batch
 MOST_PROBES = 64
 # TRL stores rewards in float32
@@ -160,7 +165,7 @@ class RewardGuard:
         judge may be slow.
         """
         # Recorded first, because a timeout may come before the samples have been tried
-        self._raised(columns, error, "on the whole batch; here is its first sample")
+        self._raised(columns, error, GIVEN_UP)
         for index in range(min(len(columns["prompts"]), MOST_PROBES)):
             yield index, cut_columns(columns, index, index + 1)
 
@@ -177,6 +182,8 @@ class RewardGuard:
         self.running = True
         try:
             return self._checked(columns, self.func(**columns))
+        except RewardServiceError as error:
+            return self._raised(columns, error, GIVEN_UP)
         except Exception as error:  # anything that the user's code raises
             for index, alone in self._one_by_one(columns, error):
                 try:
@@ -199,6 +206,8 @@ class AsyncRewardGuard(RewardGuard):
         self.running = True
         try:
             return self._checked(columns, await self.func(**columns))
+        except RewardServiceError as error:
+            return self._raised(columns, error, GIVEN_UP)
         except Exception as error:
             for index, alone in self._one_by_one(columns, error):
                 try:

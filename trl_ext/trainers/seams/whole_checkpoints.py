@@ -32,6 +32,7 @@ from ...redaction import without_secrets
 from ...roles.critic import critic_of
 from ...roles.quantized import keep_weights_trainable
 from ...roles.saved import REFERENCE_FILE
+from .lost_processes import watching_processes
 from .preemption import preemption_of
 from .pushes import push_of_checkpoint, wait_for_pushes
 from .quantized import SavesQuantization
@@ -361,7 +362,7 @@ class WholeCheckpoints(SavesQuantization):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         require_trainable(self)
-        with preemption_of(self) as preemption:
+        with preemption_of(self) as preemption, watching_processes(self):
             checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
         preemption.leave_if_asked()
