@@ -8,6 +8,7 @@ trl-ext run sft --config quickstart_sft.yaml
 trl-ext run dapo --config quickstart_dapo.yaml --max_steps 60    # any argument of the recipe
 trl-ext run ppo --num_processes 4 --accelerate_config 4xa100_80g.yaml --config mine.yaml
 trl-ext copy dapo mine                                           # to change it
+trl-ext run ppo --config mine.yaml --dry_run                     # check everything, train nothing
 trl-ext plan --method ppo --model 33b --layout 4xa100-80g        # will it fit?
 trl-ext export runs/ppo --role policy --merge                    # plain weights of what a run has trained
 ```

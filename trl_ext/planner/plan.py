@@ -212,6 +212,9 @@ CHANGES: dict[str, Callable[[Job], Job | None]] = {
     "gradient_checkpointing=True": lambda job: (
         None if job.gradient_checkpointing else job.but(gradient_checkpointing=True)
     ),
+    "base weights in bfloat16 (dtype)": lambda job: (
+        job.but(dtype="bfloat16") if job.dtype == "float32" and not job.is_full else None
+    ),
     "strategy zero3: weights are spread": _spread,
     "optimizer adamw_8bit": lambda job: (
         job.but(optimizer="adamw_8bit") if job.is_full and job.optimizer == "adamw" else None

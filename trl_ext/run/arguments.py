@@ -18,7 +18,9 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from ..errors import UserError
 from ..pipelines.dpo_then_ppo import DPOThenPPO
+from ..planner.layouts import find_layout
 from .hub import limit_silence
+from .machine import give_back_deepspeed
 from .parsing import CONFIG, RecipeParser, config_file, read_config, words_of
 from .program import Parser, preparing
 
@@ -43,9 +45,16 @@ class DataArguments(ScriptArguments):
             Threads PyTorch computes with when there is no accelerator. Tiny models are fastest with 1.
         push_timeout (`float`, *optional*, defaults to `120.0`):
             With `push_to_hub`: seconds after which a request to the Hub that gets no answer has failed.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Check arguments, data, rewards and memory, print what was found, and train nothing.
+        layout (`str`, *optional*):
+            GPUs to plan memory for, such as `4xa100-80g`: one of [`~trl_ext.planner.layouts.LAYOUTS`]. Default: those
+            of the machine.
+        force (`bool`, *optional*, defaults to `False`):
+            Start a run that doesn't fit by its plan.
 
     `config_file` is the yaml file that the arguments were read from, `None` if there was none. The files that it names
-    may lie beside it.
+    may lie beside it. `on_gpus` is the trainer's configuration as it would be on the GPUs of `layout`, `None` without.
     """
 
     prepare_row: str | None = field(
@@ -57,7 +66,11 @@ class DataArguments(ScriptArguments):
     push_timeout: float = field(
         default=120.0, metadata={"help": "Seconds after which a request to the Hub without an answer has failed."}
     )
+    dry_run: bool = field(default=False, metadata={"help": "Check everything, print it, and train nothing."})
+    layout: str | None = field(default=None, metadata={"help": "GPUs to plan memory for, such as 4xa100-80g."})
+    force: bool = field(default=False, metadata={"help": "Start a run that doesn't fit by its plan."})
     config_file: Path | None = field(default=None, init=False)  # no argument
+    on_gpus: Any = field(default=None, init=False)  # no argument
 
 
 @dataclass
@@ -282,6 +295,11 @@ def parse_arguments(
     script_args, training_args = parsed.script, parsed.training
     model_args: Any = parsed.model
     script_args.config_file = file
+    if script_args.layout is not None:
+        with preparing():
+            find_layout(script_args.layout)
+            script_args.on_gpus = training_args if has_accelerator else _on_gpus(classes, words, defaults)
+            give_back_deepspeed(training_args)
     model_args.lora_target_modules = _module_names(model_args.lora_target_modules)
     if model_args.model_name_or_path is None:
         raise UserError("--model_name_or_path is missing. Give the Hub id or the folder of the model to train.")
@@ -297,6 +315,13 @@ def parse_arguments(
         if training_args.process_index == 0:
             print(f"No accelerator in use: {settings}, {torch.get_num_threads()} thread(s) per process.", flush=True)
     return parsed
+
+
+def _on_gpus(classes: Any, words: list[str], defaults: Mapping[str, Any] | None) -> Any:
+    """The trainer's configuration with the defaults that it has on GPUs."""
+    parser = RecipeParser(classes)
+    parser.set_defaults(use_cpu=True, **(defaults or {}))
+    return ParsedArguments(*parser.parse_args_and_config(words)).training
 
 
 def _module_names(modules: str | list[str] | None) -> str | list[str] | None:

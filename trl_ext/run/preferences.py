@@ -12,6 +12,8 @@ from trl import RewardConfig
 from ..reports.card import results_section
 from ..trainers.dpo import DPOConfig, DPOTrainer
 from .arguments import DataArguments, DPOArguments, parse_arguments
+from .dry_run import before_loading
+from .fitting import Stage
 from .loading import check_models, load_curriculum, load_data, trainer_arguments
 from .measuring import pair_accuracy, score_completions
 from .program import preparing, program
@@ -73,7 +75,9 @@ def train_reward_model(argv: list[str] | None = None) -> RewardTrainer:
         check_models(arguments.script, model_args)
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
         data = as_policies_are_scored(data, tokenizer)
-        trainer = RewardTrainer(**trainer_arguments(arguments.script, arguments.training, model_args, data))
+        settings = trainer_arguments(arguments.script, arguments.training, model_args, data)
+        before_loading([Stage(RewardTrainer, settings)], arguments, data)
+        trainer = RewardTrainer(**settings)
     train_and_save(trainer)
     summary = None
     if trainer.is_world_process_zero() and (measured := pair_accuracy(trainer)):
@@ -101,10 +105,11 @@ def train_dpo(argv: list[str] | None = None) -> DPOTrainer:
         script_args = arguments.script
         data = load_data(script_args, arguments.mixture, PAIRS)
         check_models(script_args, arguments.model)
-        trainer = DPOTrainer(
-            **trainer_arguments(script_args, arguments.training, arguments.model, data),
-            curriculum=load_curriculum(script_args.curriculum, script_args.curriculum_column),
-        )
+        curriculum = load_curriculum(script_args.curriculum, script_args.curriculum_column)
+        settings = trainer_arguments(script_args, arguments.training, arguments.model, data)
+        settings["curriculum"] = curriculum
+        before_loading([Stage(DPOTrainer, settings, script_args.on_gpus)], arguments, data)
+        trainer = DPOTrainer(**settings)
     before = score_completions(trainer, script_args, data)
     train_and_save(trainer, script_args.health_checks)
     after, summary = score_completions(trainer, script_args, data), None

@@ -12,6 +12,8 @@ from ..preferences.pairs import make_pairs
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.grpo_config import GRPOConfig
 from .arguments import FilterArguments, PairArguments, ParsedArguments, parse_arguments
+from .dry_run import before_loading
+from .fitting import Stage
 from .loading import check_models, load_data, load_reward_funcs, trainer_arguments
 from .measuring import prompts_at_once
 from .program import preparing, program
@@ -94,9 +96,10 @@ def filter_prompts(argv: list[str] | None = None) -> Dataset:
 def _sampler(arguments: ParsedArguments, data: Any) -> GRPOTrainer:
     rewards: Any = load_reward_funcs(arguments.script, arguments.training)
     check_models(arguments.script, arguments.model)
-    return GRPOTrainer(
-        reward_funcs=rewards, **trainer_arguments(arguments.script, arguments.training, arguments.model, data)
-    )
+    settings = trainer_arguments(arguments.script, arguments.training, arguments.model, data)
+    settings["reward_funcs"] = rewards
+    before_loading([Stage(GRPOTrainer, settings, trains=False)], arguments, data)
+    return GRPOTrainer(**settings)
 
 
 def _progress(trainer: GRPOTrainer, done: str) -> Callable[[int, int], None]:

@@ -19,9 +19,11 @@ from ..reports.plots import plot_stages
 from ..reports.summary import summarize_stages, write_summary
 from ..rewards.implicit import IMPLICIT_REWARD
 from ..trainers.cards import example_of
-from ..trainers.dpo import DPOConfig
+from ..trainers.dpo import DPOConfig, DPOTrainer
 from ..trainers.grpo import GRPOTrainer
 from .arguments import METHODS, HybridArguments, ParsedArguments, PolicyArguments, as_mapping, parse_arguments, peek
+from .dry_run import before_loading
+from .fitting import Stage
 from .hub import uploading
 from .loading import (
     check_models,
@@ -83,15 +85,18 @@ def train_dpo_then_ppo(argv: list[str] | None = None) -> DPOThenPPO:
         rewards = load_reward_funcs(script_args, training_args, learned=[IMPLICIT_REWARD])
         further = {"reward_funcs": rewards, **(ppo_arguments(script_args, rewards) if method == "PPO" else {})}
         further["curriculum"] = load_curriculum(script_args.curriculum, script_args.curriculum_column)
+        prompts = get_split(data, script_args.dataset_train_split, "dataset_train_split")
+        first = preference_stage(script_args, training_args, data)
+        before_loading(_stages(arguments, data, prompts, first, Stage(trainer, further)), arguments, data)
         schedule = DPOThenPPO(
             model_args.model_name_or_path,
             further.pop("reward_funcs"),
-            get_split(data, script_args.dataset_train_split, "dataset_train_split"),
+            prompts,
             output_dir=training_args.output_dir,
             policy_args=training_args,
             policy_trainer=trainer,
             policy_kwargs=further,
-            **preference_stage(script_args, training_args, data),
+            **first,
             peft_config=get_peft_config(model_args),
             model_init_kwargs=shared_model_settings(training_args, model_args),
             held_out=held_out_rows(data, script_args),
@@ -99,6 +104,21 @@ def train_dpo_then_ppo(argv: list[str] | None = None) -> DPOThenPPO:
             **{name: getattr(script_args, name) for name in SCHEDULE_SETTINGS},
         )
     return train_stages(schedule, arguments, argv)
+
+
+def _stages(
+    arguments: ParsedArguments, data: Mapping[str, Any], prompts: Any, first: Mapping[str, Any], second: Stage
+) -> list[Stage]:
+    """The two trainers of a round, each with its configuration on the GPUs that are planned for."""
+    script_args, training_args, on_gpus = arguments.script, arguments.training, arguments.script.on_gpus
+    pairs, longest = first["pairs"], training_args.max_completion_length
+    of_pairs = {"args": first["dpo_args"], "train_dataset": prompts if pairs is None else pairs, **first["dpo_kwargs"]}
+    of_policy = {"args": training_args, "train_dataset": prompts, **second.settings}
+    dpo_on_gpus = None if on_gpus is None else preference_stage(script_args, on_gpus, data)["dpo_args"]
+    return [
+        Stage(DPOTrainer, of_pairs, dpo_on_gpus, sampled=longest if pairs is None else 0),
+        Stage(second.trainer_class, of_policy, on_gpus),
+    ]
 
 
 def preference_stage(script_args: HybridArguments, training_args: Any, data: Mapping[str, Any]) -> dict[str, Any]:

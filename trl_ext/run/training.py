@@ -12,6 +12,8 @@ from ..monitors.progress import ProgressLines
 from ..monitors.verify import verify
 from ..trainers.seams.pushes import save_without_push
 from .arguments import DataArguments, PolicyArguments, parse_arguments
+from .dry_run import before_loading
+from .fitting import Stage
 from .loading import RewardFunc, check_models, load_curriculum, load_data, load_reward_funcs, trainer_arguments
 from .measuring import add_held_out, token_credits
 from .program import preparing, program
@@ -53,7 +55,9 @@ def train_supervised(argv: list[str] | None = None) -> SFTTrainer:
         arguments = parse_arguments(DataArguments, SFTConfig, argv)
         data = load_data(arguments.script, arguments.mixture)
         check_models(arguments.script, arguments.model)
-        trainer = SFTTrainer(**trainer_arguments(arguments.script, arguments.training, arguments.model, data))
+        settings = trainer_arguments(arguments.script, arguments.training, arguments.model, data)
+        before_loading([Stage(SFTTrainer, settings)], arguments, data)
+        trainer = SFTTrainer(**settings)
     train_and_save(trainer)
     publish(trainer, arguments.script.dataset_name)
     return trainer
@@ -100,11 +104,13 @@ def train_policy(
         reward_funcs = load_reward_funcs(script_args, arguments.training, has_adapter=has_adapter)
         check_models(script_args, arguments.model)
         further = {} if further_arguments is None else further_arguments(script_args, reward_funcs)
-        trainer = trainer_class(
+        settings = {
             **trainer_arguments(script_args, arguments.training, arguments.model, data),
             **{"reward_funcs": reward_funcs, **further},
-            curriculum=load_curriculum(script_args.curriculum, script_args.curriculum_column),
-        )
+            "curriculum": load_curriculum(script_args.curriculum, script_args.curriculum_column),
+        }
+        before_loading([Stage(trainer_class, settings, script_args.on_gpus)], arguments, data)
+        trainer = trainer_class(**settings)
         held_out = add_held_out(trainer, data, script_args)
     if script_args.verify:
         verify(trainer)
