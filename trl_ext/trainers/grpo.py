@@ -456,6 +456,10 @@ class GRPOTrainer(CriticSeams):
         restate_loss_metrics(self.train_metrics, fit, by_row=by_row, savings=savings, loss_has_kl=has_kl)
         return loss * fit.scale
 
+    @property
+    def fewest_rows(self) -> int:
+        return self.exact_savings.fewest_rows
+
     # Metrics, checkpoints
 
     def on_rollouts(self, output: dict[str, Any], batch: GenerationBatch) -> None:
@@ -499,6 +503,7 @@ class GRPOTrainer(CriticSeams):
             "acceptance": asdict(self._acceptance),
             "baseline": self._baseline,
             "duplicates": self._copy_generator.get_state(),
+            "parts": self.memory.parts,
         }
         if self.prompt_stream is not None:
             state["refill_stream"] = self.prompt_stream.state_dict()
@@ -510,6 +515,7 @@ class GRPOTrainer(CriticSeams):
         self._acceptance = AcceptanceRate(**state["acceptance"])
         self._baseline = state["baseline"]
         self._copy_generator.set_state(state["duplicates"].cpu())
+        self.memory.parts = state.get("parts", 1)
         if self.prompt_stream is not None and "refill_stream" in state:
             self.prompt_stream.load_state_dict(state["refill_stream"])
         for observer in self.observers:

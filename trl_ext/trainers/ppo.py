@@ -425,6 +425,15 @@ class PPOTrainer(GRPOTrainer):
         self._observe_loss(sums, loss.detach(), total)
         return total if bool(total.isfinite()) else zero_loss(logps, state_values)
 
+    def loss_state(self) -> dict[str, Any]:
+        ptx = None if self._ptx is None else self._ptx.state_dict()
+        return {"sums": self._sums, "old_kl": self._old_kl, "ptx": ptx}
+
+    def load_loss_state(self, state: dict[str, Any]) -> None:
+        self._sums, self._old_kl = state["sums"], state["old_kl"]
+        if self._ptx is not None:
+            self._ptx.load_state_dict(state["ptx"])
+
     def _ptx_term(self, model: Any) -> torch.Tensor:
         """γ times the next-token loss on `ptx_dataset` (2203.02155, eq. 2), as a part of the step's loss."""
         # DDP allows one forward pass for each backward pass. The module below it has the same parameters, whose

@@ -65,6 +65,7 @@ from ...rollouts.statistics import pool_evaluation, restate_rounds, token_weight
 from ..sampling import end_completions_at, further_ends, sampling_as_told
 from .checkpoints import CheckpointSeams
 from .evaluation import EvaluatedBatch, completions_apart, table_of_evaluation
+from .out_of_memory import MemoryFallback, in_parts
 from .prefixes import sharing_prefixes
 from .references import making_reference, reference_of, use_reference
 from .reward_adapters import attach_reward_adapters
@@ -111,6 +112,7 @@ class GRPOSeams(CheckpointSeams):
         self._evaluated: tuple[torch.Tensor, float] | None = None  # rewards and loss tokens of a batch of evaluation
         self._evaluated_as: str | None = None  # prefix of the evaluation that is under way
         self.sharing: Sharing | None = None  # what passes share; `None`: they are TRL's
+        self.memory = MemoryFallback(self)
         config = kwargs["args"]
         wanted = self.needs_reference or config.beta != 0.0
         self._own_reference = own = reference_of(kwargs, self.given_reference) if wanted else None
@@ -238,6 +240,18 @@ class GRPOSeams(CheckpointSeams):
     def restate_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's loss on a micro-batch, rescaled to TRL's own micro-batches. Corrects TRL's metrics too."""
         return loss
+
+    def loss_state(self) -> dict[str, Any]:
+        """What the loss of a micro-batch changes beside metrics, so that it can be computed again."""
+        return {}
+
+    def load_loss_state(self, state: dict[str, Any]) -> None:
+        """The reverse of [`loss_state`]."""
+
+    @property
+    def fewest_rows(self) -> int:
+        """Rows that a pass has at least."""
+        return 1
 
     def added_loss(self, loss: torch.Tensor, model: Any, inputs: dict[str, Any], outputs: tuple[Any, ...]) -> Any:
         """The loss with further terms. `outputs` are the tensors of its pass, including those of `with_extras`."""
@@ -407,6 +421,8 @@ class GRPOSeams(CheckpointSeams):
     # Micro-batches and loss
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if self.memory.again:
+            return self._micro_batch_again
         if self.model.training:
             self.begin_window()
         before = self._buffered_inputs
@@ -418,6 +434,13 @@ class GRPOSeams(CheckpointSeams):
             self.on_new_buffer(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
+
+    @property
+    def _micro_batch_again(self) -> dict[str, Any]:
+        """The micro-batch that was handed out last, in TRL's buffer."""
+        assert self._buffered_inputs is not None
+        same: dict[str, Any] = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return same
 
     def buffer_step_slices(self) -> list[tuple[int, int]]:
         """Parts of TRL's new buffer whose micro-batches share an optimizer step, see [`step_slices`]."""
@@ -433,10 +456,11 @@ class GRPOSeams(CheckpointSeams):
             self.batch.extras = self.batch.extras or result[3:]  # those of the policy, whose pass comes first
             return result[:3]
         # The pass of the loss. TRL reads advantages and old log-probabilities from its inputs only after the pass.
-        result = forward(*args, **kwargs)
+        result = in_parts(forward, self.memory.parts, self.fewest_rows)(*args, **kwargs)
         inputs, logps = self._loss_inputs, result[0]
         self._loss_pass = result
         self.credit_late(self._buffer_inputs, logps.detach(), result[3:])
+        self.memory.keep_metrics()
         inputs.update(self._buffer_inputs)
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
@@ -448,7 +472,29 @@ class GRPOSeams(CheckpointSeams):
         inputs.update({name: value for name, value in replaced.items() if value is not None})
         return result[:3]
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.memory.begin()
+        try:
+            return super().training_step(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if not self.memory.under_way:  # it ran out in generation
+                raise
+            try:
+                self.memory.fall_back(error, self._micro_batch_again, self.fewest_rows)
+            except torch.OutOfMemoryError:
+                if self.accelerator.num_processes == 1:
+                    self.save_before_stopping(error)
+                raise
+        # Not within `except`, where the frames of the error would keep their tensors
+        self.memory.undo()
+        self.memory.again = True
+        try:
+            return self.training_step(*args, **kwargs)
+        finally:
+            self.memory.again = False
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self.memory.under_way = True
         self._loss_inputs, self._buffer_inputs = dict(inputs), inputs
         try:
             loss: torch.Tensor = super()._compute_loss(model, self._loss_inputs)
