@@ -32,6 +32,7 @@ NOT_PRIVATE = {
     "_replace": "a documented method of named tuples",
     "_asdict": "a documented method of named tuples",
     "_fields": "a documented attribute of named tuples",
+    "_exit": "a documented function of os",
 }
 
 
