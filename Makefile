@@ -1,12 +1,15 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
+VLLM_PY := .venv-vllm/bin/python
+VLLM_READY := .venv-vllm/.ready
+HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 TORCH := $(shell grep '^torch==' requirements.lock)
 
 # One process, one device. Every value is named because `accelerate launch` warns about those that it had to guess;
 # --cpu also keeps the user's own accelerate configuration out, and --quiet a second traceback.
 LAUNCH := $(PY) -m accelerate.commands.launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
-	--dynamo_backend no $(if $(shell command -v nvidia-smi 2>/dev/null),,--cpu)
+	--dynamo_backend no $(if $(HAS_GPU),,--cpu)
 
 # On models this small, OpenMP threads that spin for each other can make a step a hundred times slower.
 export OMP_NUM_THREADS ?= 1
@@ -22,7 +25,7 @@ REWARD_MODEL := runs/sort_digits/reward_model/adapter_model.safetensors
 # A module's tests stay in one process, and those that start processes follow each other (tests/conftest.py)
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup test test-faults test-fast lint quickstart ppo hybrid clean
+.PHONY: help setup setup-vllm test test-vllm test-faults test-fast lint quickstart ppo hybrid clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +42,26 @@ $(READY): pyproject.toml setup.py requirements.lock
 	$(PY) -m pip install -c requirements.lock -e '.[test,deepspeed,quantization]'
 	@touch $@
 
+setup-vllm: $(VLLM_READY) ## build .venv-vllm: vLLM beside TRL, its CPU build where there is no GPU
+
+# vLLM's CPU build declares torchvision and torchaudio, whose public builds for CUDA then fail to import, and a
+# transformers that is older than the one it works with: the lock lists what is needed, and pip adds nothing to it.
+$(VLLM_READY): pyproject.toml setup.py requirements-vllm.lock
+	@$(VLLM_PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv-vllm
+ifdef HAS_GPU
+	$(VLLM_PY) -m pip install -e '.[vllm,test]'
+else
+	$(VLLM_PY) -m pip install $(TORCH)
+	$(VLLM_PY) -m pip install --no-deps -r requirements-vllm.lock -e .
+endif
+	@$(VLLM_PY) -c 'import vllm'
+	@touch $@
+
 test: lint ## lint, then every test, on all cores (ARGS="-k gspo" for some)
 	$(PY) -m pytest $(PARALLEL) $(ARGS)
+
+test-vllm: setup-vllm ## train with real vLLM engines, colocated and as a server (ARGS="-m short" for some)
+	$(VLLM_PY) -m pytest tests/vllm_engine $(ARGS)
 
 test-faults: setup ## kill runs of every trainer at random moments, and compare what they resume to (FAULTS_SEED=n)
 	$(PY) -m pytest $(PARALLEL) -m faults tests/resume $(ARGS)

@@ -14,6 +14,8 @@ import gc
 import os
 from collections import Counter
 from collections.abc import Generator, Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +28,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # TRL warns at every construction that rollout functions and environments are experimental
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+# Real engines have an environment of their own (make test-vllm)
+ENGINES = Path(__file__).with_name("vllm_engine")
+HAS_VLLM = find_spec("vllm") is not None
+
 SLOW = 15.0  # seconds, on a machine that may be busy
 DISTRIBUTED = "tests/distributed/"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    return True if collection_path == ENGINES and not HAS_VLLM else None
+
+
+def pytest_report_header() -> str:
+    return "" if HAS_VLLM else f"{ENGINES.name}: left out, because vLLM is not installed here (make test-vllm)"
 
 
 # Optimizer steps

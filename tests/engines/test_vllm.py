@@ -124,6 +124,30 @@ def test_after_every_sync_the_engine_is_the_policy(method, engines, policy, tmp_
     assert not torch.allclose(seen[0], seen[1], atol=1e-4)
 
 
+SLEEPY: dict[str, tuple[Any, dict[str, Any]]] = {
+    "GRPO": (GRPOTrainer, {}),
+    "DAPO": (DAPOTrainer, {}),
+    "DAPO, chunks": (DAPOTrainer, {"rewards_in_flight": 2, "generation_chunks": 2}),
+    "DUPO": (DUPOTrainer, {}),
+}
+
+
+@pytest.mark.parametrize("case", SLEEPY)
+def test_an_engine_sleeps_once_a_batch(case, engines, policy, tmp_path):
+    """And gets its weights once, however many rounds and chunks the batch has."""
+    trainer_class, settings = SLEEPY[case]
+    trainer = built(trainer_class, tmp_path, policy, vllm_enable_sleep_mode=True, **settings)
+    (engine,) = engines
+    assert engine.asleep and engine.naps == 1
+    trainer.train()
+    assert engine.asleep and engine.naps == 3 and engine.syncs == len(trainer.batches) == 2
+    assert all(log[DIFFERENCE] < 1e-4 for log in tiny.history(trainer))
+    if "DAPO" in case:
+        assert len(engine.lengths) > 2
+    trainer.roll_out([trainer.train_dataset[i] for i in range(3)], 2, seed=1)
+    assert engine.asleep and engine.naps == 4 and engine.syncs == 3
+
+
 def test_a_curriculum_limits_the_engines_completions(engines, policy, tmp_path):
     curriculum = DifficultyCurriculum("mixed", start_completion_length=2)
     trainer = built(GRPOTrainer, tmp_path, policy, {"curriculum": curriculum}, max_steps=4)

@@ -69,6 +69,10 @@ class StubLLM:
             How often the weights were replaced.
         on_sync (`Callable`):
             Called when they were.
+        asleep (`set[str]`):
+            What it has put away: `"weights"`, which it loses, and `"kv_cache"`.
+        naps (`int`):
+            How often it slept.
         skew (`float`):
             How far the log-probabilities that it reports are from those that it samples with, see [`skew_of`].
     """
@@ -77,6 +81,8 @@ class StubLLM:
     on_sync: Callable[[], None] = lambda: None
     syncs: int = 0
     lengths: list[list[int]] = field(default_factory=list)
+    asleep: set[str] = field(default_factory=set)
+    naps: int = 0
     skew: float = 0.0
 
     def __post_init__(self) -> None:
@@ -87,9 +93,22 @@ class StubLLM:
         self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker), model_config=config)
 
     def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        assert "weights" not in self.asleep
         parameters = dict(self.model.named_parameters())
         for name, weight in weights:
             parameters[name].data.copy_(weight)
+
+    @torch.no_grad()
+    def sleep(self, level: int) -> None:
+        """Level 2 discards the weights."""
+        assert not self.asleep and level == 2
+        self.naps, self.asleep = self.naps + 1, {"weights", "kv_cache"}
+        for parameter in self.model.parameters():
+            parameter.fill_(math.nan)
+
+    def wake_up(self, tags: list[str]) -> None:
+        assert self.asleep.issuperset(tags)
+        self.asleep -= set(tags)
 
     def reset_prefix_cache(self) -> None:
         """TRL's last call of a weight sync."""
@@ -99,6 +118,7 @@ class StubLLM:
     def generate(
         self, prompts: list[dict[str, Any]], sampling_params: SamplingParams, use_tqdm: bool
     ) -> list[Request]:
+        assert not self.asleep
         found = [self.complete(list(prompt["prompt_token_ids"]), sampling_params) for prompt in prompts]
         self.lengths.append([len(request.outputs[0].token_ids) for request in found])
         return found

@@ -83,6 +83,14 @@ def test_a_colocated_engine_without_room_for_its_weights():
     assert not plan.fits and "vllm_gpu_memory_utilization=0.1" in str(plan.obstacle)
 
 
+def test_an_adapter_that_is_sent_alone_gathers_nothing_of_the_base():
+    spread = {"strategy": "zero3", "layout": layout(4), "vllm": "colocate"}
+    merged, alone = (make_plan(job(vllm_sync=sync, **spread)).phases[1] for sync in ("weights", "adapter"))
+    numbers, gathered = count_numbers(job()), "weights gathered for vLLM"
+    assert merged.parts[gathered] == 2 * numbers.base
+    assert alone.parts[gathered] == 4 * numbers.adapter
+
+
 def test_a_host_that_is_too_small():
     full = {"lora_r": 0, "reference": "model", "strategy": "zero3", "offload": "optimizer"}
     small = replace(layout(2, 2.0), host_bytes=1000)
@@ -99,6 +107,8 @@ def test_a_host_that_is_too_small():
         ({"strategy": "none", "layout": layout(2)}, "is one process"),
         ({"offload": "all", "strategy": "none"}, "is DeepSpeed's"),
         ({"vllm_gpu_memory_utilization": 1.0}, "is a share"),
+        ({"vllm_sync": "adapter", "vllm": "server"}, "an engine in the same processes"),
+        ({"vllm_sync": "all"}, "vllm_sync='all'"),
         ({"per_device_train_batch_size": 0}, "must be at least 1"),
     ],
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import require, require_count, require_one_of
+from ..trainers.engine_checks import VLLM_SYNCS
 from .layouts import Layout
 from .shapes import Shape
 
@@ -117,6 +118,8 @@ class Job:
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`), vllm_tensor_parallel_size (`int`,
         *optional*, defaults to `1`), vllm_enable_sleep_mode (`bool`, *optional*, defaults to `False`):
             As in TRL.
+        vllm_sync (`str`, *optional*, defaults to `"weights"`):
+            As in [`~trl_ext.GRPOConfig`]: `"adapter"` gathers nothing of the base for vLLM.
         dtype (`str`, *optional*):
             Of the weights as they are loaded. `None`: `"bfloat16"`, and `"float32"`, as TRL loads, for weights that
             are trained in one process or under DDP.
@@ -148,6 +151,7 @@ class Job:
     vllm_gpu_memory_utilization: float = 0.3
     vllm_tensor_parallel_size: int = 1
     vllm_enable_sleep_mode: bool = False
+    vllm_sync: str = "weights"
     dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -159,6 +163,7 @@ class Job:
         require_one_of("reference", self.reference, (None, "adapter", "model"))
         require_one_of("offload", self.offload, OFFLOADS)
         require_one_of("vllm", self.vllm, VLLM_MODES)
+        require_one_of("vllm_sync", self.vllm_sync, VLLM_SYNCS)
         for name in (
             "prompt_tokens",
             "completion_tokens",
@@ -187,6 +192,11 @@ class Job:
         require(
             method.samples or (self.reward is None and self.vllm == "none"),
             f"{self.method} generates nothing: leave the reward and vllm out.",
+        )
+        require(
+            self.vllm_sync == "weights" or (self.vllm == "colocate" and self.lora_r > 0),
+            f"vllm_sync={self.vllm_sync!r} is for an adapter and an engine in the same processes. Set "
+            "vllm='colocate' and lora_r, or leave it out.",
         )
         require(
             self.strategy != "none" or self.layout.gpus == 1,

@@ -113,6 +113,7 @@ def recipe_config(job: Job) -> dict[str, Any]:
                     "vllm_gpu_memory_utilization": job.vllm_gpu_memory_utilization,
                     "vllm_tensor_parallel_size": job.vllm_tensor_parallel_size,
                     "vllm_enable_sleep_mode": job.vllm_enable_sleep_mode,
+                    "vllm_sync": job.vllm_sync,
                 }
     else:
         config |= {"dataset_name": "trl-lib/ultrafeedback_binarized", "max_length": job.tokens}

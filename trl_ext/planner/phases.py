@@ -114,14 +114,13 @@ class _Phases:
     def generate(self) -> Phase:
         """All completions of a GPU's generation batch at once."""
         job = self.job
-        if job.vllm == "colocate":
-            engine = job.vllm_gpu_memory_utilization * job.layout.gpu_bytes
+        if job.vllm != "none":
             # A policy that is spread is gathered whole to merge its adapter; one that isn't is merged in place
             whole = 2.0 * self.numbers.base if job.shards_weights and not job.is_full else self.gathered
+            if job.vllm_sync == "adapter":
+                whole = ELEMENT["float32"] * self.numbers.adapter if job.shards_weights else 0.0
+            engine = job.vllm_gpu_memory_utilization * job.layout.gpu_bytes if job.vllm == "colocate" else 0.0
             return self._phase("generate", {"vLLM": engine, "weights gathered for vLLM": whole})
-        if job.vllm == "server":
-            whole = 2.0 * self.numbers.base if job.shards_weights and not job.is_full else self.gathered
-            return self._phase("generate", {"weights gathered for vLLM": whole})
         cache = job.rollouts * job.tokens * cache_bytes_per_token(job)
         moment = {
             "KV cache": cache,

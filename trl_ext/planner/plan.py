@@ -185,6 +185,11 @@ def _layer_by_layer(job: Job) -> Job | None:
     return job.but(ds3_gather_for_generation=False) if gathers else None
 
 
+def _adapter_alone(job: Job) -> Job | None:
+    can = job.vllm == "colocate" and not job.is_full and job.vllm_sync == "weights"
+    return job.but(vllm_sync="adapter") if can else None
+
+
 def _one_trunk(job: Job) -> Job | None:
     shared = {"critic": "head"} if job.critic == "model" else {}
     if not job.is_full:
@@ -208,6 +213,7 @@ def _offload(job: Job) -> Job | None:
 CHANGES: dict[str, Callable[[Job], Job | None]] = {
     # The cheapest first: those that compute the same, then those that are slower, then those that train differently
     "per_device_train_batch_size=1, with more gradient_accumulation_steps": _smaller_micro_batch,
+    "vllm_sync=adapter: vLLM gets the adapter alone": _adapter_alone,
     "ds3_gather_for_generation=False: a layer is gathered at a time": _layer_by_layer,
     "gradient_checkpointing=True": lambda job: (
         None if job.gradient_checkpointing else job.but(gradient_checkpointing=True)

@@ -116,7 +116,7 @@ class _Step:
             "generate",
             self._forward(rows, job.prompt_tokens) + 2.0 * self.numbers.base * rows * steps,
             steps * (self.read / share + cache),
-            self.gathered * (1 if whole else steps),
+            self.gathered * (0 if job.vllm_sync == "adapter" else 1 if whole else steps),
             0.0,
             0.0 if job.vllm != "none" else float(self.layers * steps),
         )

@@ -13,6 +13,7 @@ from ..planner.shapes import SHAPES, find_shape
 from ..planner.speed import forecast, in_words
 from ..planner.states import OPTIMIZERS
 from ..planner.text import describe, table, verdict
+from ..trainers.engine_checks import VLLM_SYNCS
 from .program import Parser
 
 
@@ -53,6 +54,7 @@ def plan_parser(program: str, description: str) -> Parser:
     add("--vllm_gpu_memory_utilization", type=float, default=0.3)
     add("--vllm_tensor_parallel_size", type=int, default=1)
     add("--vllm_enable_sleep_mode", action="store_true")
+    add("--vllm_sync", choices=VLLM_SYNCS, default="weights", help="what vLLM gets when the policy has changed")
     add("--dtype", choices=("bfloat16", "float32"))
     add("--json", action="store_true", help="print the plan as one JSON object")
     add("--picture", metavar="FILE", type=Path, help="draw the plan, as PNG")
@@ -85,7 +87,7 @@ def job_of(given: Any) -> Job:
         *("critic_head", "quantization", "prompt_tokens", "completion_tokens", "per_device_train_batch_size"),
         *("gradient_accumulation_steps", "num_generations", "share_prefixes", "gradient_checkpointing", "optimizer"),
         *("offload", "vllm", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode"),
-        *("strategy", "dtype"),
+        *("vllm_sync", "strategy", "dtype"),
     )
     try:
         found = _role(given.reward, by_default["reward"], is_full)

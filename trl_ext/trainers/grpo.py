@@ -123,6 +123,7 @@ class GRPOTrainer(CriticSeams):
             check_outcome_names(config, [reward_name(func) for func in given["reward_funcs"]])
         self.rollout_selection = SELECTIONS[config.rollout_selection]
         self.selects = self.rollout_selection.fill is not None
+        self.draws_rounds = self.rollout_selection.draws_prompts
         self.estimator = ESTIMATORS[config.advantage_estimator]
         self.level = IMPORTANCE_LEVELS[config.importance_sampling_level]
         self.trust_region = TRUST_REGIONS[config.trust_region]

@@ -29,6 +29,7 @@ from ..rollouts.outlook import VALUES
 from ..rollouts.selection import SELECTIONS
 from .arguments import adopted
 from .config_checks import check_types
+from .engine_checks import VLLM_SYNCS, check_engine
 from .generation_checks import check_generation, check_group_sizes
 from .ratio_checks import check_ratios, note_idle_region
 from .refill_config import RefillArguments, check_refilling
@@ -137,6 +138,11 @@ class GRPOConfig(RefillArguments, trl.GRPOConfig):
             Whether completions of one prompt meet in a micro-batch and their passes compute the prompt once, where the
             gradient is TRL's up to rounding and that is cheaper by an estimate. `"always"`: at any cost. `False`: each
             completion computes its prompt. Without `fit_micro_batches` nothing is shared.
+        vllm_sync (`str`, *optional*, defaults to `"weights"`):
+            What a colocated vLLM engine gets when the policy has changed. `"weights"`: all of the policy's, with its
+            adapter merged into them, as in TRL; to merge, ZeRO-3 gathers the whole model in every process.
+            `"adapter"`: the LoRA adapter alone, which vLLM applies to the base that it has loaded. The policy is then
+            given by its name, or has an adapter on the base as it was loaded.
     """
 
     rollout_selection: str = field(
@@ -248,6 +254,14 @@ class GRPOConfig(RefillArguments, trl.GRPOConfig):
         },
     )
 
+    vllm_sync: str = field(
+        default="weights",
+        metadata={
+            "help": "What a colocated vLLM engine gets when the policy has changed: all 'weights', as in TRL, or the "
+            "LoRA 'adapter' alone."
+        },
+    )
+
     # Whether the method's trainer has a critic. `advantage_estimator="gae"` needs one, and no other estimator uses
     # one.
     _has_critic: ClassVar[bool] = False
@@ -318,6 +332,7 @@ class GRPOConfig(RefillArguments, trl.GRPOConfig):
             ("trust_region", TRUST_REGIONS),
             ("token_normalization", TOKEN_NORMALIZATIONS),
             ("share_prefixes", SHARING),
+            ("vllm_sync", VLLM_SYNCS),
         ):
             value = getattr(self, name)
             if value is None and name in self._left_open:
@@ -329,6 +344,7 @@ class GRPOConfig(RefillArguments, trl.GRPOConfig):
         )
         self._check_estimator()
         check_refilling(self)
+        check_engine(self)
 
     def _check_estimator(self) -> None:
         estimator = ESTIMATORS[self.advantage_estimator]

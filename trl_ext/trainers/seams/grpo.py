@@ -62,8 +62,10 @@ from ...rollouts.rollout import Generation, Rollout, ScoredRound, generation_of,
 from ...rollouts.selection import GroupSelection
 from ...rollouts.shared_pass import Sharing
 from ...rollouts.statistics import pool_evaluation, restate_rounds, token_weights
+from ..engine_checks import sent_rank
 from ..sampling import end_completions_at, further_ends, sampling_as_told
 from .checkpoints import CheckpointSeams
+from .engine import awake, send_adapter_alone, taking_adapters
 from .evaluation import EvaluatedBatch, completions_apart, table_of_evaluation
 from .out_of_memory import MemoryFallback, in_parts
 from .prefixes import sharing_prefixes
@@ -83,8 +85,9 @@ class _RoundScored(Exception):
 class GRPOSeams(CheckpointSeams):
     """The hooks for [`GRPOTrainer`]. They change nothing here. The time line above says when each is called."""
 
-    # Whether groups are selected in training
+    # Whether groups are selected in training, and whether that may generate further rounds
     selects = False
+    draws_rounds = False
     # Whether every generation batch goes through the reference, and through the policy before its first update. TRL
     # makes these passes only if its own loss needs them.
     needs_reference = False
@@ -116,8 +119,11 @@ class GRPOSeams(CheckpointSeams):
         config = kwargs["args"]
         wanted = self.needs_reference or config.beta != 0.0
         self._own_reference = own = reference_of(kwargs, self.given_reference) if wanted else None
-        with making_reference(self, kwargs, own, wanted), self._asking_for_passes(config):
+        rank = sent_rank(config, kwargs)
+        with making_reference(self, kwargs, own, wanted), self._asking_for_passes(config), taking_adapters(rank):
             super().__init__(*args, **kwargs)
+        if rank is not None:
+            send_adapter_alone(self)
         if own is not None:
             use_reference(self, own)
         self._own_reference = self.given_reference = None  # it is held elsewhere now
@@ -265,9 +271,14 @@ class GRPOSeams(CheckpointSeams):
         return super()._tokenize_prompts(prompts)
 
     def _generate(self, prompts: list[Any]) -> Generation:
+        generate = super()._generate
+        with awake(self, self.draws_rounds or self.args.generation_chunks > 1):
+            return self._generate_and_select(generate, prompts)
+
+    def _generate_and_select(self, generate: Callable[..., Generation], prompts: list[Any]) -> Generation:
         batch = self.batch
         with sampling_as_told(self):
-            generation = generate_in_chunks(self, super()._generate, prompts)
+            generation = generate_in_chunks(self, generate, prompts)
         if not (batch.round_only or (self.selects and self.model.training)):
             return generation
         scored = self._score(prompts, generation)
