@@ -312,7 +312,7 @@ def plot_targets(found: dict[str, Curves], baseline: str, path: Path) -> None:
             panel.grid(alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)
     handles, labels = rows[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
     seeds = len(next(iter(next(iter(found.values())).values())))
     about = "ratios: geometric mean, 95 % interval; ▸ some runs did not reach the target"
     figure.suptitle(f"Means of {seeds} seeds; {about}", x=0.01, ha="left")
