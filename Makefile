@@ -25,10 +25,10 @@ REWARD_MODEL := runs/sort_digits/reward_model/adapter_model.safetensors
 # A module's tests stay in one process, and those that start processes follow each other (tests/conftest.py)
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup setup-vllm test test-vllm test-faults test-fast lint quickstart ppo hybrid clean
+.PHONY: help setup setup-vllm test test-distributed test-vllm test-faults test-fast lint quickstart ppo hybrid clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## build .venv with the versions in requirements.lock (PYTHON=python3.12 picks another Python)
 
@@ -66,8 +66,11 @@ test-vllm: setup-vllm ## train with real vLLM engines, colocated and as a server
 test-faults: setup ## kill runs of every trainer at random moments, and compare what they resume to (FAULTS_SEED=n)
 	$(PY) -m pytest $(PARALLEL) -m faults tests/resume $(ARGS)
 
+test-distributed: setup ## every method with every engine on two processes, and 100 random runs (RANDOM_RUNS_SEED=n)
+	$(PY) -m pytest -m engines tests/distributed $(ARGS)
+
 test-fast: setup ## the tests that take one optimizer step at most, start no processes and are not slow
-	$(PY) -m pytest $(PARALLEL) -m "not train and not distributed and not slow and not faults" $(ARGS)
+	$(PY) -m pytest $(PARALLEL) -m "not train and not distributed and not slow and not faults and not engines" $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(PY) -m ruff check

@@ -6,6 +6,7 @@ other on models this small are not started. And what the markers mean, checked w
 - `distributed`: starts several processes. `processes.start` refuses a launcher in a test without the marker.
 - `slow`: longer than about ten seconds. What was slow without the marker is listed at the end.
 - `faults`: kills processes at random moments (`make test-faults`). Not even a bare `pytest` runs it.
+- `engines`: every method with every engine, and many random runs (`make test-distributed`). Nor does it run this.
 
 `make test-fast` leaves out all of them.
 """
@@ -147,7 +148,11 @@ def module(item: pytest.Item) -> str:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports: Iterator[Any] = (r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind))
-    slow = [r for r in reports if r.duration > SLOW and not {"slow", "distributed", "faults"} & r.keywords.keys()]
+    slow = [
+        r
+        for r in reports
+        if r.duration > SLOW and not {"slow", "distributed", "faults", "engines"} & r.keywords.keys()
+    ]
     if slow:
         terminalreporter.section(f"longer than {SLOW:.0f} s, and not marked slow")
         for report in slow:

@@ -41,8 +41,8 @@ FSDP2 = {
 }
 
 
-def allow_fsdp_on_cpus() -> None:
-    """Accelerate ignores its FSDP plugin where there is no GPU, which torch doesn't need."""
+def allow_fsdp_on_cpus(settings: dict[str, str] | None = None) -> None:
+    """Accelerate ignores its FSDP plugin where there is no GPU, which torch doesn't need. `settings` are variables."""
     init = AcceleratorState.__init__
 
     def forced(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
@@ -52,7 +52,7 @@ def allow_fsdp_on_cpus() -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = forced
-    os.environ.update(FSDP2)
+    os.environ.update({**FSDP2, **(settings or {})})
 
 
 def weights(model: Any) -> torch.Tensor:

@@ -113,6 +113,8 @@ class AdapterCritic(Critic):
         if config.disable_dropout:
             own.lora_dropout = 0.0
         with torch.random.fork_rng():  # so that the first rollouts are those with critic='head'
+            # By now every process has a seed of its own, and FSDP would take a part of the new weights from each
+            torch.manual_seed(config.seed)
             policy.add_adapter(CRITIC, own)
         critic = cls(policy, config.critic_head or "linear")
         types = {weight.dtype for name, weight in policy.named_parameters() if adapter in name.split(".")}

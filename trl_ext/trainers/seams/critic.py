@@ -32,6 +32,8 @@ from ...roles.critic import CRITIC, Critic, base_model_of, without_critic
 from ...roles.switching import staying_trainable
 from ...rollouts.kept_states import KeptStates
 from .grpo import GRPOSeams
+from .parts import parts_are_all, writes_parts
+from .whole_checkpoints import gathered_weights, spread_weights
 
 
 logger = get_logger(__name__)
@@ -39,6 +41,8 @@ logger = get_logger(__name__)
 # Tokens that TRL's fused head takes at a time on a CPU. The temporaries of TRL's own 4,096 fit into no cache; what a
 # step costs with either is in benchmarks/RESULTS.md.
 CPU_TILE = 256
+# Weights of a critic beside the parts of a trained adapter (FSDP)
+CRITIC_BESIDE_PARTS = "trl_ext_critic.pt"
 
 
 @contextmanager
@@ -202,17 +206,37 @@ class CriticSeams(GRPOSeams):
         if self.args.should_save and (own is None or own):
             self.critic.save(target, own)
 
+    def write_own_files(self, directory: Path) -> None:
+        super().write_own_files(directory)
+        if self.critic is not None and writes_parts(self) and not parts_are_all(self):
+            policy = self.accelerator.unwrap_model(self.model)
+            weights = gathered_weights(policy, {id(weight) for weight in self.critic.trained_parameters()})
+            if self.args.should_save:
+                torch.save(weights, directory / CRITIC_BESIDE_PARTS)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.critic is None or self.is_fsdp_enabled:  # FSDP: one sharded checkpoint of both
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._load_critic_beside_parts(resume_from_checkpoint)
             return
         with without_critic(self.accelerator.unwrap_model(self.model if model is None else model)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         restore_critic(self.critic, resume_from_checkpoint)
 
+    def _load_critic_beside_parts(self, checkpoint: str) -> None:
+        if self.critic is None or not writes_parts(self) or parts_are_all(self):
+            return
+        file = Path(checkpoint) / CRITIC_BESIDE_PARTS
+        if file.exists():
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+            spread_weights(self.accelerator.unwrap_model(self.model), weights)
+        else:
+            logger.warning(f"{checkpoint} has no critic beside its parts: the policy resumes with a new one.")
+
     def _load_best_model(self) -> None:
         if self.critic is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:  # one checkpoint of both
             super()._load_best_model()
+            self._load_critic_beside_parts(str(self.state.best_model_checkpoint))
             return
         with without_critic(self.accelerator.unwrap_model(self.model)):
             super()._load_best_model()

@@ -33,6 +33,7 @@ from ...roles.critic import critic_of
 from ...roles.quantized import keep_weights_trainable
 from ...roles.saved import REFERENCE_FILE
 from .lost_processes import watching_processes
+from .parts import describe_parts, parts_are_all, whole_weights, writes_parts
 from .preemption import preemption_of
 from .pushes import push_of_checkpoint, wait_for_pushes
 from .quantized import SavesQuantization
@@ -310,10 +311,20 @@ def _whole(weight: torch.Tensor, modified: bool = False) -> Iterator[None]:
         yield
 
 
-def gathered_weights(model: Any) -> dict[str, torch.Tensor]:
-    """The whole weights of a model on the CPU, one after the other where they are sharded. A collective."""
+def gathered_weights(model: Any, among: set[int] | None = None) -> dict[str, torch.Tensor]:
+    """
+    The whole weights of a model on the CPU, one after the other where they are sharded. A collective.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        among (`set[int]`, *optional*):
+            The `id`s of the weights that are wanted; all by default.
+    """
     weights = {}
     for name, weight in model.named_parameters():
+        if among is not None and id(weight) not in among:
+            continue
         with _whole(weight):
             whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
             weights[name] = whole.detach().cpu().clone()
@@ -324,6 +335,8 @@ def gathered_weights(model: Any) -> dict[str, torch.Tensor]:
 def spread_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
     """The reverse of [`gathered_weights`]: every process has all `weights`, and keeps its share."""
     for name, weight in model.named_parameters():
+        if name not in weights:
+            continue
         if isinstance(weight, DTensor):
             whole = weights[name].to(weight.device)
             weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
@@ -381,6 +394,15 @@ class WholeCheckpoints(SavesQuantization):
             "train_dataset is a stream that ended before the first optimizer step: it has fewer rows than a step "
             "takes. Lower per_device_train_batch_size or gradient_accumulation_steps, or pass more rows.",
         )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not writes_parts(self):
+            super().save_model(output_dir, _internal_call)
+        elif _internal_call and parts_are_all(self):
+            describe_parts(self, output_dir or str(self.args.output_dir))
+        else:
+            with whole_weights(self):
+                super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with without_secrets(self.args):  # which transformers pickles beside the model
