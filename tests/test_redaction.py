@@ -8,7 +8,7 @@ import tiny
 import torch
 from datasets import Dataset
 
-from trl_ext import DPOConfig, DPOTrainer, GRPOTrainer, PPOTrainer
+from trl_ext import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
 from trl_ext.redaction import redact
 
 
@@ -43,6 +43,16 @@ def test_values_of_the_environment(monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "nothing-to-see")
     monkeypatch.setenv("OTHER_TOKEN", "short")
     assert redact("called with nothing-to-see, in short") == "called with ***, in short"
+
+
+@pytest.mark.parametrize("kind", [GRPOConfig, PPOConfig, DPOConfig])
+def test_what_loggers_write_of_a_configuration(kind, tmp_path):
+    given = {"token": TOKEN, "torch_dtype": "auto"}
+    args = kind(str(tmp_path), use_cpu=True, bf16=False, hub_token=TOKEN, model_init_kwargs=given)
+    for written in (args.to_json_string(), str(args.to_dict()), str(args.to_sanitized_dict())):
+        assert TOKEN not in written and "***" in written
+    assert given == {"token": TOKEN, "torch_dtype": "auto"}
+    assert args.model_init_kwargs["token"] == TOKEN and args.hub_token == TOKEN
 
 
 def holds(folder: Path, secret: str) -> list[str]:

@@ -20,7 +20,7 @@ _NAMED = re.compile(
 )
 # Tokens of Hugging Face, GitHub, OpenAI and others, by how they begin
 _SHAPED = re.compile(r"\b(?:hf|ghp|gho|github_pat|sk|wandb_v1)[_-][A-Za-z0-9_-]{16,}")
-_SECRET_VARIABLE = re.compile(r"TOKEN|API_?KEY|PASSWORD|SECRET", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"TOKEN|(API|ACCESS)_?KEY|PASSWORD|SECRET|CREDENTIAL", re.IGNORECASE)
 SHORTEST_VALUE = 8  # of a variable that is looked for in texts: shorter ones may be words
 
 
@@ -33,6 +33,17 @@ def redact(text: str) -> str:
         if _SECRET_VARIABLE.search(name) and len(value) >= SHORTEST_VALUE:
             text = text.replace(value, HIDDEN)
     return _SHAPED.sub(HIDDEN, _NAMED.sub(rf"\1\2{HIDDEN}", text))
+
+
+def hidden_tokens(settings: Any) -> Any:
+    """
+    Settings of a configuration as they are logged, with `***` in place of what a dictionary among them has as its
+    `token`, such as `model_init_kwargs`. transformers hides its own arguments alone.
+    """
+    if not isinstance(settings, dict):
+        return settings
+    hides = {name: HIDDEN for name, value in settings.items() if name == "token" and value is not None}
+    return {name: hidden_tokens(value) for name, value in settings.items()} | hides
 
 
 @contextmanager

@@ -175,7 +175,7 @@ class DifficultyCurriculum(PromptChooser):
                 f"The curriculum's column {self.column!r} is dropped by remove_unused_columns=True. Set "
                 "remove_unused_columns=False.",
             )
-            own.read_column(dataset[self.column])
+            own.read_column(dataset[self.column][:])  # in one read, not row by row
         return own
 
     def _predictor(self, num_generations: int, seed: int) -> AdaptiveOutlook | None:

@@ -84,7 +84,7 @@ class AdaptiveOutlook(PromptChooser):
             value=config.refill_value,
         )
         if isinstance(dataset, Dataset):
-            own.set_bins({column: dataset[column] for column in columns})
+            own.set_bins({column: dataset[column][:] for column in columns})  # in one read, not row by row
         return own
 
     def read_prompts(self, read: Reader) -> None:

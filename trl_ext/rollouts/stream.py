@@ -70,8 +70,8 @@ class PromptStream:
             rest.set_epoch(self.epoch)  # after `skip`, which starts from epoch 0
             return iter(rest)
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.dataset), generator=generator)[self.position :].tolist()
-        return (self.dataset[index] for index in order)
+        order = torch.randperm(len(self.dataset), generator=generator)[self.position :].numpy()  # 8 bytes a row
+        return (self.dataset[int(index)] for index in order)
 
     def _next(self) -> dict[str, Any] | None:
         """The next row. At the end of each pass, `None` once."""

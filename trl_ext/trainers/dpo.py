@@ -21,6 +21,7 @@ import trl
 from datasets import Dataset
 
 from ..errors import require, require_one_of
+from ..redaction import hidden_tokens
 from ..rewards.implicit import IMPLICIT_REWARD, ImplicitReward
 from ..roles.roles import Roles
 from ..roles.trunk import REFERENCE_ADAPTER
@@ -131,6 +132,11 @@ class DPOConfig(trl.DPOConfig):
             "rows. Leave the second at 'random'.",
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is written into logs: without access tokens."""
+        settings: dict[str, Any] = hidden_tokens(super().to_dict())
+        return settings
+
     @classmethod
     def adopt(cls, args: trl.DPOConfig) -> Self:
         """
@@ -228,7 +234,7 @@ class DPOTrainer(DPOSeams):
             f"curriculum and train_sampling_strategy={config.train_sampling_strategy!r} both set the order of the "
             "rows. Leave the second at 'random'.",
         )
-        curriculum.priors(dataset[column])
+        curriculum.priors(dataset[column][:])
 
     def row_order(self) -> RowOrder | None:
         if self.curriculum is None:
@@ -239,7 +245,7 @@ class DPOTrainer(DPOSeams):
                 prompts_together, self.train_dataset["prompt_ids" if tokenized else "prompt"], self._order_seed
             )
         # Read again, because TRL has dropped the rows whose prompt is too long
-        difficulties = self.curriculum.priors(self.train_dataset[self.curriculum.column])
+        difficulties = self.curriculum.priors(self.train_dataset[self.curriculum.column][:])
         return partial(self.curriculum.epoch_order, difficulties, self._order_seed)
 
     @property

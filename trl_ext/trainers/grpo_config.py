@@ -24,6 +24,7 @@ from ..errors import require, require_one_of
 from ..objectives.advantages import ESTIMATORS
 from ..objectives.ratios import IMPORTANCE_LEVELS
 from ..objectives.trust_region import TRUST_REGIONS
+from ..redaction import hidden_tokens
 from ..rollouts.informed import PROMPT_FEATURES, REFILL_DRAWS
 from ..rollouts.outlook import VALUES
 from ..rollouts.selection import SELECTIONS
@@ -439,6 +440,11 @@ class GRPOConfig(RefillArguments, trl.GRPOConfig):
             f"steps_per_generation={self.steps_per_generation} is not a multiple of gradient_accumulation_steps="
             f"{self.gradient_accumulation_steps}. Change one of them, or set token_normalization='generation_batch'.",
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written into logs: without access tokens."""
+        settings: dict[str, Any] = hidden_tokens(super().to_dict())
+        return settings
 
     @property
     def is_neutral(self) -> bool:
