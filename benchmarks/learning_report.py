@@ -319,9 +319,10 @@ def plot_targets(found: dict[str, Curves], baseline: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write_report(script: str, study: str, text: str) -> None:
-    """Put the table of a study into its place in `RESULTS.md`."""
+def write_report(script: str, study: str | None, text: str) -> None:
+    """Put the table of a study, or of a script without studies, into its place in `RESULTS.md`."""
     results = ROOT / "benchmarks" / "RESULTS.md"
-    begin, end = (f"<!-- {slash}{script} --study {study} -->" for slash in ("", "/"))
+    name = script if study is None else f"{script} --study {study}"
+    begin, end = (f"<!-- {slash}{name} -->" for slash in ("", "/"))
     before, _, rest = results.read_text(encoding="utf-8").partition(begin)
     results.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")

@@ -68,6 +68,18 @@ def test_known_prompts():
     assert all(value > 0 for sizes in found.values() for value in sizes["50"].values())
 
 
+def test_many_prompts():
+    found = last_line("many_prompts", "--prompts", 64, 128, "--kinds", "informed", "column")
+    assert all(sizes["64"]["rows_read"] == sizes["128"]["rows_read"] > 0 for sizes in found.values())
+    assert [sizes["128"]["values_read"] for sizes in found.values()] == [0, 128]
+
+
+def test_long_run():
+    found = last_line("long_run", "--steps", 4, "--every", 1, "--prompts", 64)
+    assert set(found) == {"DAPO", "PPO"}
+    assert all(growth > -1 for columns in found.values() for growth in columns.values())
+
+
 def test_train_phase():
     found = last_line("train_phase", "--longest", 24, "--pairs", 1)
     assert found["grad_relative_error"] < 1e-4
