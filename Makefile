@@ -22,6 +22,11 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 SFT := runs/sort_digits/sft/model.safetensors
 REWARD_MODEL := runs/sort_digits/reward_model/adapter_model.safetensors
 
+# What goes wrong around a run: processes that die, signals, full disks, damaged files, services, memory
+FAULTS := tests/resume/test_faults.py tests/resume/test_bad_checkpoints.py tests/resume/test_full_disk.py \
+	tests/distributed/test_lost_processes.py tests/distributed/test_waiting.py tests/distributed/test_resume.py \
+	tests/rewards/test_service.py tests/trainers/seams/test_preemption.py tests/trainers/seams/test_out_of_memory.py
+
 # A module's tests stay in one process, and those that start processes follow each other (tests/conftest.py)
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
@@ -63,8 +68,8 @@ test: lint ## lint, then every test, on all cores (ARGS="-k gspo" for some)
 test-vllm: setup-vllm ## train with real vLLM engines, colocated and as a server (ARGS="-m short" for some)
 	$(VLLM_PY) -m pytest tests/vllm_engine $(ARGS)
 
-test-faults: setup ## kill runs of every trainer at random moments, and compare what they resume to (FAULTS_SEED=n)
-	$(PY) -m pytest $(PARALLEL) -m faults tests/resume $(ARGS)
+test-faults: setup ## every fault; runs of every trainer killed at random moments, and what they resume to (FAULTS_SEED=n)
+	$(PY) -m pytest $(PARALLEL) -m "faults or not faults" $(FAULTS) $(ARGS)
 
 test-distributed: setup ## every method with every engine on two processes, and 100 random runs (RANDOM_RUNS_SEED=n)
 	$(PY) -m pytest -m engines tests/distributed $(ARGS)

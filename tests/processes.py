@@ -104,6 +104,23 @@ def start(command: Sequence[Any], env: Mapping[str, str] | None = None, cwd: Pat
     return Process(_parent().ask(request), Path(output))
 
 
+def start_ranks(command: Sequence[Any], count: int, env: Mapping[str, str] | None = None) -> list[Process]:
+    """
+    Starts `count` processes that train together, without a launcher, which would end the others when one of them ends.
+    """
+    if not launchers_allowed:
+        raise AssertionError("this starts several processes: mark the test with @pytest.mark.distributed")
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), **(env or {})}
+    return [start(command, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def run(
     command: Sequence[Any], env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 300.0
 ) -> str:
@@ -247,12 +264,9 @@ def run_ranks(args: Any) -> None:
     """In place of `torch.distributed.run.run`: as many forks as there are ranks on this machine, each told its own."""
     assert args.nnodes in ("1", "1:1"), "one machine"
     world = int(args.nproc_per_node)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     shared = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
     }

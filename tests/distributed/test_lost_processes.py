@@ -2,12 +2,11 @@
 
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
-from processes import Process, start
+from processes import start_ranks
 
 from trl_ext.trainers.seams.whole_checkpoints import checkpoints_of, damage
 
@@ -16,20 +15,9 @@ pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).with_name("lost_worker.py")
 
 
-def started(folder: Path, case: str, processes: int) -> list[Process]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    return [
-        start([WORKER, folder / "out", case], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(processes)
-    ]
-
-
 @pytest.mark.parametrize(("case", "processes"), [("collective", 2), ("elsewhere", 3), ("stops", 2)])
 def test_the_others_end_within_a_minute_and_say_why(tmp_path, case, processes):
-    *others, last = started(tmp_path, case, processes)
+    *others, last = start_ranks([WORKER, tmp_path / "out", case], processes)
     pids = [tmp_path / f"pid_{rank}" for rank in range(processes)]
     end = time.monotonic() + 240
     while not all(pid.exists() for pid in pids):

@@ -18,9 +18,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the processes trained on: one first, then two that resume it, then one that resumes what two wrote."""
     directory = tmp_path_factory.mktemp("resumed")
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for launch in ([], two, []):
-        run([*launch, WORKER, directory])
-    return {path.stem: torch.load(path) for path in directory.glob("*.pt")}
+    printed = [run([*launch, WORKER, directory]) for launch in ([], two, [])]
+    return {path.stem: torch.load(path) for path in directory.glob("*.pt")} | {"printed": printed}
 
 
 def test_on_more_processes(found):
@@ -39,6 +38,14 @@ def test_on_fewer_processes(found):
     again = found["resumed_1_0"]["resumed"]
     assert again["ratios"][-2:] == [0.5, 0.5]
     assert all(set(again["rows"][0][start + 4 : start + 8]) <= kept for start in (0, 8))
+
+
+def test_what_is_not_exact_on_another_number_of_processes_is_said_in_one_line(found):
+    first, *resumed = found["printed"]
+    assert "generated anew" not in first
+    for text in resumed:
+        (line,) = {line for line in text.splitlines() if "The checkpoint was written with" in line}
+        assert "is generated anew, and every process draws other random numbers; the rest of the run goes on" in line
 
 
 def test_a_process_that_does_not_see_what_another_wrote_says_so(found):

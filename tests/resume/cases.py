@@ -71,7 +71,10 @@ class Feature:
 ONCE = {"num_iterations": 1, "updates_per_generation": 1}
 REFRESHED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
 WITH_KL = {name: {"beta": 0.1} for name in GROUPS}
-ADAPTIVE = {"kl_target": 0.1, "kl_rule": "exponential", "old_kl_coef": 0.5, "old_kl_target": 0.01}
+ADAPTIVE = {
+    **{"kl_target": 0.1, "kl_rule": "exponential", "old_kl_coef": 0.5, "old_kl_target": 0.01},
+    "reward_scaling": "running",
+}
 ADAPTING = dict.fromkeys((*CRITICS, PIPELINE), ADAPTIVE)
 # What all trainers that generate can do at once; each batch lasts for four steps
 ALL = {"num_iterations": 2, "updates_per_generation": 2}

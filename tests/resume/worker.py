@@ -1,7 +1,8 @@
 """
 A run in a process of its own, which may send itself a signal: `worker.py TRAINER FEATURE FOLDER OUTPUT [MOMENT COUNT
-SIGNAL]`. At the COUNT-th MOMENT it gets the signal; it goes on from its last checkpoint if there is one. At its end it
-writes what it was left with, and how many moments of each kind there were.
+SIGNAL [RANK]]`. At the COUNT-th MOMENT it gets the signal; it goes on from its last checkpoint if there is one. At its
+end it writes what it was left with, and how many moments of each kind there were. Of several processes, each writes
+for itself, and RANK gets the signal.
 """
 
 import json
@@ -95,9 +96,12 @@ def result(made: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     _, trainer, name, folder, output, *when = sys.argv
-    moments = Moments(when[0], int(when[1]), int(signal.Signals[when[2]])) if when else Moments()
+    rank = os.environ.get("RANK", "0")
+    moments = Moments()
+    if when and rank == (when[3] if len(when) > 3 else "0"):
+        moments = Moments(when[0], int(when[1]), int(signal.Signals[when[2]]))
     found = run(trainer, name, Path(folder), Path(output), moments)
     counts = dict(moments.counts)
-    torch.save(found, f"{output}.pt")
-    Path(f"{output}.json").write_text(json.dumps(counts))
+    torch.save(found, f"{output}.{rank}.pt")
+    Path(f"{output}.{rank}.json").write_text(json.dumps(counts))
     tiny.leave()

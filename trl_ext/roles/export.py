@@ -47,6 +47,7 @@ from .saved import (
     form_of,
     load_weights,
     read_json,
+    read_plain,
     roles_of,
 )
 from .trunk import REFERENCE_ADAPTER
@@ -292,7 +293,7 @@ def _reference(source: Path, target: Path, settings: ExportSettings) -> Export:
         "began with.",
     )
     assert base is not None
-    weights = torch.load(source / REFERENCE_FILE, map_location="cpu", weights_only=True)
+    weights = read_plain(source / REFERENCE_FILE)
     config = AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
     model = model_with(config, weights, f"The reference in {source}")
     model.to(dtype_of(settings.dtype or next(iter(weights.values())).dtype))

@@ -9,7 +9,10 @@ What the folder of a run, or one of its checkpoints, holds: which roles, and in 
 
 import io
 import json
+import os
+import pickle
 import tempfile
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,30 @@ ZERO_SHARDS, FSDP_SHARDS = "latest", "pytorch_model_fsdp_0"
 
 POLICY, CRITIC_ROLE, REWARD, REFERENCE = "policy", "critic", "reward", "reference"
 WHOLE, ADAPTER, SHARDED = "whole", "adapter", "sharded"
+
+
+def read_plain(file: str | os.PathLike[str], types: Sequence[Any] = ()) -> Any:
+    """
+    Read a file that `torch.save` wrote, without running code that somebody may have put into it.
+
+    Args:
+        file (`str` or `Path`):
+            The file.
+        types (`list`, *optional*):
+            What it may hold beside tensors and plain values.
+
+    Raises:
+        ValueError: if it holds anything else, or is not complete.
+    """
+    # On the CPU first: torch takes no `cpu:0`, which is what the device of a process is called there
+    try:
+        with torch.serialization.safe_globals(list(types)):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds something that trl_ext does not write. It is not loaded, because loading it could run code "
+            f"({str(error).splitlines()[0]}). Resume from a different checkpoint, or start from this one's weights."
+        ) from error
 
 
 def form_of(folder: Path) -> str | None:

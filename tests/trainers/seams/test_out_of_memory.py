@@ -13,6 +13,7 @@ import tiny
 import torch
 from comparing import Gradients, equal, largest_relative_error
 from transformers import PreTrainedModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from trl_ext import DAPOTrainer, DUPOTrainer, GRPOTrainer, GSPOTrainer, PPOTrainer
 from trl_ext.trainers.seams.whole_checkpoints import checkpoints_of, damage
@@ -29,11 +30,16 @@ def memory_for(rows: int, where: str) -> Iterator[None]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-        if not isinstance(module, PreTrainedModel) or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return
-        found = getattr(output, "last_hidden_state", None)
-        if isinstance(found, torch.Tensor) and found.requires_grad and len(found) > rows:
-            full() if where == FORWARD else found.register_hook(full)
+        if where == FORWARD and isinstance(module, PreTrainedModel):
+            found = getattr(output, "last_hidden_state", None)
+            if isinstance(found, torch.Tensor) and found.requires_grad and len(found) > rows:
+                full()
+        # Late in the backward pass: the layers above have their gradients by then
+        first = isinstance(module, Qwen2DecoderLayer) and module.self_attn.layer_idx == 0
+        if where == BACKWARD and first and output.requires_grad and len(output) > rows:
+            output.register_hook(full)
 
     handle = torch.nn.modules.module.register_module_forward_hook(hook)
     try:

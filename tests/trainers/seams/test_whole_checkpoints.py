@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -282,19 +283,48 @@ def test_a_reference_that_moves_is_in_the_checkpoint(kind, tmp_path):
 class Planted:
     """Runs code when it is unpickled."""
 
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
     def __reduce__(self) -> Any:
-        return print, ("planted code has run",)
+        return Path.touch, (self.trace,)
 
 
-@pytest.mark.parametrize("file", ["trl_ext_state.pt", "trl_ext_buffer_0.pt", "trl_ext_process_0.pt"])
-def test_planted_code_does_not_run(file, tmp_path, capsys):
-    settings = {"num_iterations": 2, "replay_ratio": 0.5, "max_steps": 3, **SAVING}
-    trainer("ppo", tmp_path, **settings).train()
-    checkpoint = tmp_path / "checkpoint-3"
-    assert (checkpoint / file).exists()
-    torch.save({"run": Planted(), "layout": {}, "step": 0, "metrics": {}, "replay": Planted()}, checkpoint / file)
-    (checkpoint / MANIFEST).unlink()
-    again = trainer("ppo", tmp_path, **{**settings, "max_steps": 4})
-    with pytest.raises(ValueError, match=f"{file} holds something that trl_ext does not write"):
+OWN = ["trl_ext_state.pt", "trl_ext_buffer_0.pt", "trl_ext_process_0.pt", "trl_ext_reference.pt"]
+OF_TRANSFORMERS = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"]
+
+
+@pytest.fixture(scope="module")
+def with_all_files(tmp_path_factory):
+    """A checkpoint with every kind of file that is no safetensors and no json."""
+    folder = tmp_path_factory.mktemp("all_files")
+    tiny.stopping().save_pretrained(folder / "policy")
+    resumable(folder, folder / "out", max_steps=3).train()
+    checkpoint = folder / "out" / "checkpoint-3"
+    pickled = {path.name for path in checkpoint.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")}
+    assert pickled == {*OWN, *OF_TRANSFORMERS}
+    (checkpoint / MANIFEST).unlink()  # whoever plants code can write a manifest, too
+    return folder
+
+
+def resumable(folder: Path, output: Path, **settings: Any) -> Any:
+    settings = {"num_iterations": 2, "replay_ratio": 0.5, "sync_ref_model": True, **settings, **SAVING}
+    return tiny.trainer(PPOTrainer, output, tiny.hashed, {"model": str(folder / "policy")}, **settings)
+
+
+@pytest.mark.parametrize("file", [*OWN, *OF_TRANSFORMERS])
+def test_planted_code_does_not_run(file, with_all_files, tmp_path):
+    checkpoint, trace = tmp_path / "out" / "checkpoint-3", tmp_path / "planted_code_has_run"
+    shutil.copytree(with_all_files / "out" / "checkpoint-3", checkpoint)
+    planted = Planted(trace)
+    torch.save({"run": planted, "layout": {}, "step": 0, "metrics": {}, "replay": planted}, checkpoint / file)
+    again = resumable(with_all_files, tmp_path / "out", max_steps=4)
+    if file == "training_args.bin":  # nothing reads it
         again.train(resume_from_checkpoint=str(checkpoint))
-    assert "planted" not in capsys.readouterr().out
+    else:
+        refusal = f"{file} holds something that trl_ext does not write" if file in OWN else "Weights only load failed"
+        with pytest.raises((ValueError, pickle.UnpicklingError), match=refusal):
+            again.train(resume_from_checkpoint=str(checkpoint))
+    assert not trace.exists()
+    torch.load(checkpoint / file, weights_only=False)
+    assert trace.exists()  # or it would have proved nothing

@@ -8,7 +8,6 @@ at the beginning of the step, the *window*, is kept until the step ends.
 
 import copy
 import os
-import pickle
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ...roles.saved import read_plain
 from ...rollouts.ledger import read_ledger
 from ...rollouts.micro_batches import Fit
 from ...rollouts.prompt_features import read_features
@@ -59,15 +59,7 @@ def read_state(file: str | os.PathLike[str]) -> Any:
     Raises:
         ValueError: if the file holds anything but tensors, plain values and the types of `STATE_TYPES`.
     """
-    # On the CPU first: torch takes no `cpu:0`, which is what the device of a process is called there
-    try:
-        with torch.serialization.safe_globals(STATE_TYPES):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} holds something that trl_ext does not write. It is not loaded, because loading it could run code "
-            f"({str(error).splitlines()[0]}). Resume from a different checkpoint, or start from this one's weights."
-        ) from error
+    return read_plain(file, STATE_TYPES)
 
 
 def saved_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
@@ -220,9 +212,12 @@ class CheckpointSeams(WholeCheckpoints, WholeEvaluations, trl.GRPOTrainer):
         self._load_process_states(checkpoint, state["layout"]["num_processes"])
         self._metrics["train"].update(state["metrics"])
         if state["layout"] != self._layout:
+            others = state["layout"]["num_processes"] != self.accelerator.num_processes
+            drawn = ", and every process draws other random numbers" if others else ""
             logger.warning(
                 f"The checkpoint was written with {state['layout']}, this run has {self._layout}. The generation "
-                "batch that was in use doesn't fit and is generated anew; the rest of the run goes on as it was."
+                f"batch that was in use doesn't fit and is generated anew{drawn}; the rest of the run goes on as it "
+                "was."
             )
             return
         self._step = state["step"]

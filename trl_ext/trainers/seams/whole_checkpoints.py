@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ from ...errors import require
 from ...redaction import without_secrets
 from ...roles.critic import critic_of
 from ...roles.quantized import keep_weights_trainable
-from ...roles.saved import REFERENCE_FILE
+from ...roles.saved import REFERENCE_FILE, read_plain
 from .lost_processes import watching_processes
 from .parts import describe_parts, parts_are_all, whole_weights, writes_parts
 from .preemption import preemption_of
@@ -101,20 +102,38 @@ def write_manifest(checkpoint: Path, processes: int) -> None:
         _flush(folder)
 
 
+def _is_complete(path: Path) -> bool:
+    """Whether a file that no manifest describes holds all of what its format says that it holds."""
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return False
+    elif path.suffix == ".safetensors":  # bytes of the header, header, tensors
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            try:
+                tensors = json.loads(file.read(min(size, path.stat().st_size)))
+            except ValueError:
+                return False
+        ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
+        return path.stat().st_size == 8 + size + max(ends, default=0)
+    elif path.suffix in (".pt", ".pth", ".bin"):  # archives, whose table of contents is at their end
+        return zipfile.is_zipfile(path)
+    return True
+
+
 def damage(checkpoint: Path) -> str | None:
     """
     What is wrong with a checkpoint, `None` if nothing is. One without a manifest, as earlier versions and plain
-    trainers write it, passes if transformers' own state in it can be read: nothing more is known of it.
+    trainers write it, passes if transformers' own state is there and no file is cut off: nothing more is known of it.
     """
     manifest = checkpoint / MANIFEST
     if not manifest.exists():
-        try:
-            json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not (checkpoint / TRAINER_STATE).is_file():
             return f"{TRAINER_STATE} is missing"
-        except ValueError:
-            return f"{TRAINER_STATE} is not complete"
-        return None
+        broken = [path for path in _files(checkpoint) if not _is_complete(path)]
+        return f"{broken[0].relative_to(checkpoint).as_posix()} is not complete" if broken else None
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     except (ValueError, KeyError, TypeError):
@@ -235,9 +254,14 @@ def written_aside(trainer: Any, output_dir: str) -> Iterator[Path]:
     accelerator.wait_for_everyone()
     try:
         yield aside
-    except BaseException:
+    except BaseException as error:
         if accelerator.num_processes == 1:  # others may still write
             shutil.rmtree(aside, ignore_errors=True)
+        earlier = [path.name for path in checkpoints_of(run)[:1]]
+        go_on = (
+            f"{earlier[0]} is as it was: go on with resume_from_checkpoint=True." if earlier else "There is none yet."
+        )
+        error.add_note(f"The checkpoint of step {trainer.state.global_step} was not written. {go_on}")
         raise
     accelerator.wait_for_everyone()
     if moves and aside.is_dir():  # on a disk that machines share, the first has moved it
@@ -454,8 +478,7 @@ class WholeCheckpoints(SavesQuantization):
             return
         file = Path(checkpoint) / REFERENCE_FILE
         if file.exists():
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-            spread_weights(self.accelerator.unwrap_model(self.ref_model), weights)
+            spread_weights(self.accelerator.unwrap_model(self.ref_model), read_plain(file))
         else:
             logger.warning(f"{checkpoint} has no refreshed reference: the run resumes with the one it began with.")
 
