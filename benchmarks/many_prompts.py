@@ -62,17 +62,17 @@ def build(kind: str, data: Any, directory: str) -> Any:
 
 @contextmanager
 def counting_rows() -> Iterator[dict[str, int]]:
-    """Counts what is read of data sets: rows one by one, and values of whole columns."""
+    """Counts what is read of data sets: rows, and values of whole columns."""
     counts = {"rows": 0, "values": 0}
     read = Dataset.__getitem__
 
     def counted(self: Any, key: Any) -> Any:
-        if isinstance(key, str):
-            counts["values"] += len(self)
-        else:
-            counts["rows"] += (
-                1 if isinstance(key, int) else len(range(len(self))[key]) if isinstance(key, slice) else len(key)
-            )
+        if isinstance(key, int):
+            counts["rows"] += 1
+        elif isinstance(key, slice):  # of one column, from which all is read at once, or of rows
+            counts["values" if len(self.column_names) == 1 else "rows"] += len(range(len(self))[key])
+        elif not isinstance(key, str):  # which reads nothing yet
+            counts["rows"] += len(key)
         return read(self, key)
 
     Dataset.__getitem__ = counted  # type: ignore[method-assign]
