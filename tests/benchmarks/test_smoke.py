@@ -180,3 +180,13 @@ def test_where_the_time_goes(tmp_path):
     found = last_line("where_the_time_goes", "--prompts", 32, "--runs", 1, "--picture", tmp_path / "picture.png")
     assert found["32"].keys() == {"trl", "unshared", "trl_ext"}
     assert (tmp_path / "picture.png").stat().st_size
+
+
+@pytest.mark.parametrize("part", ["PPO 32B, 4 bits", "DPO 7B"])
+def test_gpu_fit(part, tmp_path):
+    """On a CPU, where no memory is measured, and through the code that measures it."""
+    found = last_line("gpu_fit", "--tiny", "--parts", part, "--report", tmp_path / "report.md")["results"][part]
+    phases = ["update"] if "DPO" in part else ["generate", "old and reference passes", "update"]
+    assert sorted(found["seconds"]) == phases and min(found["seconds"].values()) > 0
+    assert found["allocated"] == {} and set(phases) < set(found["planned"]["bytes"])
+    assert "No memory was measured" in (tmp_path / "report.md").read_text()
