@@ -18,8 +18,8 @@ from recipes.tasks.sort_digits import DIGITS, build_model, build_tokenizer
 pytestmark = [pytest.mark.slow, pytest.mark.train]
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-# What scripts share, or no script
-NOT_RUN = {"automaton", "learning_report", "learning_runs", "task", "turns"}
+# What scripts share, or no script; the last one runs in vLLM's environment
+NOT_RUN = {"automaton", "learning_report", "learning_runs", "task", "turns", "vllm_generation"}
 
 
 def last_line(script: str, *arguments: Any) -> Any:

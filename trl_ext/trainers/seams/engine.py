@@ -91,7 +91,6 @@ def awake(trainer: Any, wanted: bool) -> Iterator[None]:
         finally:
             # Neither does TRL wake it again, nor send what it sends to an engine that has slept
             generation.enable_sleep_mode = not levels
-            generation._llm_weights_sleeping = not levels
 
     engine.sleep, generation.generate = (lambda level=1: levels.append(level)), without_sleeping
     try:
@@ -100,8 +99,7 @@ def awake(trainer: Any, wanted: bool) -> Iterator[None]:
         engine.sleep, generation.generate = sleep, generate
         generation.enable_sleep_mode = True
         if levels:
-            sleep(level=levels[0])
-            generation._llm_weights_sleeping = True
+            sleep(level=levels[0])  # TRL has noted that it sleeps
 
 
 def _sleep_keeping_weights(sleep: Any, level: int = 1) -> None:
