@@ -40,6 +40,21 @@ class Compared(TrainerCallback):
             self.trainer.rollout_func = None
 
 
+class Ended(TrainerCallback):
+    """Looks at a trainer at the end of its training, before a schedule lets go of it."""
+
+    def __init__(self, engine: str, trainer: Any) -> None:
+        self.engine, self.trainer = engine, trainer
+        self.seen: dict[str, Any] = {}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen = {
+            "engine": self.engine != ALONE and ENGINES[self.engine].is_it(self.trainer),
+            "last": weights_of(self.trainer),
+            "processes": self.trainer.accelerator.num_processes,
+        }
+
+
 class Interruption(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == COMPARED:
@@ -79,36 +94,31 @@ def run(engine: str, method: str, weights: str, folder: Path, output: Path, proc
 def run_pipeline(engine: str, make: Any, output: Path, processes: int) -> dict[str, Any]:
     """As [`run`]. A schedule that is interrupted resumes by itself."""
 
-    def watched(where: Path, *callbacks: TrainerCallback, resumed: bool = False) -> tuple[Any, dict[str, Any]]:
-        """The trainer of the last stage after its training, and what was seen of it."""
+    def watched(where: Path, *callbacks: TrainerCallback, resumed: bool = False) -> dict[str, Any]:
+        """What was seen of the last stage."""
         seen: dict[str, Any] = {}
 
         def prepare(stage: str, trainer: Any) -> None:
             with_momentum(trainer)
             if stage == "ppo":
-                seen.update(trainer=trainer, before=weights_of(trainer), compared=Compared(trainer))
+                seen.update(before=weights_of(trainer), compared=Compared(trainer), ended=Ended(engine, trainer))
                 trainer.rollout_func = None if resumed else trainer.rollout_func
-                for callback in (seen["compared"], *callbacks):
+                for callback in (seen["compared"], seen["ended"], *callbacks):
                     trainer.add_callback(callback)
 
         schedule = make(where)
         schedule.prepare = prepare
         schedule.train()
-        return seen.pop("trainer"), seen
+        return {"before": seen["before"], "after": seen["compared"].weights, **seen["ended"].seen}
 
-    trainer, seen = watched(output)
-    compared = seen["compared"].weights
-    found = {"before": seen["before"], "after": compared, "processes": trainer.accelerator.num_processes}
+    found = watched(output)
     if processes == 1:
         return found
-    found["engine"] = ENGINES[engine].is_it(trainer)
-    found["last"] = last = weights_of(trainer)
-    found["moved on"] = bool(differences(last, compared))
+    found["moved on"] = bool(differences(found["last"], found["after"]))
     cut = output.with_name(f"{output.name}_resumed")
     with suppress(KeyboardInterrupt):
         watched(cut, Interruption())
-    trainer, _ = watched(cut, resumed=True)
-    found["not resumed"] = differences(weights_of(trainer), last)
+    found["not resumed"] = differences(watched(cut, resumed=True)["last"], found["last"])
     return found
 
 
