@@ -116,17 +116,17 @@ class Plugin:
     dschf: Any
 
 
-def staged(words: list[str], model: str, *more: str) -> tuple[Stage, Any]:
+def staged(words: list[str], model: str, *more: str, method: str = "GRPO") -> tuple[Stage, Any]:
     argv = [*words, "--model_name_or_path", model, *LAYOUT, *more]
-    arguments = parse_arguments(PolicyArguments, trl_ext.GRPOConfig, argv)
+    arguments = parse_arguments(PolicyArguments, getattr(trl_ext, f"{method}Config"), argv)
     rows = Dataset.from_dict({"prompt": ["s12="] * 32})
     settings = {"args": arguments.training, "train_dataset": rows, "reward_funcs": [tiny.low_ids]}
-    return Stage(trl_ext.GRPOTrainer, settings, arguments.script.on_gpus), arguments
+    return Stage(getattr(trl_ext, f"{method}Trainer"), settings, arguments.script.on_gpus), arguments
 
 
 def test_a_plan_leaves_the_run_as_it_is(words, small):
     """Random numbers, and ZeRO-3, under which transformers would spread the planner's models over processes."""
-    stage, arguments = staged(words, small)
+    stage, arguments = staged(words, small, "--critic_head", "mlp", method="PPO")
     zero = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
     plugin = Plugin(zero, HfDeepSpeedConfig(zero))
     arguments.training.deepspeed_plugin = plugin

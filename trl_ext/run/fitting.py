@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer
@@ -161,12 +160,11 @@ def _with_shared_prompts(plan: Plan, config: Any) -> Plan:
 @contextmanager
 def _by_itself(training_args: Any) -> Iterator[None]:
     """
-    Within this context models are built as in a process of their own: not spread by ZeRO-3, without warnings, and the
-    random numbers of the run are left to it.
+    Within this context models are built as in a process of their own: not spread by ZeRO-3, and without warnings.
     """
     unset_hf_deepspeed_config()
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
