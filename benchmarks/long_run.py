@@ -20,8 +20,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,7 +27,7 @@ from typing import Any
 
 import torch
 from learning_report import write_report
-from task import ROOT, TrainingTask
+from task import ROOT, TrainingTask, apart
 from transformers import TrainerCallback
 
 from trl_ext import DAPOConfig, DAPOTrainer, PPOConfig, PPOTrainer
@@ -40,8 +38,6 @@ from trl_ext.trainers.seams.whole_checkpoints import TRAINER_STATE, checkpoints_
 
 METHODS = ("DAPO", "PPO")
 MEGABYTE = 1e6
-# Of what is noted, how much it may grow from the second quarter of a run to its last, or it is said
-NOTABLE = 0.05
 COLUMNS = {
     "rss_mb": "memory, MB",
     "tensor_mb": "tensors, MB",
@@ -71,8 +67,8 @@ def resident_bytes() -> int:
 class Notes(TrainerCallback):
     """Notes what a run takes."""
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, method: str, every: int) -> None:
+        self.method, self.every = method, every
         self.trainer: Any = None  # set when there is one
         self.rows: list[dict[str, float]] = []
         self._seconds = self._started = 0.0
@@ -96,7 +92,7 @@ class Notes(TrainerCallback):
             row |= {"checkpoint_mb": sum(sizes.values())}
         self.rows.append(row)
         self._seconds = 0.0
-        print(json.dumps(row), flush=True)
+        print(self.method, json.dumps(row), flush=True)
 
 
 def matching(prompts: list[str], completion_ids: list[list[int]], answer_ids: list[list[int]], **kwargs: Any) -> Any:
@@ -108,8 +104,14 @@ def matching(prompts: list[str], completion_ids: list[list[int]], answer_ids: li
     return [share * (sum(map(ord, prompt)) % 2) for share, prompt in zip(shares, prompts, strict=True)]
 
 
-def run(method: str, steps: int, every: int, prompts: int, folder: str) -> list[dict[str, float]]:
+def run(method: str, steps: int, every: int, prompts: int) -> list[dict[str, float]]:
     """Trains, and returns what was noted."""
+    with tempfile.TemporaryDirectory() as folder:
+        return trained(method, steps, every, prompts, folder)
+
+
+def trained(method: str, steps: int, every: int, prompts: int, folder: str) -> list[dict[str, float]]:
+    """[`run`] with its output in a folder."""
     task = TrainingTask(train_size=prompts, reward_func=matching)
     settings = task.settings(
         folder,
@@ -128,28 +130,11 @@ def run(method: str, steps: int, every: int, prompts: int, folder: str) -> list[
         trainer: Any = DAPOTrainer(args=DAPOConfig(**settings, **own), **task.arguments())
     else:
         trainer = PPOTrainer(args=PPOConfig(**settings, num_iterations=1), **task.arguments())
-    notes = Notes(every)
+    notes = Notes(method, every)
     notes.trainer = trainer
     trainer.add_callback(notes)
     trainer.train()
     return notes.rows
-
-
-def started(method: str, args: argparse.Namespace) -> list[dict[str, float]]:
-    """[`run`] in a process of its own, which begins with no memory of another."""
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = [str(value) for value in (args.steps, args.every, args.prompts)]
-        command = [sys.executable, __file__, "--one", method, folder, *sizes]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            rows = []
-            for line in process.stdout:
-                if line.startswith('{"step"'):
-                    rows.append(json.loads(line))
-                    print(method, line, end="", flush=True)
-        if process.returncode:
-            raise SystemExit(process.returncode)
-    return rows
 
 
 def growth(rows: list[dict[str, float]], column: str) -> float:
@@ -202,14 +187,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20_000, help="size of the data set")
     parser.add_argument("--report", action="store_true", help="write the table into benchmarks/RESULTS.md")
     parser.add_argument("--json", action="store_true", help="print the result as JSON in the last line")
-    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.one:
-        method, folder, steps, every, prompts = args.one
-        run(method, int(steps), int(every), int(prompts), folder)
-        return
-    found = {method: started(method, args) for method in args.methods}
+    found = {method: apart(run, method, args.steps, args.every, args.prompts) for method in args.methods}
     print(markdown(found))
     if args.report:
         plot(found, ROOT / "benchmarks" / "long_run.png")

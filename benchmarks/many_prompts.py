@@ -10,8 +10,6 @@ of the data set were read. The data set is in a file, as `datasets` keeps one th
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_from_disk
+from task import apart
 
 from recipes.tasks.sort_digits import build_model, build_tokenizer
 from trl_ext import DAPOConfig, DAPOTrainer, DifficultyCurriculum, GRPOConfig, GRPOTrainer
@@ -110,12 +109,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[1_000, 1_000_000])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--json", action="store_true", help="print the result as JSON in the last line")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.one:
-        print(json.dumps(measure(*args.one)))
-        return
     found: dict[str, dict[int, dict[str, float]]] = {kind: {} for kind in args.kinds}
     with tempfile.TemporaryDirectory() as folder:
         for prompts in args.prompts:
@@ -123,9 +118,7 @@ def main() -> None:
             Dataset.from_dict(rows).save_to_disk(f"{folder}/{prompts}")
         for kind in args.kinds:
             for prompts in args.prompts:
-                command = [sys.executable, __file__, "--one", kind, f"{folder}/{prompts}"]
-                printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                found[kind][prompts] = measured = json.loads(printed.strip().splitlines()[-1])
+                found[kind][prompts] = measured = apart(measure, kind, f"{folder}/{prompts}")
                 print(kind, prompts, *(f"{name} {value:.4g}" for name, value in measured.items()), flush=True)
     if args.json:
         print(json.dumps(found))
