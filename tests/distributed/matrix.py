@@ -14,7 +14,7 @@ from typing import Any
 
 import tiny
 import torch
-from distributed.worker import rare_success, some_end
+from distributed.worker import digest, rare_success, some_end
 from peft import PeftModel, get_peft_model
 from pipelines import dpo_then_ppo_worker as pipeline
 from torch.distributed.fsdp import FSDPModule
@@ -123,6 +123,12 @@ def prepare(folder: Path) -> None:
     )
 
 
+def half_live(prompts: list[str], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """About half of the prompts have variance."""
+    rewards = zip(prompts, tiny.hashed(completion_ids), strict=True)
+    return [reward if digest(prompt) % 2 else 0.0 for prompt, reward in rewards]
+
+
 def policy_of(folder: Path, weights: str) -> Any:
     """A folder, from which the reference is loaded, too; or a model with its adapter, which is copied for it."""
     if weights == FULL:
@@ -175,7 +181,7 @@ def build(method: str, weights: str, folder: Path, output: Path, processes: int,
     is_ppo = trainer_class is PPOTrainer
     if is_ppo:
         own = {**own, "num_iterations": 1, "critic_learning_rate": 0.05, "kl_coef": 0.05}
-    reward = [tiny.hashed if is_ppo else rare_success]
+    reward = [tiny.hashed if is_ppo or method == "GSPO" else half_live if method == "DUPO" else rare_success]
     if method == "PPO, adapter" and weights == LORA:  # four roles on one base
         reward.append(AdapterReward(folder / "reward"))
     arguments = {

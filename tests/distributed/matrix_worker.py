@@ -75,6 +75,7 @@ def run(engine: str, method: str, weights: str, folder: Path, output: Path, proc
     trainer.add_callback(compared := Compared(trainer))
     trainer.train()
     found: dict[str, Any] = {
+        "log": trainer.state.log_history,
         "before": before,
         "after": compared.weights,
         "processes": trainer.accelerator.num_processes,

@@ -164,6 +164,17 @@ def test_cell(
         assert not_exported(folder, name, row, tmp_path) == []
 
 
+@pytest.mark.engines
+@pytest.mark.train
+@pytest.mark.distributed
+def test_the_cells_are_what_they_say(folder: Path) -> None:
+    """Refills and copies happened on one process, so that there is something to compare."""
+    for method, key, least in (("DAPO, refill", "generation_rounds", 2), ("DUPO", "groups_duplicated", 1)):
+        for weights in (FULL, LORA):
+            log = found_of(folder, ALONE, ROWS.index((method, weights)))["log"]
+            assert max(entry.get(f"selection/{key}", 0) for entry in log) >= least, (method, weights)
+
+
 def test_the_table_is_complete() -> None:
     trainers = {name.removesuffix("Trainer") for name in trl_ext.__all__ if name.endswith("Trainer")}
     # RLOO is in `test_processes.py`, GRPO is what all derive from, and VAPO is PPO with settings
