@@ -107,7 +107,7 @@ CELLS = [(engine, *row) for engine in ENGINES for row in ROWS]
 
 # Why a cell is no run: the error with which it is refused
 REFUSED: dict[tuple[str, str, str], str] = {
-    **{(engine, "PPO, adapter", FULL): "critic='adapter' is an adapter beside the policy's" for engine in ENGINES},
+    **{(engine, "PPO, adapter", FULL): "critic='adapter' is an adapter on the frozen base" for engine in ENGINES},
     **{(engine, PIPELINE, FULL): "`peft_config` is missing" for engine in ENGINES},
     **{(engine, PIPELINE, LORA): "FSDP wraps a model permanently" for engine in ENGINES if "FSDP" in engine},
 }
