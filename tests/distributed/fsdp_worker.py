@@ -41,8 +41,8 @@ FSDP2 = {
 }
 
 
-def allow_fsdp_on_cpus(settings: dict[str, str] | None = None) -> None:
-    """Accelerate ignores its FSDP plugin where there is no GPU, which torch doesn't need. `settings` are variables."""
+def force_fsdp() -> None:
+    """Accelerate ignores its FSDP plugin where there is no GPU, which torch doesn't need."""
     init = AcceleratorState.__init__
 
     def forced(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
@@ -52,6 +52,11 @@ def allow_fsdp_on_cpus(settings: dict[str, str] | None = None) -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = forced
+
+
+def allow_fsdp_on_cpus(settings: dict[str, str] | None = None) -> None:
+    """[`force_fsdp`], with variables of the tests' own, and `settings`."""
+    force_fsdp()
     os.environ.update({**FSDP2, **(settings or {})})
 
 

@@ -36,6 +36,33 @@ def test_what_does_not_fit_ends_with_status_1(capsys):
     assert "optimizer" in found["obstacle"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "layout", "further"),
+    [
+        ("ppo", "4xa100-80g", ()),
+        ("dpo", "2xa100-80g", ()),
+        ("ppo", "2xa100-80g", ()),
+        ("ppo", "1xa100-80g", ("--load_in_4bit",)),
+    ],
+)
+def test_33b_fits_with_a_tenth_to_spare(method, layout, further, capsys):
+    """And at the largest micro-batch it fits, where one more doesn't."""
+
+    def plan(*more: str) -> dict[str, object]:
+        words = ["--method", method, "--model", "33b", "--layout", layout, *further, *more, "--json"]
+        status = cli.main(["plan", *words])
+        found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+        assert status == (0 if found["fits"] else 1)
+        return found
+
+    found = plan()
+    assert found["fits"] and found["free"] >= 0.1 and found["phases"]
+    largest = found["largest_micro_batch"]
+    assert plan("--batch", str(largest))["fits"]
+    assert not plan("--batch", str(largest + 1))["fits"]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

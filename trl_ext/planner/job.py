@@ -65,6 +65,29 @@ VLLM_MODES = ("none", "colocate", "server")
 ANY_LAYOUT = Layout("any", 1)
 
 
+def roles_by_default(method: str, roles: str | None = None, is_full: bool = False) -> dict[str, str | None]:
+    """
+    What a method's critic, reward and reference are where nothing else is said.
+
+    Args:
+        method (`str`):
+            One of [`METHODS`].
+        roles (`str`, *optional*):
+            One of [`ROLES`], which also asks for a learned reward and a reference where the method has none by
+            default. `None`: `"shared"`, and only the roles that the method has.
+        is_full (`bool`, *optional*, defaults to `False`):
+            Whether all weights are trained. There is no base then that an adapter could share.
+    """
+    has = METHODS[method]
+    critic, reward, reference = ROLES[roles or "shared"]
+    asked = {
+        "critic": critic if has.critic else None,
+        "reward": reward if has.samples and (has.reward_model or roles is not None) else None,
+        "reference": reference if has.reference or roles is not None else None,
+    }
+    return {role: "model" if kind == "adapter" and is_full else kind for role, kind in asked.items()}
+
+
 @dataclass(frozen=True)
 class Job:
     """
@@ -206,6 +229,11 @@ class Job:
         require(
             self.offload == "none" or self.strategy in (None, "zero2", "zero3"),
             f"offload={self.offload!r} is DeepSpeed's, but strategy={self.strategy!r}. Choose 'zero3' or 'zero2'.",
+        )
+        require(
+            self.offload == "none" or self.optimizer == "adamw",
+            f"optimizer={self.optimizer!r} with offload={self.offload!r}: in the host's memory, DeepSpeed's own AdamW "
+            "takes the step. Choose optimizer='adamw'.",
         )
         require(
             0 < self.vllm_gpu_memory_utilization < 1,

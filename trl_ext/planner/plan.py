@@ -207,7 +207,7 @@ def _lora(job: Job) -> Job | None:
 
 def _offload(job: Job) -> Job | None:
     can = job.layout.gpus > 1 and job.strategy in (None, "zero2", "zero3") and job.offload == "none"
-    return job.but(strategy="zero3", offload="optimizer") if can and job.is_full else None
+    return job.but(strategy="zero3", offload="optimizer", optimizer="adamw") if can and job.is_full else None
 
 
 CHANGES: dict[str, Callable[[Job], Job | None]] = {

@@ -211,12 +211,17 @@ def forecast(job: Job, assumed: Efficiencies = ASSUMED) -> dict[str, Any]:
     }
 
 
+def written(seconds: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
+
+
 def in_words(found: dict[str, Any]) -> list[str]:
     """A forecast in sentences."""
-    parts = [f"{phase['name']} {phase['seconds']:.3g} s ({phase['bound_by']})" for phase in found["phases"]]
+    parts = [f"{phase['name']} {written(phase['seconds'])} ({phase['bound_by']})" for phase in found["phases"]]
     assumed = found["assumed"]
     return [
-        f"A step: {found['step_seconds']:.3g} s, {found['tokens_per_second']:,.0f} tokens a second on all GPUs. "
+        f"A step: {written(found['step_seconds'])}, {found['tokens_per_second']:,.0f} tokens a second on all GPUs. "
         f"Bottleneck: {found['bottleneck']}.",
         f"{'; '.join(parts)}.",
         f"Assumed, not measured: {assumed['compute']:.0%} of the operations, {assumed['memory']:.0%} of the memory's "

@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..planner.job import CRITICS, METHODS, OFFLOADS, QUANTIZATIONS, ROLES, STRATEGIES, VLLM_MODES, Job
+from ..planner.job import (
+    CRITICS,
+    METHODS,
+    OFFLOADS,
+    QUANTIZATIONS,
+    ROLES,
+    STRATEGIES,
+    VLLM_MODES,
+    Job,
+    roles_by_default,
+)
 from ..planner.launch_files import write_files
 from ..planner.layouts import GIB, LAYOUTS, find_layout
 from ..planner.plan import as_json, cheapest_change, largest_micro_batch, make_plan
@@ -14,7 +24,7 @@ from ..planner.speed import forecast, in_words
 from ..planner.states import OPTIMIZERS
 from ..planner.text import describe, table, verdict
 from ..trainers.engine_checks import VLLM_SYNCS
-from .program import Parser
+from .program import Parser, preparing
 
 
 DOES_NOT_FIT = 1
@@ -62,10 +72,8 @@ def plan_parser(program: str, description: str) -> Parser:
     return parser
 
 
-def _role(given: str | None, default: str | None, is_full: bool) -> str | None:
-    if given is not None:
-        return None if given in NO_ROLE else given
-    return "model" if default == "adapter" and is_full else default
+def _role(given: str | None, default: str | None) -> str | None:
+    return default if given is None else None if given in NO_ROLE else given
 
 
 def job_of(given: Any) -> Job:
@@ -75,13 +83,8 @@ def job_of(given: Any) -> Job:
     Raises:
         UserError: if they can't go together.
     """
-    method, is_full = METHODS[given.method], given.full or given.lora_r == 0
-    critic, reward, reference = ROLES[given.roles or "shared"]
-    by_default = {
-        "critic": critic if method.critic else None,
-        "reward": reward if method.samples and (method.reward_model or given.roles) else None,
-        "reference": reference if method.reference or given.roles else None,
-    }
+    is_full = given.full or given.lora_r == 0
+    by_default = roles_by_default(given.method, given.roles, is_full)
     targets = given.lora_target_modules
     settings = (
         *("critic_head", "quantization", "prompt_tokens", "completion_tokens", "per_device_train_batch_size"),
@@ -90,7 +93,7 @@ def job_of(given: Any) -> Job:
         *("vllm_sync", "strategy", "dtype"),
     )
     try:
-        found = _role(given.reward, by_default["reward"], is_full)
+        found = _role(given.reward, by_default["reward"])
         reward_model = None if found in (None, "adapter", "model") else find_shape(str(found), "reward")
         layout = find_layout(given.layout)
         if given.host_gib is not None:
@@ -105,7 +108,7 @@ def job_of(given: Any) -> Job:
             critic=given.critic or by_default["critic"],
             reward="model" if reward_model is not None else found,
             reward_model=reward_model,
-            reference=_role(given.reference, by_default["reference"], is_full),
+            reference=_role(given.reference, by_default["reference"]),
             ds3_gather_for_generation=None if gather is None else gather == "true",
             **{name: getattr(given, name) for name in settings},
         )
@@ -131,7 +134,8 @@ def run_plan(given: Any) -> int:
         plot_plan(plan, given.picture, describe(plan)[0])
     if given.write is not None:
         if plan.fits:
-            print(f"Start it: {write_files(plan, given.write)}")
+            with preparing():
+                print(f"Start it: {write_files(plan, given.write)}")
         else:
             print("Nothing was written: it doesn't fit.")
     if given.json:
