@@ -71,7 +71,7 @@ test-vllm: setup-vllm ## train with real vLLM engines, colocated and as a server
 test-faults: setup ## every fault; runs of every trainer killed at random moments, and what they resume to (FAULTS_SEED=n)
 	$(PY) -m pytest $(PARALLEL) -m "faults or not faults" $(FAULTS) $(ARGS)
 
-test-distributed: setup ## every method with every engine on two processes, and 100 random runs (RANDOM_RUNS_SEED=n)
+test-distributed: setup ## every method and file of recipes/accelerate with every engine, and 100 random runs (RANDOM_RUNS_SEED=n)
 	$(PY) -m pytest -m engines tests/distributed $(ARGS)
 
 test-fast: setup ## the tests that take one optimizer step at most, start no processes and are not slow
