@@ -169,7 +169,7 @@ def measured(trainer_class: Any) -> Any:
     """`trainer_class` that counts tokens and memory of every micro-batch."""
 
     class Measured(trainer_class):
-        slots = tokens = memory = 0
+        slots = tokens = peak_memory = 0
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             on_gpu = self.accelerator.device.type == "cuda"
@@ -187,7 +187,7 @@ def measured(trainer_class: Any) -> Any:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 result = super().training_step(*args, **kwargs)
             peak = torch.cuda.max_memory_allocated() if on_gpu else sum(kept.values())
-            self.memory = max(self.memory, peak)
+            self.peak_memory = max(self.peak_memory, peak)
             return result
 
         def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
@@ -256,7 +256,7 @@ def train(side: str, args: argparse.Namespace, detailed: bool) -> dict[str, Any]
         trainer.train()
     found = {"seconds": watch.seconds, "gradients": watch.gradients}
     if detailed:
-        found |= {"slots": trainer.slots, "tokens": trainer.tokens, "memory": trainer.memory}
+        found |= {"slots": trainer.slots, "tokens": trainer.tokens, "memory": trainer.peak_memory}
     return found
 
 

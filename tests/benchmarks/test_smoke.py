@@ -71,7 +71,8 @@ def test_known_prompts():
 
 def test_many_prompts():
     found = last_line("many_prompts", "--prompts", 64, 128, "--kinds", "informed", "column")
-    assert all(sizes["64"]["rows_read"] == sizes["128"]["rows_read"] > 0 for sizes in found.values())
+    # Which rows are read depends on what is drawn, how many doesn't grow with the data set
+    assert all(0 < sizes["128"]["rows_read"] <= 1.2 * sizes["64"]["rows_read"] for sizes in found.values())
     assert [sizes["128"]["values_read"] for sizes in found.values()] == [0, 128]
 
 
