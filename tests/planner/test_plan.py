@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from planner.jobs import folder, job, layout, shape
 
-from trl_ext.planner.job import Job
+from trl_ext.planner.job import CRITICS, Job
 from trl_ext.planner.layouts import GIB, LAYOUTS, find_layout
 from trl_ext.planner.models import check_layers_are_alike, count_numbers
 from trl_ext.planner.phases import CUDA_BYTES, phases_of
@@ -24,6 +24,11 @@ def test_a_phase_is_what_persists_and_its_own_moment():
         assert ("activations kept" in phase.parts) == (phase.name == "update")
         assert phase.bytes >= CUDA_BYTES
     assert plan.peak == max(phase.bytes for phase in plan.phases) < sum(phase.bytes for phase in plan.phases)
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_every_critic_can_be_planned(critic):
+    assert make_plan(job(critic=critic)).phases[0].parts["critic"] > 0
 
 
 def test_the_cache_by_hand():

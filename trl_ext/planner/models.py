@@ -80,7 +80,7 @@ def build_policy(job: Job, layers: int) -> Any:
 def _build_critic(job: Job, policy: Any, layers: int, dtype: str) -> Any:
     if job.critic == ModelCritic.kind:
         return ModelCritic(build_scorer(job.model, layers, dtype))
-    settings = {"critic_head": job.critic_head, "critic_trunk_grad": None, "disable_dropout": True}
+    settings = {"critic_head": job.critic_head, "critic_trunk_grad": None, "disable_dropout": True, "seed": 0}
     own_adapter = {"critic_lora_r": None, "critic_lora_alpha": None}
     critic: Any = critic_class(str(job.critic)).for_policy(policy, SimpleNamespace(**settings, **own_adapter))
     return critic.to("meta")
