@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from turns import Clock, Memory, quiet_environment, take_turns, wait_for_turn
+from words import word_tokenizer
 
 
 # Nothing heavy is imported here: what a side imports is its own, and is measured
@@ -56,19 +57,6 @@ def lora(task_type: str) -> Any:
     return LoraConfig(r=16, lora_alpha=32, target_modules=modules, lora_dropout=0.0, task_type=task_type)
 
 
-def tokenizer() -> Any:
-    """A word is a token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
-
-
 def write_models(folder: Path, shape: dict[str, Any]) -> None:
     """The base, a reward adapter on it, and the same reward model merged."""
     import torch
@@ -86,7 +74,7 @@ def write_models(folder: Path, shape: dict[str, Any]) -> None:
     model.save_pretrained(folder / "reward_adapter")
     model.merge_and_unload().save_pretrained(folder / "reward_model")
     for name in ("base", "reward_adapter", "reward_model"):
-        tokenizer().save_pretrained(folder / name)
+        word_tokenizer(VOCABULARY).save_pretrained(folder / name)
 
 
 def loaded(folder: Path, classifier: bool = False) -> Any:
@@ -161,7 +149,11 @@ def train(side: str, folder: Path, steps: int, clock: Clock) -> dict[str, float]
         )
         rows = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in ids]})
         trainer = PPOTrainer(
-            args=config, train_dataset=rows, processing_class=tokenizer(), callbacks=[Watch()], **arguments
+            args=config,
+            train_dataset=rows,
+            processing_class=word_tokenizer(VOCABULARY),
+            callbacks=[Watch()],
+            **arguments,
         )
         clock.follow(trainer)
         trainer.train()

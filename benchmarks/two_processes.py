@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from turns import Clock, quiet_environment, take_turns, wait_for_turn
+from words import word_tokenizer
 
 
 # Nothing heavy is imported here: what a side imports is its own, and is measured
@@ -94,19 +95,6 @@ def live(prompts: list[str], completion_ids: list[list[int]], **columns: Any) ->
         float(int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 2 == 0 and sum(ids) % 2 == 0)
         for prompt, ids in zip(prompts, completion_ids, strict=True)
     ]
-
-
-def tokenizer() -> Any:
-    """A word is a token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
 
 
 def policy(size: dict[str, int]) -> Any:
@@ -191,7 +179,7 @@ def train(size: dict[str, int], processes: int, steps: int) -> dict[str, Any]:
             reward_funcs=live,
             args=config,
             train_dataset=dataset,
-            processing_class=tokenizer(),
+            processing_class=word_tokenizer(VOCABULARY),
             callbacks=[Watch()],
         )
         assert trainer.accelerator.num_processes == processes

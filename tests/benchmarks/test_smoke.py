@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.train]
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # What scripts share, or no script; the last one runs in vLLM's environment
-NOT_RUN = {"automaton", "learning_report", "learning_runs", "task", "turns", "vllm_generation"}
+NOT_RUN = {"automaton", "learning_report", "learning_runs", "task", "turns", "vllm_generation", "words"}
 NOT_RUN |= {"two_processes"}  # written, but not run to its end yet
 
 

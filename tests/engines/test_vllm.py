@@ -33,6 +33,15 @@ pytestmark = pytest.mark.train
 # Prompts i with i % 20 in these have variance: 16 of 32
 SOME = tiny.LiveFor(set(range(4, 24, 2)))
 DIFFERENCE = "sampling/sampling_logp_difference/max"
+# Where completions are told to end
+ENDS = pytest.mark.parametrize(
+    ("trainer_class", "settings", "ends"),
+    [
+        (GRPOTrainer, {"generation_kwargs": {"eos_token_id": 9}}, {2, 9}),
+        (GRPOTrainer, {"generation_kwargs": {"stop_token_ids": [9, 10]}}, {2, 9, 10}),
+        (PPOTrainer, {"stop_token_id": 9, "num_iterations": 1}, {9}),
+    ],
+)
 IDS = torch.tensor([[5, 9, 4, 17, 8, 2], [7, 7, 11, 20, 2, 4]])
 
 
@@ -178,14 +187,7 @@ def test_a_resumed_run_hands_its_weights_to_the_engine_before_it_generates(engin
     assert log[DIFFERENCE] < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("trainer_class", "settings", "ends"),
-    [
-        (GRPOTrainer, {"generation_kwargs": {"eos_token_id": 9}}, {2, 9}),
-        (GRPOTrainer, {"generation_kwargs": {"stop_token_ids": [9, 10]}}, {2, 9, 10}),
-        (PPOTrainer, {"stop_token_id": 9, "num_iterations": 1}, {9}),
-    ],
-)
+@ENDS
 def test_the_engine_ends_completions_where_it_is_told(trainer_class, settings, ends, engines, policy, tmp_path):
     trainer = built(trainer_class, tmp_path, policy, max_completion_length=16, **settings)
     trainer.train()

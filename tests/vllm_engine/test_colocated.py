@@ -11,7 +11,7 @@ import tiny
 import torch
 import vllm
 from comparing import Gradients, largest_relative_error
-from engines.test_vllm import DIFFERENCE, METHODS, SGD, SOME, built
+from engines.test_vllm import DIFFERENCE, ENDS, METHODS, SGD, SOME, built
 from trainers.test_tools import VOCABULARY
 from upstream.test_parity import ToolTokenizer
 from vllm_engine.cpu_engine import cpu_engines, weights_of
@@ -146,14 +146,7 @@ def test_tools(engines, watched, policy, tmp_path):
     assert all(log["tools/call_frequency"] > 0 and log[DIFFERENCE] < 1e-4 for log in logs)
 
 
-@pytest.mark.parametrize(
-    ("trainer_class", "settings", "ends"),
-    [
-        (GRPOTrainer, {"generation_kwargs": {"eos_token_id": 9}}, {2, 9}),
-        (GRPOTrainer, {"generation_kwargs": {"stop_token_ids": [9, 10]}}, {2, 9, 10}),
-        (PPOTrainer, {"stop_token_id": 9, "num_iterations": 1}, {9}),
-    ],
-)
+@ENDS
 def test_completions_end_where_they_are_told(trainer_class, settings, ends, engines, policy, tmp_path):
     trainer = built(trainer_class, tmp_path, policy, max_completion_length=16, **settings)
     trainer.train()
