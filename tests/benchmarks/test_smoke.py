@@ -20,7 +20,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.train]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # What scripts share, or no script; the last one runs in vLLM's environment
 NOT_RUN = {"automaton", "learning_report", "learning_runs", "task", "turns", "vllm_generation", "words"}
-NOT_RUN |= {"two_processes"}  # written, but not run to its end yet
 
 
 def last_line(script: str, *arguments: Any) -> Any:
@@ -74,6 +73,12 @@ def test_many_prompts():
     # Which rows are read depends on what is drawn, how many doesn't grow with the data set
     assert all(0 < sizes["128"]["rows_read"] <= 1.2 * sizes["64"]["rows_read"] for sizes in found.values())
     assert [sizes["128"]["values_read"] for sizes in found.values()] == [0, 128]
+
+
+def test_two_processes():
+    found = last_line("two_processes", "--rounds", 1, "--steps", 1, "--size", "tiny", "--json")
+    assert found["ratio"] > 0 and 0 < found["collectives"] < 1
+    assert found["work"] == pytest.approx(1, rel=0.05)  # the same global batch
 
 
 def test_long_run():
