@@ -504,7 +504,7 @@ class GRPOTrainer(CriticSeams):
             "acceptance": asdict(self._acceptance),
             "baseline": self._baseline,
             "duplicates": self._copy_generator.get_state(),
-            "parts": self.memory.parts,
+            "parts": self.memory_fallback.parts,
         }
         if self.prompt_stream is not None:
             state["refill_stream"] = self.prompt_stream.state_dict()
@@ -516,7 +516,7 @@ class GRPOTrainer(CriticSeams):
         self._acceptance = AcceptanceRate(**state["acceptance"])
         self._baseline = state["baseline"]
         self._copy_generator.set_state(state["duplicates"].cpu())
-        self.memory.parts = state.get("parts", 1)
+        self.memory_fallback.parts = state.get("parts", 1)
         if self.prompt_stream is not None and "refill_stream" in state:
             self.prompt_stream.load_state_dict(state["refill_stream"])
         for observer in self.observers:

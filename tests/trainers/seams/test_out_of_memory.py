@@ -82,7 +82,7 @@ def test_a_micro_batch_in_parts_has_the_gradient_of_the_whole(case, where, tmp_p
     whole, expected = trained(tmp_path / "whole", case)
     with memory_for(3, where):  # of 8 rows: in parts of 4, and then of 2
         again, found = trained(tmp_path / "again", case)
-    assert again.memory.parts == 4
+    assert again.memory_fallback.parts == 4
     assert caplog.text.count("Out of memory in a micro-batch of 8 rows (CUDA out of memory") == 2
     assert "From now on each is computed in 4 parts" in caplog.text
     assert largest_relative_error(found.vectors, expected.vectors) < 1e-5
@@ -112,7 +112,7 @@ def test_a_resumed_run_goes_on_in_parts(tmp_path):
         kind, settings, _ = CASES["DAPO"]
         again = tiny.trainer(kind, tmp_path, tiny.hashed, **{**settings, **saving, "optim": "sgd"})
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert again.memory.parts == 2
+    assert again.memory_fallback.parts == 2
 
 
 @pytest.mark.train

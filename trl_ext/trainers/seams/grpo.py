@@ -115,7 +115,7 @@ class GRPOSeams(CheckpointSeams):
         self._evaluated: tuple[torch.Tensor, float] | None = None  # rewards and loss tokens of a batch of evaluation
         self._evaluated_as: str | None = None  # prefix of the evaluation that is under way
         self.sharing: Sharing | None = None  # what passes share; `None`: they are TRL's
-        self.memory = MemoryFallback(self)
+        self.memory_fallback = MemoryFallback(self)
         config = kwargs["args"]
         wanted = self.needs_reference or config.beta != 0.0
         self._own_reference = own = reference_of(kwargs, self.given_reference) if wanted else None
@@ -432,7 +432,7 @@ class GRPOSeams(CheckpointSeams):
     # Micro-batches and loss
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        if self.memory.again:
+        if self.memory_fallback.again:
             return self._micro_batch_again
         if self.model.training:
             self.begin_window()
@@ -467,11 +467,11 @@ class GRPOSeams(CheckpointSeams):
             self.batch.extras = self.batch.extras or result[3:]  # those of the policy, whose pass comes first
             return result[:3]
         # The pass of the loss. TRL reads advantages and old log-probabilities from its inputs only after the pass.
-        result = in_parts(forward, self.memory.parts, self.fewest_rows)(*args, **kwargs)
+        result = in_parts(forward, self.memory_fallback.parts, self.fewest_rows)(*args, **kwargs)
         inputs, logps = self._loss_inputs, result[0]
         self._loss_pass = result
         self.credit_late(self._buffer_inputs, logps.detach(), result[3:])
-        self.memory.keep_metrics()
+        self.memory_fallback.keep_metrics()
         inputs.update(self._buffer_inputs)
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
@@ -484,28 +484,28 @@ class GRPOSeams(CheckpointSeams):
         return result[:3]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.memory.begin()
+        self.memory_fallback.begin()
         try:
             return super().training_step(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            if not self.memory.under_way:  # it ran out in generation
+            if not self.memory_fallback.under_way:  # it ran out in generation
                 raise
             try:
-                self.memory.fall_back(error, self._micro_batch_again, self.fewest_rows)
+                self.memory_fallback.fall_back(error, self._micro_batch_again, self.fewest_rows)
             except torch.OutOfMemoryError:
                 if self.accelerator.num_processes == 1:
                     self.save_before_stopping(error)
                 raise
         # Not within `except`, where the frames of the error would keep their tensors
-        self.memory.undo()
-        self.memory.again = True
+        self.memory_fallback.undo()
+        self.memory_fallback.again = True
         try:
             return self.training_step(*args, **kwargs)
         finally:
-            self.memory.again = False
+            self.memory_fallback.again = False
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        self.memory.under_way = True
+        self.memory_fallback.under_way = True
         self._loss_inputs, self._buffer_inputs = dict(inputs), inputs
         try:
             loss: torch.Tensor = super()._compute_loss(model, self._loss_inputs)
