@@ -30,7 +30,7 @@ FAULTS := tests/resume/test_faults.py tests/resume/test_bad_checkpoints.py tests
 # A module's tests stay in one process, and those that start processes follow each other (tests/conftest.py)
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup setup-vllm test test-distributed test-vllm test-faults test-fast lint quickstart ppo hybrid clean
+.PHONY: help setup setup-vllm test test-distributed test-vllm test-faults test-fast lint docs quickstart ppo hybrid clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,7 +44,7 @@ $(READY): pyproject.toml setup.py requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=...)")'
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	$(PY) -m pip install $(TORCH)
-	$(PY) -m pip install -c requirements.lock -e '.[test,deepspeed,quantization]'
+	$(PY) -m pip install -c requirements.lock -e '.[test,deepspeed,docs,quantization]'
 	@touch $@
 
 setup-vllm: $(VLLM_READY) ## build .venv-vllm: vLLM beside TRL, its CPU build where there is no GPU
@@ -81,6 +81,10 @@ lint: setup ## ruff and mypy
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+
+docs: setup ## the documentation as pages, in build/docs; a warning is an error
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going -c docs . build/docs
+	@echo "build/docs/docs/index.html"
 
 quickstart: setup $(SFT) ## train a tiny model to sort digits, on a CPU too: SFT, then DAPO
 	$(LAUNCH) recipes/dapo.py --config recipes/configs/quickstart_dapo.yaml $(ARGS)
