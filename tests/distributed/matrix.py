@@ -15,6 +15,7 @@ from typing import Any
 import tiny
 import torch
 from distributed.worker import digest, rare_success, some_end
+from distributed.zero import SPREAD
 from peft import PeftModel, get_peft_model
 from pipelines import dpo_then_ppo_worker as pipeline
 from torch.distributed.fsdp import FSDPModule
@@ -61,7 +62,8 @@ class Engine:
 
 def _is_zero(stage: int, offloads: bool, trainer: Any) -> bool:
     wrapped, parameters = trainer.model_wrapped, list(trainer.model.parameters())
-    spread = [hasattr(weight, "ds_id") for weight in parameters]
+    few = SPREAD["stage3_param_persistence_threshold"]
+    spread = [hasattr(weight, "ds_id") and weight.ds_persist == (weight.ds_numel <= few) for weight in parameters]
     offloaded = [
         getattr(wrapped.optimizer, name, False) for name in ("cpu_offload", "offload_optimizer", "offload_param")
     ]

@@ -14,6 +14,7 @@ import trl
 import yaml
 from comparing import equal
 from distributed.deepspeed_worker import read
+from distributed.zero import launch_with_zero
 from peft import load_peft_weights
 from processes import run
 from safetensors.torch import load_file
@@ -89,6 +90,12 @@ def test_zero_3_refuses_a_reference_that_is_not_the_policy(tmp_path: Path) -> No
     """Spread over processes, the policy can't be copied: what TRL loads again is compared with it."""
     tiny.qwen2().save_pretrained(tmp_path / "model")
     start(tmp_path, 3, WORKER.with_name("reference_worker.py"), tmp_path)
+
+
+def test_zero_3_generates_a_layer_at_a_time_with_a_head_of_its_own(tmp_path: Path) -> None:
+    """DeepSpeed fetches the head ahead after the last layer, where TRL gathers it for its fused head."""
+    tiny.qwen2(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    launch_with_zero(tmp_path, "zero3", {"stage": 3}, WORKER.with_name("untied_worker.py"), tmp_path)
 
 
 def test_what_zero_3_saves_in_parts_is_exported_whole(tmp_path: Path) -> None:

@@ -4,15 +4,14 @@ same rollouts, is on the engine that it names, resumes to the weights of the uni
 export is the policy. `matrix.py` has the table.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from distributed.matrix import ALONE, CELLS, ENGINES, FULL, LORA, METHODS, PIPELINE, REFUSED, ROWS, STEPS, prepare
 from distributed.matrix_worker import differences
+from distributed.zero import launch_with_zero
 from peft import load_peft_weights
 from processes import run
 from transformers import AutoModelForCausalLM
@@ -36,24 +35,7 @@ def launch(engine: str, folder: Path, rows: list[int]) -> None:
     if launched is None:
         run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command], timeout=1800)
         return
-    # A file of its own, because SGD beside offloading has to be allowed: DeepSpeed's Adam takes a minute to compile
-    zero3 = launched["stage"] == 3
-    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    gathers = {"stage3_gather_16bit_weights_on_model_save": True} if zero3 else {}
-    settings = {**dict.fromkeys(sizes, "auto"), "zero_force_ds_cpu_optimizer": False}
-    own = folder / f"{engine}.json"
-    own.write_text(json.dumps({**settings, "zero_optimization": {**launched, **gathers}}))
-    config = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "DEEPSPEED",
-        "deepspeed_config": {"deepspeed_config_file": str(own), "zero3_init_flag": zero3},
-        "num_machines": 1,
-        "num_processes": 2,
-        "use_cpu": True,
-    }
-    file = folder / f"{engine}.yaml"
-    file.write_text(yaml.safe_dump(config))
-    run(["-m", "accelerate.commands.launch", "--config_file", file, *command], {"DS_ACCELERATOR": "cpu"}, timeout=1800)
+    launch_with_zero(folder, engine, launched, *command, timeout=1800)
 
 
 @pytest.fixture(scope="module")

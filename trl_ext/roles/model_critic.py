@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from ..errors import require, require_one_of
 from .critic_contract import Critic
+from .trunk import gathered
 
 
 CRITIC_INITS = ("policy", "reward")
@@ -18,6 +19,13 @@ QUANTIZED = (
     "A critic of its own (critic='model') would start from a quantized model, whose layers can't learn, nor be read "
     "from a checkpoint. Set critic='head' or critic='adapter', or pass a value_model that is not quantized."
 )
+
+
+def new_score(config: Any, dtype: torch.dtype) -> nn.Linear:
+    """A head on a backbone with which V = 0."""
+    score = nn.Linear(config.get_text_config().hidden_size, 1, bias=False, dtype=dtype)
+    nn.init.zeros_(score.weight)
+    return score
 
 
 class ModelCritic(Critic):
@@ -74,12 +82,15 @@ class ModelCritic(Critic):
             settings = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code, **(own or {})}
             require(settings.get("quantization_config") is None, QUANTIZED)  # before it is loaded
             critic = cls(AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **settings))
-            if source is policy:
-                nn.init.zeros_(critic.score.weight)  # its file has no such layer
+            if source is policy:  # its file has no such layer, and ZeRO-3 has spread what was made in its place
+                critic.score = new_score(critic.config, critic.score.weight.dtype)
             return critic
         if source is policy:
             return cls.on_backbone_of(policy)
-        return cls(source if source is value_model else copy.deepcopy(source))
+        if source is value_model:
+            return cls(source)
+        with gathered(source):
+            return cls(copy.deepcopy(source))
 
     @classmethod
     def from_description(cls, description: dict[str, Any], actor: Any) -> Self:
@@ -91,19 +102,23 @@ class ModelCritic(Critic):
 
     @classmethod
     def on_backbone_of(cls, policy: Any) -> Self:
-        """A copy of a policy's backbone, adapters merged into it, with a head that starts at V = 0."""
+        """
+        A copy of a policy's backbone, adapters merged into it, with a head that starts at V = 0. Of a policy that
+        ZeRO-3 has spread, every process holds a whole copy until there is an engine.
+        """
         cls._require_weights(policy)
-        base = policy
-        if hasattr(policy, "merge_and_unload"):  # its layers are the adapter's, and all but those are frozen
-            base = copy.deepcopy(policy).merge_and_unload()
-            base.requires_grad_(True)
+        with gathered(policy):
+            if hasattr(policy, "merge_and_unload"):  # its layers are the adapter's, and all but those are frozen
+                base = copy.deepcopy(policy).merge_and_unload()
+                base.requires_grad_(True)
+                backbone = base.base_model
+            else:
+                base, backbone = policy, copy.deepcopy(policy.base_model)
         critic = cls.__new__(cls)
         Critic.__init__(critic)
         config = copy.deepcopy(base.config)
         config.num_labels = 1
-        score = nn.Linear(config.get_text_config().hidden_size, 1, bias=False, dtype=base.dtype)
-        nn.init.zeros_(score.weight)
-        critic._take(copy.deepcopy(base.base_model), score, config)
+        critic._take(backbone, new_score(config, base.dtype), config)
         return critic
 
     def values(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:

@@ -67,6 +67,7 @@ from ..sampling import end_completions_at, further_ends, sampling_as_told
 from .checkpoints import CheckpointSeams
 from .engine import awake, send_adapter_alone, taking_adapters
 from .evaluation import EvaluatedBatch, completions_apart, table_of_evaluation
+from .fused_head import gather_head_with_model
 from .out_of_memory import MemoryFallback, in_parts
 from .prefixes import sharing_prefixes
 from .references import making_reference, reference_of, use_reference
@@ -122,6 +123,7 @@ class GRPOSeams(CheckpointSeams):
         rank = sent_rank(config, kwargs)
         with making_reference(self, kwargs, own, wanted), self._asking_for_passes(config), taking_adapters(rank):
             super().__init__(*args, **kwargs)
+        gather_head_with_model(self.accelerator.unwrap_model(self.model))
         if rank is not None:
             send_adapter_alone(self)
         if own is not None:
