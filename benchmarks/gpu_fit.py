@@ -335,6 +335,7 @@ def planned(part: Part, shape: Any, layout: Any) -> dict[str, Any]:
         completion_tokens=part.completion,
         per_device_train_batch_size=part.rows,
         gradient_accumulation_steps=part.micro_batches,
+        updates_per_generation=1 if METHODS[part.method].samples else None,
         share_prefixes=part.shares,
         dtype="bfloat16",
     )

@@ -19,7 +19,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.train]
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # What scripts share, or no script; the last one runs in vLLM's environment
-NOT_RUN = {"automaton", "learning_report", "learning_runs", "task", "turns", "vllm_generation", "words"}
+NOT_RUN = {
+    "automaton",
+    "learning_report",
+    "learning_runs",
+    "planner_runs",
+    "task",
+    "turns",
+    "vllm_generation",
+    "words",
+}
 
 
 def last_line(script: str, *arguments: Any) -> Any:
@@ -197,3 +206,9 @@ def test_gpu_fit(part, tmp_path):
     assert sorted(found["seconds"]) == phases and min(found["seconds"].values()) > 0
     assert found["allocated"] == {} and set(phases) < set(found["planned"]["bytes"])
     assert "No memory was measured" in (tmp_path / "report.md").read_text()
+
+
+def test_planner_accuracy():
+    found = last_line("planner_accuracy", "--kind", "steps", "--cases", "dpo full")
+    assert set(found) == {"totals", "parts"}
+    assert max(map(abs, found["totals"].values())) <= 0.05

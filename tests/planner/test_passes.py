@@ -7,8 +7,14 @@ import torch
 from planner.jobs import job
 
 from trl_ext.planner import passes
-from trl_ext.planner.models import build_policy
-from trl_ext.planner.passes import UpdateBytes, scoring_pass_bytes, update_bytes
+from trl_ext.planner.models import build_policy, count_numbers
+from trl_ext.planner.passes import (
+    UpdateBytes,
+    prefill_bytes,
+    reward_pass_bytes,
+    scoring_pass_bytes,
+    update_bytes,
+)
 from trl_ext.roles.critic import CRITICS, base_model_of
 from trl_ext.trainers.seams.fake_passes import LiveBytes, head_as_on_gpus
 
@@ -34,9 +40,10 @@ def measured(planned: Any) -> UpdateBytes:
     policy, inputs, labels = real(planned)
     for weight in policy.parameters():
         weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
-    known = [*inputs.values(), labels, *policy.parameters(), *policy.buffers()]
+    known = [*policy.parameters(), *policy.buffers()]
     known += [weight.grad for weight in policy.parameters() if weight.grad is not None]
     with head_as_on_gpus(), LiveBytes(known) as live:
+        inputs, labels = {name: tensor.clone() for name, tensor in inputs.items()}, labels.clone()
         outputs = policy(**inputs, labels=labels, fused_lm_head=True)
         loss = passes._loss_of(planned, outputs, None)
         del outputs
@@ -112,3 +119,40 @@ def test_live_bytes_forget_what_is_freed():
         del second
         torch.zeros(10)
     assert live.bytes == 0 and live.peak == 4000
+
+
+def test_autocast_keeps_a_copy_of_every_weight():
+    """In one process, all weights are in float32 and cast for a pass: 2 bytes for each number of a linear layer."""
+    full = job(lora_r=0, reference="model", per_device_train_batch_size=1, prompt_tokens=8, completion_tokens=8)
+    deeper = full.but(model=type(full.model)("deeper", full.model.with_layers(24)))
+    layer = count_numbers(full).layer - 2 * 64 - 128  # but not of norms and biases
+    expected = 2 * (24 - full.model.layers) * layer
+    for of_pass in (scoring_pass_bytes, prefill_bytes):
+        assert of_pass(deeper) - of_pass(full) == pytest.approx(expected, rel=0.05), of_pass
+    # An adapter generates without autocast, and its base is in bfloat16 already
+    adapted = job(per_device_train_batch_size=1, prompt_tokens=8, completion_tokens=8)
+    assert prefill_bytes(adapted) == prefill_bytes(adapted.but(model=deeper.model))
+
+
+def test_shared_rows_by_hand():
+    """A copy of the prompt's last token stands before each branch. Groups of 4, and pairs, have rows of their own."""
+    sizes = {"prompt_tokens": 10, "completion_tokens": 5, "share_prefixes": True}
+    shapes = {
+        "one group": job("grpo", num_generations=4, per_device_train_batch_size=4, **sizes),
+        "two groups": job("grpo", num_generations=4, per_device_train_batch_size=8, **sizes),
+        "half a group": job("grpo", num_generations=4, per_device_train_batch_size=2, **sizes),
+        "pairs": job("dpo", per_device_train_batch_size=3, **sizes),
+    }
+    assert {name: planned.batch_shape for name, planned in shapes.items()} == {
+        "one group": (1, 10 + 4 * 6),
+        "two groups": (2, 10 + 4 * 6),
+        "half a group": (1, 10 + 2 * 6),
+        "pairs": (3, 10 + 2 * 6),
+    }
+
+
+def test_a_reward_model_scores_in_the_type_that_it_was_loaded_in():
+    """Twice as much in float32, as it is loaded beside a policy whose weights are all trained."""
+    trained = [job(lora_r=lora_r, reference=None, reward="model") for lora_r in (0, 4)]
+    wide, narrow = map(reward_pass_bytes, trained)
+    assert 1.7 * narrow < wide < 2.1 * narrow

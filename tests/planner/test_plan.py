@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 from planner.jobs import folder, job, layout, shape
 
+import trl_ext
 from trl_ext.planner.job import CRITICS, Job
 from trl_ext.planner.layouts import GIB, LAYOUTS, find_layout
 from trl_ext.planner.models import check_layers_are_alike, count_numbers
-from trl_ext.planner.phases import CUDA_BYTES, phases_of
+from trl_ext.planner.phases import CUDA_BYTES, cache_bytes_per_token, phases_of
 from trl_ext.planner.plan import cheapest_change, largest_micro_batch, make_plan
 from trl_ext.planner.shapes import SHAPES, find_shape
 
@@ -33,8 +34,50 @@ def test_every_critic_can_be_planned(critic):
 
 def test_the_cache_by_hand():
     """2 of keys and values × 6 layers × 2 heads × 32 numbers × 2 bytes × 64 tokens × 2 completions."""
-    generate = next(phase for phase in phases_of(job()) if phase.name == "generate")
+    long_answers = job(prompt_tokens=4, completion_tokens=60)
+    generate = next(phase for phase in phases_of(long_answers) if phase.name == "generate")
     assert generate.parts["KV cache"] == 2 * 6 * 2 * 32 * 2 * 64 * 2
+
+
+def test_a_cache_of_a_policy_in_float32_is_in_float32():
+    """Under autocast, what flows between weights in float32 is in float32. Without it, and in vLLM, in bfloat16."""
+    full = job(lora_r=0, reference="model")
+    assert cache_bytes_per_token(full) == 2 * cache_bytes_per_token(job())
+    assert cache_bytes_per_token(full, in_vllm=True) == cache_bytes_per_token(job())
+    for bfloat16 in ({"dtype": "bfloat16"}, {"strategy": "zero2", "layout": layout(2)}):
+        assert cache_bytes_per_token(full.but(**bfloat16)) == cache_bytes_per_token(job())
+
+
+def test_prompts_are_read_or_the_last_token_is_made():
+    """The most of two moments, not their sum."""
+    long_prompts, long_answers = (
+        next(phase for phase in phases_of(job(prompt_tokens=p, completion_tokens=c)) if phase.name == "generate")
+        for p, c in ((500, 4), (4, 500))
+    )
+    assert "activations" in long_prompts.parts and "logits of a token" not in long_prompts.parts
+    assert "activations" not in long_answers.parts and "logits of a token" in long_answers.parts
+    assert long_prompts.parts["KV cache"] == pytest.approx(500 / 504 * long_answers.parts["KV cache"])
+
+
+TRAINERS = {name.lower(): name for name in ("PPO", "DAPO", "DUPO", "GSPO", "GRPO", "RLOO")}
+
+
+@pytest.mark.parametrize(("method", "name"), TRAINERS.items())
+def test_a_gpu_generates_for_as_many_steps_as_the_trainer_says(method, name):
+    updates = getattr(trl_ext, f"{name}Config")._updates_per_generation or 1
+    planned = job(method, per_device_train_batch_size=3, gradient_accumulation_steps=5)
+    assert planned.updates == updates and planned.rollouts == 3 * 5 * updates
+    assert planned.but(updates_per_generation=2).rollouts == 3 * 5 * 2
+
+
+def test_fewer_steps_a_generation_are_tried_before_smaller_steps():
+    planned = job("dapo", reference=None, gradient_accumulation_steps=64, layout=layout(gib=1.08))
+    plan = make_plan(planned)
+    assert not plan.fits and plan.deciding.name == "generate"
+    assert cheapest_change(plan.job) == [
+        "a quarter of the completions at once (updates_per_generation, gradient_accumulation_steps)"
+    ]
+    assert make_plan(planned.but(updates_per_generation=4)).fits
 
 
 def test_at_the_largest_micro_batch_it_fits_and_one_more_does_not():
@@ -67,11 +110,11 @@ def test_what_does_not_fit_says_what_would():
 
 
 def test_more_completions_than_there_is_room_for():
-    many = job(gradient_accumulation_steps=512, layout=layout(gib=1.09))
+    many = job(prompt_tokens=8, completion_tokens=56, gradient_accumulation_steps=512, layout=layout(gib=1.06))
     plan = make_plan(many)
     assert not plan.fits and plan.deciding.name == "generate" and plan.deciding.dominated_by == "KV cache"
     assert cheapest_change(plan.job) == [
-        "a quarter of the completions generated at once (gradient_accumulation_steps)"
+        "a quarter of the completions at once (updates_per_generation, gradient_accumulation_steps)"
     ]
 
 

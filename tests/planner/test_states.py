@@ -120,6 +120,31 @@ def test_what_is_spread_is_a_part_of_it():
     assert zero2["gradients"] == zero3["gradients"] == 2 * trained / 4
 
 
+def test_what_is_trained_under_fsdp2_is_in_float32():
+    """Heads, adapters and models as critics, with their gradients and states; all halved on two GPUs."""
+    spread = {"strategy": "fsdp2", "layout": layout(2)}
+    numbers = count_numbers(job(critic="model"))
+    held = held_states(job(critic="model", **spread), numbers).gpu
+    trained = numbers.adapter + numbers.critic
+    assert held["critic"] == 4 * numbers.critic / 2 and held["base weights"] == 2 * numbers.base / 2
+    assert held["gradients"] == 4 * trained / 2 and held["optimizer"] == 8 * trained / 2
+
+
+def test_rewards_and_references_are_held_as_they_are_loaded():
+    """A reward adapter in float32, PEFT's; models as the policy is loaded, which DeepSpeed casts."""
+    of_adapter = count_numbers(job(reward="adapter"))
+    assert held_states(job(reward="adapter"), of_adapter).gpu["reward"] == 4 * of_adapter.reward
+    models = {"lora_r": 0, "reward": "model", "reference": "model"}
+    numbers = count_numbers(job(**models))
+    for strategy, size, share in (("none", 4, 1), ("fsdp2", 4, 2), ("zero3", 2, 2)):
+        gpus = layout(1 if strategy == "none" else 2)
+        held = held_states(job(**models, strategy=strategy, layout=gpus), numbers).gpu
+        assert held["reference"] == size * numbers.base / share
+        # Nothing spreads a reward model under FSDP2
+        assert held["reward"] == size * numbers.reward / (1 if strategy == "fsdp2" else share)
+    assert held_states(job(reward="model"), numbers).gpu["reward"] == 2 * numbers.reward
+
+
 def test_offload_moves_the_optimizer_to_the_host():
     full = job("dpo", lora_r=0, reference="model", strategy="zero3", layout=layout(4), offload="optimizer")
     numbers = count_numbers(full)

@@ -26,6 +26,8 @@ class Method:
             Whether there is a reference, and a learned reward, by default.
         rows (`int`):
             Rows of a micro-batch for each example: a pair has two.
+        updates (`int`):
+            Optimizer steps that a generation batch is for, by default: `updates_per_generation` of its configuration.
     """
 
     samples: bool = True
@@ -33,15 +35,16 @@ class Method:
     reference: bool = False
     reward_model: bool = False
     rows: int = 1
+    updates: int = 1
 
 
 METHODS: dict[str, Method] = {
     "ppo": Method(critic=True, reference=True, reward_model=True),
     "dpo": Method(samples=False, reference=True, rows=2),
     "grpo": Method(),
-    "dapo": Method(),
-    "dupo": Method(),
-    "gspo": Method(),
+    "dapo": Method(updates=16),
+    "dupo": Method(updates=4),
+    "gspo": Method(updates=4),
     "rloo": Method(reference=True),
     "reinforce": Method(),
     "maxrl": Method(),
@@ -123,11 +126,13 @@ class Job:
         per_device_train_batch_size (`int`, *optional*, defaults to `1`):
             Rows of a micro-batch; pairs for DPO.
         gradient_accumulation_steps (`int`, *optional*, defaults to `8`):
-            Micro-batches of a step. A GPU generates for all of them at once.
+            Micro-batches of an optimizer step.
+        updates_per_generation (`int`, *optional*):
+            Optimizer steps for which a GPU generates at once. `None`: the method's default.
         num_generations (`int`, *optional*, defaults to `8`):
-            Completions of a prompt; only counted where prompts are shared.
+            Completions of a prompt. Decides how many rows of a micro-batch share one, and nothing else.
         share_prefixes (`bool`, *optional*, defaults to `False`):
-            Whether the rows of a micro-batch have one prompt, which is computed once.
+            Whether a micro-batch computes each prompt once: of a group, or of a pair.
         gradient_checkpointing (`bool`, *optional*, defaults to `True`):
             As in TRL.
         ds3_gather_for_generation (`bool`, *optional*):
@@ -164,6 +169,7 @@ class Job:
     completion_tokens: int = 1024
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 8
+    updates_per_generation: int | None = None
     num_generations: int = 8
     share_prefixes: bool = False
     gradient_checkpointing: bool = True
@@ -195,6 +201,8 @@ class Job:
         ):
             require_count(name, getattr(self, name))
         require_count("lora_r", self.lora_r, 0)
+        if self.updates_per_generation is not None:
+            require_count("updates_per_generation", self.updates_per_generation)
         method = METHODS[self.method]
         require(
             method.critic == (self.critic is not None),
@@ -213,8 +221,8 @@ class Job:
             "Choose 'model', or set lora_r.",
         )
         require(
-            method.samples or (self.reward is None and self.vllm == "none"),
-            f"{self.method} generates nothing: leave the reward and vllm out.",
+            method.samples or (self.reward is None and self.vllm == "none" and self.updates_per_generation is None),
+            f"{self.method} generates nothing: leave the reward, vllm and updates_per_generation out.",
         )
         require(
             self.vllm_sync == "weights" or (self.vllm == "colocate" and self.lora_r > 0),
@@ -255,16 +263,40 @@ class Job:
         return self.per_device_train_batch_size * METHODS[self.method].rows
 
     @property
+    def updates(self) -> int:
+        """Optimizer steps for which a GPU generates at once."""
+        return self.updates_per_generation or METHODS[self.method].updates
+
+    @property
+    def micro_batches(self) -> int:
+        """Of all these steps."""
+        return self.gradient_accumulation_steps * self.updates
+
+    @property
     def rollouts(self) -> int:
         """Completions that a GPU generates at once."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.per_device_train_batch_size * self.micro_batches
+
+    @property
+    def rows_of_a_prompt(self) -> int:
+        """Rows of a micro-batch that have one prompt: a pair's, or a group's as far as it is in one micro-batch."""
+        return min(self.rows, self.num_generations) if self.samples else METHODS[self.method].rows
 
     @property
     def batch_shape(self) -> tuple[int, int]:
         """Rows and columns of what goes through the model in one pass of an update."""
         if self.share_prefixes:
-            return 1, self.prompt_tokens + self.rows * self.completion_tokens
+            # Each branch begins with a copy of the prompt's last token
+            branches = self.rows_of_a_prompt
+            return -(-self.rows // branches), self.prompt_tokens + branches * (self.completion_tokens + 1)
         return self.rows, self.tokens
+
+    @property
+    def scored_columns(self) -> int:
+        """Labels of each row of [`batch_shape`]."""
+        if self.share_prefixes:
+            return self.rows_of_a_prompt * (self.completion_tokens + 1)
+        return min(self.completion_tokens + 1, self.tokens)
 
     @property
     def is_full(self) -> bool:

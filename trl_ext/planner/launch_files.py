@@ -170,6 +170,8 @@ def recipe_config(job: Job) -> dict[str, Any]:
         }
         if job.method != "ppo" or job.share_prefixes:
             config["num_generations"] = job.num_generations
+        if job.updates_per_generation is not None:
+            config["updates_per_generation"] = job.updates_per_generation
         if job.strategy == "zero3":
             config["ds3_gather_for_generation"] = bool(job.ds3_gather_for_generation)
     else:

@@ -62,7 +62,7 @@ def build_policy(job: Job, layers: int) -> Any:
     if not job.computes_on_copies:
         base_dtype = trained_dtype = "bfloat16"
     with _on_meta(base_dtype):
-        model = AutoModelForCausalLM.from_config(job.model.with_layers(layers))
+        model = AutoModelForCausalLM.from_config(job.model.with_layers(layers), dtype=DTYPES[base_dtype])
         add_fused_lm_head(model, 1.0, outputs=("log_probs", "entropy") if job.samples else ("log_probs",))
         policy: Any = model
         if not job.is_full:
@@ -71,8 +71,8 @@ def build_policy(job: Job, layers: int) -> Any:
         if job.critic is not None:
             _build_critic(job, policy, layers, base_dtype).attach(base_model_of(policy))
     if trained_dtype != base_dtype:
-        for weight in policy.parameters():
-            if weight.requires_grad:
+        for name, weight in policy.named_parameters():
+            if "lora_" in name:
                 weight.data = weight.data.to(DTYPES[trained_dtype])
     return policy
 
@@ -86,12 +86,17 @@ def _build_critic(job: Job, policy: Any, layers: int, dtype: str) -> Any:
     return critic.to("meta")
 
 
+def scorer_dtype(job: Job) -> str:
+    """Of a reward model's weights: it is loaded as the policy is, and DeepSpeed casts both."""
+    return "bfloat16" if job.is_deepspeed else job.dtype or ("float32" if job.is_full else "bfloat16")
+
+
 def build_scorer(shape: Shape, layers: int, dtype: str) -> Any:
     """A sequence classification model with one output."""
     with _on_meta(dtype):
         config = shape.with_layers(layers)
         config.num_labels = 1
-        return AutoModelForSequenceClassification.from_config(config)
+        return AutoModelForSequenceClassification.from_config(config, dtype=DTYPES[dtype])
 
 
 @dataclass(frozen=True)

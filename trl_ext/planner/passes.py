@@ -15,7 +15,7 @@ from ..roles.critic import base_model_of
 from ..roles.switching import using_adapter
 from ..trainers.seams.fake_passes import LiveBytes, head_as_on_gpus, make_fake
 from .job import Job
-from .models import FEW, build_policy, build_scorer
+from .models import FEW, build_policy, build_scorer, scorer_dtype
 from .shapes import Shape
 
 
@@ -23,7 +23,7 @@ from .shapes import Shape
 POLICY = ("lora_r", "lora_target_modules", "critic", "critic_head", "dtype")
 OF_UPDATE = (
     *("gradient_checkpointing", "prompt_tokens", "completion_tokens", "per_device_train_batch_size"),
-    *("share_prefixes", "reference"),
+    *("share_prefixes", "num_generations", "reference"),
 )
 
 
@@ -53,9 +53,10 @@ class UpdateBytes:
         return max(self.forward, self.backward)
 
 
-def _autocast(job: Job) -> AbstractContextManager[Any]:
+def _autocast(job: Job, keeps_copies: bool = True) -> AbstractContextManager[Any]:
     """As transformers' trainer computes: in bfloat16, whatever the type of the weights. DeepSpeed has cast them."""
-    return torch.autocast("cpu", dtype=torch.bfloat16) if job.computes_on_copies else nullcontext()
+    cast = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=keeps_copies)
+    return cast if job.computes_on_copies else nullcontext()
 
 
 def _inputs(job: Job, rows: int, columns: int, mask: bool = True) -> dict[str, torch.Tensor]:
@@ -87,24 +88,24 @@ def _measure_update(job: Job, layers: int) -> UpdateBytes:
     fake = make_fake(policy)
     policy.train()
     rows, columns = job.batch_shape
-    scored = job.completion_tokens if not job.share_prefixes else job.rows * job.completion_tokens
     with fake, head_as_on_gpus():
-        inputs = _inputs(job, rows, columns)
-        labels = torch.zeros((rows, scored + 1 if scored < columns else columns), dtype=torch.long)
         for weight in policy.parameters():
             weight.grad = torch.empty_like(weight) if weight.requires_grad else None
-        known = [*inputs.values(), labels, *policy.parameters(), *policy.buffers()]
+        known = [*policy.parameters(), *policy.buffers()]
         known += [weight.grad for weight in policy.parameters() if weight.grad is not None]
-        with LiveBytes(known) as live, _autocast(job):
-            outputs = policy(**inputs, labels=labels, fused_lm_head=True)
-            reference = None
-            if not job.samples and job.reference is not None:
-                # DPO's pass of the reference comes while the policy's activations wait for the backward pass
-                switched = using_adapter(policy, None) if job.reference == "adapter" else nullcontext()
-                with torch.no_grad(), switched:
-                    reference = policy(**inputs, labels=labels, fused_lm_head=True).log_probs
-            loss = _loss_of(job, outputs, reference)
-            del outputs, reference
+        with LiveBytes(known) as live:
+            inputs = _inputs(job, rows, columns)
+            labels = torch.zeros((rows, job.scored_columns), dtype=torch.long)
+            with _autocast(job):  # which keeps what it casts
+                outputs = policy(**inputs, labels=labels, fused_lm_head=True)
+                reference = None
+                if not job.samples and job.reference is not None:
+                    # DPO's pass of the reference comes while the policy's activations wait for the backward pass
+                    switched = using_adapter(policy, None) if job.reference == "adapter" else nullcontext()
+                    with torch.no_grad(), switched:
+                        reference = policy(**inputs, labels=labels, fused_lm_head=True).log_probs
+                loss = _loss_of(job, outputs, reference)
+                del outputs, reference
             kept, forward = live.bytes, live.peak
             live.reset_peak()
             loss.backward()
@@ -128,31 +129,60 @@ def update_bytes(job: Job) -> UpdateBytes:
     return _update(_key(job, *OF_UPDATE))
 
 
-@lru_cache(maxsize=256)
-def _without_gradients(job: Job, rows: int, columns: int, scored: int, shape: Shape | None) -> float:
-    layers = FEW[0]  # one layer's activations at a time: their number doesn't matter
-    model: Any = build_policy(job, layers) if shape is None else build_scorer(shape, layers, "bfloat16")
+@dataclass(frozen=True)
+class _Pass:
+    """
+    A pass without gradients.
+
+    Attributes:
+        rows, columns, scored (`int`):
+            Of its inputs, and columns with a label. 0: hidden states are all that is asked for.
+        scorer ([`Shape`], *optional*):
+            Of a reward model that makes it in place of the policy.
+        casts, keeps_copies (`bool`):
+            Whether autocast is on, and whether it keeps a copy of each weight that it casts.
+    """
+
+    rows: int
+    columns: int
+    scored: int = 0
+    scorer: Shape | None = None
+    casts: bool = True
+    keeps_copies: bool = True
+
+
+def _measure_without_gradients(job: Job, asked: _Pass, layers: int) -> float:
+    scorer = asked.scorer
+    model: Any = build_policy(job, layers) if scorer is None else build_scorer(scorer, layers, scorer_dtype(job))
     fake = make_fake(model)
     model.eval()
-    with fake, head_as_on_gpus(), torch.no_grad():
-        inputs = _inputs(job, rows, columns)
-        known = [*inputs.values(), *model.parameters(), *model.buffers()]
-        with LiveBytes(known) as live, _autocast(job):
-            if shape is not None:
-                model.base_model(**inputs, use_cache=False)
-            elif scored:
-                labels = torch.zeros((rows, min(scored + 1, columns)), dtype=torch.long)
-                model(**inputs, labels=labels, fused_lm_head=True)
-            else:
-                base_model_of(model).base_model(**inputs, use_cache=False)
-            return float(live.peak)
+    cast = _autocast(job, asked.keeps_copies) if asked.casts else nullcontext()
+    weights = [*model.parameters(), *model.buffers()]
+    with fake, head_as_on_gpus(), torch.no_grad(), LiveBytes(weights) as live, cast:
+        inputs = _inputs(job, asked.rows, asked.columns)
+        if scorer is not None:
+            outputs = model.base_model(**inputs)  # TRL lets it keep the keys and values of all layers
+            del outputs
+        elif asked.scored:
+            labels = torch.zeros((asked.rows, asked.scored), dtype=torch.long)
+            model(**inputs, labels=labels, fused_lm_head=True)
+        else:
+            base_model_of(model).base_model(**inputs, use_cache=False)
+        return float(live.peak)
+
+
+@lru_cache(maxsize=256)
+def _without_gradients(job: Job, asked: _Pass) -> float:
+    # One layer's activations at a time: their number matters only where something of every layer is kept
+    keeps = asked.scorer is not None or (asked.casts and asked.keeps_copies and job.computes_on_copies)
+    few, *more = (_measure_without_gradients(job, asked, layers) for layers in (FEW if keeps else FEW[:1]))
+    slope = (more[0] - few) / (FEW[1] - FEW[0]) if more else 0.0
+    return few + slope * ((asked.scorer or job.model).layers - FEW[0])
 
 
 def scoring_pass_bytes(job: Job) -> float:
     """A pass of the policy or the reference for log-probabilities and values, without gradients."""
-    rows, columns = job.batch_shape
-    scored = job.completion_tokens if not job.share_prefixes else job.rows * job.completion_tokens
-    return _without_gradients(_key(job, *OF_UPDATE), rows, columns, scored, None)
+    return _without_gradients(_key(job, *OF_UPDATE), _Pass(*job.batch_shape, job.scored_columns))
 
 
 def _without_critic(job: Job) -> Job:
@@ -162,7 +192,9 @@ def _without_critic(job: Job) -> Job:
 
 def prefill_bytes(job: Job) -> float:
     """The pass that reads all prompts of a generation batch, without its cache."""
-    return _without_gradients(_key(_without_critic(job)), job.rollouts, job.prompt_tokens, 0, None)
+    # What Accelerate makes cast is the forward of the whole model. PEFT generates with the model inside
+    asked = _Pass(job.rollouts, job.prompt_tokens, casts=job.is_full)
+    return _without_gradients(_key(_without_critic(job)), asked)
 
 
 def reward_pass_bytes(job: Job) -> float:
@@ -171,5 +203,8 @@ def reward_pass_bytes(job: Job) -> float:
         return 0.0
     key = _key(_without_critic(job))
     if job.reward == "adapter":
-        return _without_gradients(key, job.rows, job.tokens, 0, None)
-    return _without_gradients(key, job.rollouts, job.tokens, 0, job.reward_model or job.model)
+        asked = _Pass(job.rows, job.tokens, keeps_copies=False)  # of what is frozen
+    else:
+        # In inference mode
+        asked = _Pass(job.rollouts, job.tokens, scorer=job.reward_model or job.model, keeps_copies=False)
+    return _without_gradients(key, asked)

@@ -5,6 +5,7 @@ other: they are never added up, and the largest decides.
 
 from dataclasses import dataclass
 
+from ..trainers.seams.out_of_memory import MOST_KEPT_BYTES
 from .job import Job
 from .layouts import GIB
 from .models import Numbers, count_numbers
@@ -52,12 +53,14 @@ class Phase:
         return max((name for name in self.parts if name not in SPARE), key=lambda name: self.parts[name])
 
 
-def cache_bytes_per_token(job: Job) -> float:
-    """Bytes of the keys and values of one token, in bfloat16."""
+def cache_bytes_per_token(job: Job, in_vllm: bool = False) -> float:
+    """Bytes of the keys and values of one token, in bfloat16 in vLLM, or as the policy computes."""
+    # Under autocast, hidden states between weights in float32 are in float32, and so are keys and values
+    wide = not in_vllm and job.computes_on_copies and job.base_dtype == "float32"
     config = job.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2.0 * config.num_hidden_layers * heads * size * 2
+    return 2.0 * config.num_hidden_layers * heads * size * (4 if wide else 2)
 
 
 def gathered_bytes(job: Job, numbers: Numbers) -> float:
@@ -122,14 +125,15 @@ class _Phases:
             engine = job.vllm_gpu_memory_utilization * job.layout.gpu_bytes if job.vllm == "colocate" else 0.0
             return self._phase("generate", {"vLLM": engine, "weights gathered for vLLM": whole})
         cache = job.rollouts * job.tokens * cache_bytes_per_token(job)
-        moment = {
+        # All prompts are read at once, or the last token is made, whichever takes more
+        reading = {"KV cache": cache * job.prompt_tokens / job.tokens, "activations": prefill_bytes(job)}
+        growing = {
             "KV cache": cache,
             "KV cache, a layer as it grows": cache / self.layers,
-            "activations": max(prefill_bytes(job), 0.0),
             "logits of a token": job.rollouts * self.vocabulary * 4.0 * 3,
-            "weights gathered": self.gathered,
-            "a layer dequantized": self._dequantized(),
         }
+        moment = max(reading, growing, key=lambda parts: sum(parts.values()))
+        moment |= {"weights gathered": self.gathered, "a layer dequantized": self._dequantized()}
         if job.strategy == "zero3" and job.ds3_gather_for_generation and job.layout.gpus > 1:
             held = self.numbers.base if job.quantization is None else self.numbers.other
             moment["weights gathered"] = 2.0 * (held + self.numbers.adapter + self.numbers.critic)
@@ -153,8 +157,12 @@ class _Phases:
 
     def passes(self) -> Phase:
         """Log-probabilities of the old policy and the reference, and values, a micro-batch at a time."""
+        job = self.job
+        # One process alone computes prompts once and repeats their keys and values for each completion
+        repeated = job.rows * job.tokens * cache_bytes_per_token(job)
         moment = {
-            "activations": scoring_pass_bytes(self.job),
+            "activations": scoring_pass_bytes(job),
+            "keys and values of prompts": repeated if job.share_prefixes and job.strategy == "none" else 0.0,
             "weights gathered": self.gathered,
             "a layer dequantized": self._dequantized(),
         }
@@ -176,6 +184,10 @@ class _Phases:
             "gradient buckets": bucket,
             "a layer dequantized": self._dequantized(),
         }
+        if job.samples and job.strategy == "none" and job.gradient_accumulation_steps > 1:
+            # So that a micro-batch for which memory runs out can be computed again, in parts
+            gradients = self.states.gpu.get("gradients", 0.0)
+            moment["gradients kept beside"] = gradients if gradients <= MOST_KEPT_BYTES else 0.0
         if self.states.at_step > sum(moment.values()):
             moment = {"gradients in float32, at the step": self.states.at_step}
         return self._phase("update", moment)

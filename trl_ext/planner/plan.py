@@ -89,7 +89,7 @@ def _vllm_has_no_room(job: Job) -> str | None:
     if job.vllm != "colocate":
         return None
     weights = 2.0 * count_numbers(job).base / job.vllm_tensor_parallel_size
-    needed = weights + job.tokens * cache_bytes_per_token(job) / job.vllm_tensor_parallel_size + VLLM_OWN
+    needed = weights + job.tokens * cache_bytes_per_token(job, in_vllm=True) / job.vllm_tensor_parallel_size + VLLM_OWN
     given = job.vllm_gpu_memory_utilization * job.layout.gpu_bytes
     if needed <= given:
         return None
@@ -173,6 +173,8 @@ def _fewer_rollouts(job: Job) -> Job | None:
     """A step of fewer rows: fewer completions are generated at once."""
     if not job.samples or job.rollouts == 1:
         return None
+    if job.updates > 1:
+        return job.but(updates_per_generation=max(1, job.updates // 4))
     return job.but(per_device_train_batch_size=1, gradient_accumulation_steps=max(1, job.rollouts // 4))
 
 
@@ -226,7 +228,7 @@ CHANGES: dict[str, Callable[[Job], Job | None]] = {
         job.but(optimizer="adamw_8bit") if job.is_full and job.optimizer == "adamw" else None
     ),
     "offload of the optimizer to the host": _offload,
-    "a quarter of the completions generated at once (gradient_accumulation_steps)": _fewer_rollouts,
+    "a quarter of the completions at once (updates_per_generation, gradient_accumulation_steps)": _fewer_rollouts,
     "one trunk: critic head, reward and reference by adapters": _one_trunk,
     "LoRA (lora_r=16) in place of all weights": _lora,
     "4-bit base weights (load_in_4bit)": lambda job: (

@@ -108,7 +108,11 @@ class _Step:
 
     def generate(self) -> Work:
         job, rows = self.job, self.job.rollouts
-        cache = rows * (job.prompt_tokens + job.completion_tokens / 2) * cache_bytes_per_token(job)
+        cache = (
+            rows
+            * (job.prompt_tokens + job.completion_tokens / 2)
+            * cache_bytes_per_token(job, in_vllm=job.vllm != "none")
+        )
         steps = job.completion_tokens
         whole = bool(job.ds3_gather_for_generation) or job.vllm != "none"
         share = job.vllm_tensor_parallel_size if job.vllm == "colocate" else 1
@@ -123,7 +127,7 @@ class _Step:
 
     def score(self) -> Work:
         scale = self.numbers.reward / self.numbers.base if self.job.reward == "model" else 1.0
-        passes = 1 if self.job.reward == "model" else self.job.gradient_accumulation_steps
+        passes = 1 if self.job.reward == "model" else self.job.micro_batches
         flops = scale * self._forward(self.rows, self.job.tokens)
         return Work("score", flops, scale * passes * self.read, scale * passes * self.gathered)
 
@@ -131,13 +135,13 @@ class _Step:
         job = self.job
         count = 1.0 + (job.reference is not None) + self._critics()
         flops = count * self._forward(self.rows, job.tokens)
-        times = count * job.gradient_accumulation_steps
+        times = count * job.micro_batches
         return Work("old and reference passes", flops, times * self.read, times * self.gathered)
 
     def update(self) -> Work:
         job, numbers = self.job, self.numbers
         rows, columns = job.batch_shape
-        forward = self._forward(rows, columns) * job.gradient_accumulation_steps
+        forward = self._forward(rows, columns) * job.micro_batches
         # A forward pass, one more where activations are recomputed, and a backward pass: as much for the gradients of
         # activations, and as much for those of weights where weights are trained
         policy = 1.0 + job.gradient_checkpointing + 1.0 + job.is_full
@@ -146,15 +150,15 @@ class _Step:
         times = policy + critic + reference
         states = held_states(job, numbers)
         trained = numbers.adapter + numbers.critic + (numbers.base if job.is_full else 0.0)
-        gathers = (2.0 + 2.0 * self._critics() + reference) * job.gradient_accumulation_steps
-        reduced = 2.0 * trained * self.others
+        gathers = (2.0 + 2.0 * self._critics() + reference) * job.micro_batches
+        reduced = 2.0 * trained * self.others * job.updates
         return Work(
             "update",
             times * forward,
-            times * job.gradient_accumulation_steps * self.read + 2.0 * states.gpu.get("optimizer", 0.0),
+            times * job.micro_batches * self.read + 2.0 * job.updates * states.gpu.get("optimizer", 0.0),
             gathers * self.gathered + reduced,
             # Gradients go to the host and weights come back; weights that live there come for each gather
-            (4.0 * trained / job.layout.gpus if job.offload != "none" else 0.0)
+            (4.0 * trained * job.updates / job.layout.gpus if job.offload != "none" else 0.0)
             + (gathers * 2.0 * numbers.base / job.layout.gpus if job.offload == "all" else 0.0),
         )
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 from .job import Job
-from .models import Numbers
+from .models import Numbers, scorer_dtype
 
 
 ELEMENT = {"bfloat16": 2, "float32": 4}
@@ -85,20 +85,25 @@ def held_states(job: Job, numbers: Numbers) -> States:
     of_weights, of_gradients, of_optimizer = SHARES[job.strategy](gpus)
     trained = {"adapter": numbers.adapter, "critic": numbers.critic} | ({"base": numbers.base} if job.is_full else {})
     size, optimizer = ELEMENT[job.trained_dtype], OPTIMIZERS[job.optimizer]
-    of_critic = {"head": 2.0 if job.is_deepspeed else 4.0, "model": ELEMENT[job.base_dtype]}  # heads are in float32
+    # Heads are in float32, and so is, under FSDP2, whatever is trained
+    of_model = 4.0 if job.strategy == "fsdp2" else ELEMENT[job.base_dtype]
+    of_critic = {"head": 2.0 if job.is_deepspeed else 4.0, "model": of_model}
     sizes = {"adapter": size, "critic": of_critic.get(str(job.critic), size), "base": size}
     share_of_frozen = of_weights
     if job.quantization is not None and job.shards_weights:
         share_of_frozen = 1.0  # 8-bit integers, which hold the 4-bit numbers, are not spread
+    # PEFT's adapters are in float32, whatever the base is in, and ZeRO-3 spreads them as they are
+    size_of_adapter = 2.0 if job.strategy == "zero2" else 4.0
+    size_of_reward = ELEMENT[scorer_dtype(job)] if job.reward == "model" else size_of_adapter
+    share_of_reward = of_weights if job.reward == "adapter" or job.is_deepspeed else 1.0
     gpu = {
         "base weights": base_bytes(job, numbers) * (of_weights if job.is_full else share_of_frozen),
         "adapter": numbers.adapter * sizes["adapter"] * of_weights,
         "critic": numbers.critic * sizes["critic"] * of_weights,
-        "reward": 2 * numbers.reward * (of_weights if job.reward == "adapter" or job.is_deepspeed else 1.0),
-        "reference": 2 * numbers.base * of_weights if job.reference == "model" else 0.0,
+        "reward": numbers.reward * size_of_reward * share_of_reward,
+        # Loaded as the policy is
+        "reference": numbers.base * ELEMENT[scorer_dtype(job)] * of_weights if job.reference == "model" else 0.0,
     }
-    if job.reference == "model" and not job.is_deepspeed and job.strategy != "fsdp2":
-        gpu["reference"] = numbers.base * ELEMENT[job.base_dtype]  # loaded as the policy is
     count = sum(trained.values())
     gradient_bytes = sum(number * sizes[name] for name, number in trained.items())
     gpu["gradients"] = gradient_bytes * of_gradients

@@ -27,6 +27,7 @@ def describe(plan: Plan) -> list[str]:
     how += [f"vLLM {job.vllm}"] if job.vllm != "none" else []
     batch = f"micro-batch {job.per_device_train_batch_size} x {job.prompt_tokens} + {job.completion_tokens} tokens"
     batch += f", {job.gradient_accumulation_steps} of them a step"
+    batch += f", {job.updates} steps a generation" if job.samples and job.updates > 1 else ""
     return [
         f"{job.method.upper()} of {job.model.name} ({job.model.text}) on {job.layout.name}: {trained}, base in "
         f"{held}, {', '.join(how)}",

@@ -159,6 +159,7 @@ def _of_rollouts(settings: Any, config: Any, lengths: Lengths, model: Shape, bes
     found: dict[str, Any] = {
         # Micro-batches for which completions are generated at once, of one optimizer step or several
         "gradient_accumulation_steps": max(1, config.steps_per_generation // chunks),
+        "updates_per_generation": 1,
         "reference": beside if any(weights) else None,
         "prompt_tokens": max(1, lengths.longest_prompt),
         "completion_tokens": config.max_completion_length,

@@ -54,6 +54,7 @@ def plan_parser(program: str, description: str) -> Parser:
     add("--completion_tokens", type=int, default=1024)
     add("--per_device_train_batch_size", "--batch", type=int, default=1)
     add("--gradient_accumulation_steps", type=int, default=8)
+    add("--updates_per_generation", type=int, help="optimizer steps for which is generated at once (the method's)")
     add("--num_generations", type=int, default=8)
     add("--share_prefixes", action="store_true", help="the rows of a micro-batch have one prompt, computed once")
     add("--no_gradient_checkpointing", action="store_false", dest="gradient_checkpointing")
@@ -88,7 +89,8 @@ def job_of(given: Any) -> Job:
     targets = given.lora_target_modules
     settings = (
         *("critic_head", "quantization", "prompt_tokens", "completion_tokens", "per_device_train_batch_size"),
-        *("gradient_accumulation_steps", "num_generations", "share_prefixes", "gradient_checkpointing", "optimizer"),
+        *("gradient_accumulation_steps", "updates_per_generation", "num_generations", "share_prefixes"),
+        *("gradient_checkpointing", "optimizer"),
         *("offload", "vllm", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode"),
         *("vllm_sync", "strategy", "dtype"),
     )

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels import chunked_logprob
+from trl.trainer import utils
 
 
 def _tensors(result: Any) -> Iterator[torch.Tensor]:
@@ -98,8 +99,15 @@ def make_fake(model: nn.Module) -> FakeTensorMode:
     return fake
 
 
-def _in_place(*args: Any, **kwargs: Any) -> None:
-    """What a Triton kernel does to a tile, as far as memory goes."""
+def _forward_tile(tile: Any, stride: Any, targets: Any, running_max: Any, sum_exp: Any, *args: Any, **kw: Any) -> None:
+    """What a Triton kernel does with a tile, as far as memory goes. Log-probabilities come out as 0, and finite."""
+    running_max.zero_()
+    sum_exp.fill_(1.0)
+
+
+def _backward_tile(tile: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """The same, backward: no gradient."""
+    tile.zero_()
 
 
 def _matrix_product(accumulator: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -107,14 +115,24 @@ def _matrix_product(accumulator: torch.Tensor, left: torch.Tensor, right: torch.
 
 
 @contextmanager
-def head_as_on_gpus() -> Iterator[None]:
-    """Within this context, TRL's fused head takes the memory that it takes on GPUs. It computes nothing."""
-    replaced = {"_forward_tile": _in_place, "_backward_tile": _in_place, "_addmm_fp32": _matrix_product}
-    before = {name: getattr(chunked_logprob, name) for name in replaced}
+def head_as_on_gpus(picks: bool = False) -> Iterator[None]:
+    """
+    Within this context, TRL's fused head takes the memory that it takes on GPUs. It computes nothing.
+
+    Args:
+        picks (`bool`):
+            Whether it also picks the states with a label, as on GPUs. Fake tensors can't: there is no telling how many
+            there are.
+    """
+    head = {"_forward_tile": _forward_tile, "_backward_tile": _backward_tile, "_addmm_fp32": _matrix_product}
+    replaced = [(chunked_logprob, name, function) for name, function in head.items()]
+    if picks:
+        replaced.append((utils, "_use_triton", lambda device: True))
+    before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     try:
-        for name, function in replaced.items():
-            setattr(chunked_logprob, name, function)
+        for module, name, function in replaced:
+            setattr(module, name, function)
         yield
     finally:
-        for name, function in before.items():
-            setattr(chunked_logprob, name, function)
+        for module, name, function in before:
+            setattr(module, name, function)
