@@ -10,7 +10,7 @@ from trl_ext.planner.job import CRITICS, Job
 from trl_ext.planner.layouts import GIB, LAYOUTS, find_layout
 from trl_ext.planner.models import check_layers_are_alike, count_numbers
 from trl_ext.planner.phases import CUDA_BYTES, cache_bytes_per_token, phases_of
-from trl_ext.planner.plan import cheapest_change, largest_micro_batch, make_plan
+from trl_ext.planner.plan import CHANGES, cheapest_change, largest_micro_batch, make_plan
 from trl_ext.planner.shapes import SHAPES, find_shape
 
 
@@ -107,6 +107,14 @@ def test_what_does_not_fit_says_what_would():
     assert not plan.fits and plan.obstacle is not None and "GiB on a GPU" in plan.obstacle
     change = cheapest_change(plan.job)
     assert change is not None and any("LoRA" in name for name in change)
+
+    def fits_with(names):
+        changed = plan.job
+        for name in names:
+            changed = CHANGES[name](changed) or changed
+        return make_plan(changed).fits
+
+    assert fits_with(change) and not any(fits_with([other for other in change if other != name]) for name in change)
 
 
 def test_more_completions_than_there_is_room_for():

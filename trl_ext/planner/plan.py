@@ -229,6 +229,9 @@ CHANGES: dict[str, Callable[[Job], Job | None]] = {
     ),
     "offload of the optimizer to the host": _offload,
     "a quarter of the completions at once (updates_per_generation, gradient_accumulation_steps)": _fewer_rollouts,
+    "updates_per_generation=1: one step's completions at once": lambda job: (
+        job.but(updates_per_generation=1) if job.samples and job.updates > 1 else None
+    ),
     "one trunk: critic head, reward and reference by adapters": _one_trunk,
     "LoRA (lora_r=16) in place of all weights": _lora,
     "4-bit base weights (load_in_4bit)": lambda job: (
@@ -246,23 +249,29 @@ def cheapest_change(job: Job) -> list[str] | None:
             One that doesn't.
 
     Returns:
-        `list[str]`: names of the first change that alone is enough, or of the first ones that are together. `None` if
-        none are: other GPUs, or more, or shorter completions.
+        `list[str]`: names of the first change that alone is enough, or of the first ones that are together, without
+        those that the later ones make unneeded. `None` if none are: other GPUs, or more, or shorter completions.
     """
-    for name, change in CHANGES.items():
-        changed = change(job)
-        if changed is not None and make_plan(changed).fits:
+    for name in CHANGES:
+        if _fits_with([name], job):
             return [name]
-    applied: list[str] = []
-    for name, change in CHANGES.items():
-        changed = change(job)
-        if changed is None:
-            continue
-        job = changed
-        applied.append(name)
-        if make_plan(job).fits:
-            return applied
-    return None
+    needed = next((count for count in range(2, len(CHANGES) + 1) if _fits_with(list(CHANGES)[:count], job)), None)
+    if needed is None:
+        return None
+    applied = list(CHANGES)[:needed]
+    for name in list(CHANGES)[:needed]:
+        fewer = [other for other in applied if other != name]
+        if _fits_with(fewer, job):
+            applied = fewer
+    return applied
+
+
+def _fits_with(names: list[str], job: Job) -> bool:
+    """With these changes, as far as they change anything."""
+    start = job
+    for name in names:
+        job = CHANGES[name](job) or job
+    return job != start and make_plan(job).fits
 
 
 def as_json(plan: Plan, largest: int | None, change: list[str] | None, speed: dict[str, Any] | None = None) -> str:

@@ -186,8 +186,10 @@ def forecast(job: Job, assumed: Efficiencies = ASSUMED) -> dict[str, Any]:
 
     Returns:
         `dict`: `step_seconds`, `tokens_per_second` of all GPUs together, prompts included, `bottleneck` (the phase
-        that takes longest, and what slows it), and `phases` with seconds, operations and bytes of a GPU.
+        that takes longest, and what slows it), and `phases` with seconds, operations and bytes of a GPU. All of them
+        are an optimizer step's: its share, where a generation is for several.
     """
+    share = 1.0 / (job.updates if job.samples else 1)
     phases = []
     for work in work_of(job):
         by_resource = work.seconds_by_resource(job, assumed)
@@ -195,17 +197,17 @@ def forecast(job: Job, assumed: Efficiencies = ASSUMED) -> dict[str, Any]:
         phases.append(
             {
                 "name": work.name,
-                "seconds": float(f"{by_resource[bound]:.3g}"),
+                "seconds": float(f"{share * by_resource[bound]:.3g}"),
                 "bound_by": bound,
-                "tflop": round(work.flops / 1e12, 1),
-                "memory_gib": round(work.memory_bytes / GIB, 1),
-                "link_gib": round(work.link_bytes / GIB, 1),
-                "host_gib": round(work.host_bytes / GIB, 1),
+                "tflop": round(share * work.flops / 1e12, 1),
+                "memory_gib": round(share * work.memory_bytes / GIB, 1),
+                "link_gib": round(share * work.link_bytes / GIB, 1),
+                "host_gib": round(share * work.host_bytes / GIB, 1),
             }
         )
     seconds = sum(float(str(phase["seconds"])) for phase in phases)
     slowest = max(phases, key=lambda phase: float(str(phase["seconds"])))
-    tokens = job.rollouts * METHODS[job.method].rows * job.tokens * job.layout.gpus
+    tokens = share * job.rollouts * METHODS[job.method].rows * job.tokens * job.layout.gpus
     return {
         "step_seconds": float(f"{seconds:.3g}"),
         "tokens_per_second": float(f"{tokens / seconds:.3g}"),

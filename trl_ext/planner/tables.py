@@ -6,16 +6,16 @@ The tables of `docs/launching.md`: what fits where, by method, size and layout; 
 from dataclasses import dataclass, field
 from typing import Any
 
-from .job import Job
+from .job import METHODS, Job
 from .layout_files import job_by_default
 from .layouts import GIB
 from .plan import COMFORT, Plan, make_plan
 from .speed import forecast, written
 
 
-METHODS, MODELS = ("ppo", "dpo", "dapo"), ("7b", "14b", "33b", "70b")
+SHOWN, MODELS = ("ppo", "dpo", "dapo"), ("7b", "14b", "33b", "70b")
 LAYOUTS = ("1xa100-80g", "2xa100-80g", "4xa100-80g")
-CELLS = [(method, model, layout) for method in METHODS for model in MODELS for layout in LAYOUTS]
+CELLS = [(method, model, layout) for method in SHOWN for model in MODELS for layout in LAYOUTS]
 MOST = 64  # completions at once that are asked for
 
 
@@ -80,11 +80,15 @@ def _bottleneck(plan: Plan) -> str:
 
 
 def cell(method: str, model: str, layout: str) -> str:
-    """Whether a method fits with the defaults of `trl-ext plan`, and in 4 bits where it doesn't otherwise."""
-    plan = make_plan(job_by_default(method, model, layout))
+    """
+    Whether a method fits with the defaults of `trl-ext plan`, one step a generation, and in 4 bits where it doesn't
+    otherwise.
+    """
+    once = {"updates_per_generation": 1} if METHODS[method].samples else {}
+    plan = make_plan(job_by_default(method, model, layout, **once))
     if plan.fits:
         return f"{_size_and_way(plan)}; {_bottleneck(plan)}"
-    less = make_plan(job_by_default(method, model, layout, quantization="4bit"))
+    less = make_plan(job_by_default(method, model, layout, quantization="4bit", **once))
     instead = f"in 4 bits {_size_and_way(less)}; {_bottleneck(less)}" if less.fits else "nor in 4 bits"
     return f"no, {_size(plan)}: {plan.deciding.dominated_by}; {instead}"
 
@@ -100,7 +104,7 @@ def _head(names: list[str]) -> list[str]:
 def what_fits() -> str:
     """The table of all [`CELLS`]."""
     lines = _head(["method", "model", *LAYOUTS])
-    for method in METHODS:
+    for method in SHOWN:
         for model in MODELS:
             lines.append(_row([method, model, *(cell(method, model, layout) for layout in LAYOUTS)]))
     return "\n".join(lines)
