@@ -76,6 +76,8 @@ def jobs(kind: str, size: str, strategy: str) -> dict[str, Job]:
                     share_prefixes=share,
                     ds3_gather_for_generation=True if strategy == "zero3" else None,
                 )
+    if kind == "states":
+        found["dapo LoRA in 4 bits"] = found["dapo LoRA"].but(quantization="4bit")
     return found
 
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     TrainerCallback,
@@ -82,8 +83,6 @@ def write_models(folder: Path, model: Shape, job: Job) -> None:
     """The base, and what scores: an adapter on it, and a model of its own."""
     torch.manual_seed(SEED)
     base = AutoModelForCausalLM.from_config(model.config)
-    with torch.no_grad():
-        base.get_output_embeddings().weight[base.config.eos_token_id] = 0.0  # below the likeliest token
     base.save_pretrained(folder / "base")
     scorer = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1, dtype=torch.float32)
     scorer.save_pretrained(folder / "reward_model")
@@ -333,14 +332,17 @@ def _settings(job: Job, output: Path, steps: int) -> dict[str, Any]:
         "seed": SEED,
         "share_prefixes": "always" if job.share_prefixes else False,
     }
+    if job.quantization is not None:
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        found["model_init_kwargs"]["quantization_config"] = four_bits
     if not job.samples:
         return found | {"max_length": job.tokens}
     found |= {
         "num_generations": job.num_generations,
         "max_completion_length": job.completion_tokens,
         "shuffle_dataset": False,
-        # The likeliest token: completions don't end. Those of a group must differ where they share a prompt
-        "temperature": 1.0 if job.share_prefixes else 0.01,
         "fit_micro_batches": job.share_prefixes,
     }
     if job.strategy == "zero3":
@@ -372,13 +374,17 @@ def build(job: Job, folder: Path, output: Path, steps: int) -> Any:
             given["reward_model"] = AutoModelForSequenceClassification.from_pretrained(
                 folder / "reward_model", num_labels=1, dtype=args.model_init_kwargs["dtype"]
             )
-    return trainer_class(
+    trainer = trainer_class(
         model=str(folder / "base"),
         args=args,
         train_dataset=_rows(job),
         processing_class=tokenizer(job.model.config.vocab_size),
         **given,
     )
+    if job.samples:
+        # No completion ends before its limit. As an argument this is refused: it changes what is learned
+        trainer.generation_config.min_new_tokens = job.completion_tokens
+    return trainer
 
 
 def run(job: Job, folder: Path, output: Path, passes: bool = True) -> Found:

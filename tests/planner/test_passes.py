@@ -156,3 +156,9 @@ def test_a_reward_model_scores_in_the_type_that_it_was_loaded_in():
     trained = [job(lora_r=lora_r, reference=None, reward="model") for lora_r in (0, 4)]
     wide, narrow = map(reward_pass_bytes, trained)
     assert 1.7 * narrow < wide < 2.1 * narrow
+
+
+def test_a_pass_of_the_reference_comes_beside_what_the_policy_keeps():
+    """DPO's reference has its pass between the policy's forward and backward pass."""
+    with_reference, without = (update_bytes(job("dpo", critic=None, reference=r)) for r in ("adapter", None))
+    assert with_reference.forward > without.forward

@@ -120,6 +120,19 @@ def test_what_is_spread_is_a_part_of_it():
     assert zero2["gradients"] == zero3["gradients"] == 2 * trained / 4
 
 
+def test_what_is_spread_of_a_base_in_4_bits():
+    """DeepSpeed spreads the integers, FSDP2 what isn't quantized alone; every GPU has the constants."""
+    numbers = count_numbers(job())
+    held = {
+        name: held_states(job(strategy=name, quantization="4bit", layout=layout(2)), numbers).gpu["base weights"]
+        for name in ("ddp", "zero3", "fsdp2")
+    }
+    constants, integers, other = numbers.linear / 64 * 4, numbers.linear / 2, 2 * numbers.other
+    assert held["ddp"] == constants + integers + other
+    assert held["zero3"] == constants + (integers + other) / 2
+    assert held["fsdp2"] == constants + integers + other / 2
+
+
 def test_what_is_trained_under_fsdp2_is_in_float32():
     """Heads, adapters and models as critics, with their gradients and states; all halved on two GPUs."""
     spread = {"strategy": "fsdp2", "layout": layout(2)}

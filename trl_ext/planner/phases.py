@@ -10,7 +10,7 @@ from .job import Job
 from .layouts import GIB
 from .models import Numbers, count_numbers
 from .passes import prefill_bytes, reward_pass_bytes, scoring_pass_bytes, update_bytes
-from .states import ELEMENT, States, held_states
+from .states import ELEMENT, States, held_states, spread_bytes
 
 
 CUDA_BYTES = 1.0 * GIB  # context and kernels of a process
@@ -67,11 +67,11 @@ def gathered_bytes(job: Job, numbers: Numbers) -> float:
     """Weights that are gathered from other GPUs, at most, while layers compute."""
     if not job.shards_weights or job.layout.gpus == 1:
         return 0.0
-    held = numbers.other if job.quantization is not None else numbers.base
+    held = spread_bytes(job, numbers)
     if job.strategy == "fsdp2":
         # The layer that computes, and the next, which is on its way; the embedding and the head are the root's
-        return 2.0 * min(held, 2 * numbers.layer + 2 * numbers.ends)
-    return 2.0 * min(held, max(DEEPSPEED_LIVE, 2 * numbers.layer, numbers.ends + numbers.layer))
+        return min(held, 2.0 * (2 * numbers.layer + 2 * numbers.ends))
+    return min(held, 2.0 * max(DEEPSPEED_LIVE, 2 * numbers.layer, numbers.ends + numbers.layer))
 
 
 class _Phases:
@@ -106,6 +106,9 @@ class _Phases:
         moment = {}
         if job.quantization is not None:
             moment["a layer before quantization"] = 2.0 * numbers.layer
+            if job.shards_weights:  # quantized weights arrive whole and are spread after that
+                spread = spread_bytes(job, numbers)
+                moment["weights before they are spread"] = spread * (1.0 - 1.0 / job.layout.gpus)
         elif job.shards_weights and job.layout.gpus > 1:
             moment["weights gathered"] = 2.0 * numbers.ends
         phase = self._phase("load", moment, without=("gradients", "gradient buckets", "optimizer"))
@@ -135,8 +138,8 @@ class _Phases:
         moment = max(reading, growing, key=lambda parts: sum(parts.values()))
         moment |= {"weights gathered": self.gathered, "a layer dequantized": self._dequantized()}
         if job.strategy == "zero3" and job.ds3_gather_for_generation and job.layout.gpus > 1:
-            held = self.numbers.base if job.quantization is None else self.numbers.other
-            moment["weights gathered"] = 2.0 * (held + self.numbers.adapter + self.numbers.critic)
+            others = 2.0 * (self.numbers.adapter + self.numbers.critic)
+            moment["weights gathered"] = spread_bytes(job, self.numbers) + others
         return self._phase("generate", moment)
 
     def _dequantized(self) -> float:
@@ -158,11 +161,13 @@ class _Phases:
     def passes(self) -> Phase:
         """Log-probabilities of the old policy and the reference, and values, a micro-batch at a time."""
         job = self.job
-        # One process alone computes prompts once and repeats their keys and values for each completion
-        repeated = job.rows * job.tokens * cache_bytes_per_token(job)
+        # One process alone computes prompts once and repeats their keys and values for each completion, but not beside
+        # a critic that reads the tokens itself
+        repeats = job.share_prefixes and job.strategy == "none" and job.critic in (None, "head")
+        repeated = job.rows * job.tokens * cache_bytes_per_token(job) if repeats else 0.0
         moment = {
             "activations": scoring_pass_bytes(job),
-            "keys and values of prompts": repeated if job.share_prefixes and job.strategy == "none" else 0.0,
+            "keys and values of prompts": repeated,
             "weights gathered": self.gathered,
             "a layer dequantized": self._dequantized(),
         }

@@ -12,7 +12,7 @@ from .job import METHODS, Job
 from .layouts import GIB
 from .models import Numbers, count_numbers
 from .phases import cache_bytes_per_token
-from .states import base_bytes, held_states
+from .states import base_bytes, held_states, spread_bytes
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class _Step:
     @property
     def gathered(self) -> float:
         """Bytes that come from other GPUs when all base weights are gathered once."""
-        return 2.0 * self.numbers.base * self.others if self.job.shards_weights else 0.0
+        return spread_bytes(self.job, self.numbers) * self.others if self.job.shards_weights else 0.0
 
     def _forward(self, rows: float, columns: float) -> float:
         """Operations of one pass: two for each weight and token, and causal attention."""

@@ -39,13 +39,14 @@ OPTIMIZERS = {
 }
 
 
-def quantized_bytes(job: Job, linear: float) -> float:
-    """Bytes of the weights of linear layers in 4 bits, with their constants, as bitsandbytes holds them."""
+def constant_bytes(job: Job, linear: float) -> float:
+    """Bytes of the constants of linear layers in 4 bits, as bitsandbytes holds them."""
+    if job.quantization is None:
+        return 0.0
     constants = linear / NF4_BLOCK
-    held = constants * 4.0
-    if job.quantization == "4bit_nested":
-        held = constants + math.ceil(constants / NESTED_BLOCK) * 4.0
-    return linear / 2 + held
+    return (
+        constants + math.ceil(constants / NESTED_BLOCK) * 4.0 if job.quantization == "4bit_nested" else 4.0 * constants
+    )
 
 
 def base_bytes(job: Job, numbers: Numbers) -> float:
@@ -53,7 +54,21 @@ def base_bytes(job: Job, numbers: Numbers) -> float:
     size = ELEMENT[job.base_dtype]
     if job.quantization is None:
         return numbers.base * size
-    return quantized_bytes(job, numbers.linear) + numbers.other * size
+    return numbers.linear / 2 + constant_bytes(job, numbers.linear) + numbers.other * size
+
+
+def whole_bytes(job: Job, numbers: Numbers) -> float:
+    """Bytes of base weights that every GPU holds, however they are spread: what only quantized weights have."""
+    if job.quantization is None or not job.shards_weights:
+        return 0.0
+    # DeepSpeed spreads the 8-bit integers that hold the 4-bit numbers, FSDP2 doesn't; constants are no weights
+    integers = numbers.linear / 2 if job.strategy == "fsdp2" else 0.0
+    return integers + constant_bytes(job, numbers.linear)
+
+
+def spread_bytes(job: Job, numbers: Numbers) -> float:
+    """Bytes of base weights, gathered whole, of which each GPU holds a part."""
+    return 2.0 * numbers.base if job.quantization is None else base_bytes(job, numbers) - whole_bytes(job, numbers)
 
 
 @dataclass(frozen=True)
@@ -89,15 +104,13 @@ def held_states(job: Job, numbers: Numbers) -> States:
     of_model = 4.0 if job.strategy == "fsdp2" else ELEMENT[job.base_dtype]
     of_critic = {"head": 2.0 if job.is_deepspeed else 4.0, "model": of_model}
     sizes = {"adapter": size, "critic": of_critic.get(str(job.critic), size), "base": size}
-    share_of_frozen = of_weights
-    if job.quantization is not None and job.shards_weights:
-        share_of_frozen = 1.0  # 8-bit integers, which hold the 4-bit numbers, are not spread
+    whole = whole_bytes(job, numbers)
     # PEFT's adapters are in float32, whatever the base is in, and ZeRO-3 spreads them as they are
     size_of_adapter = 2.0 if job.strategy == "zero2" else 4.0
     size_of_reward = ELEMENT[scorer_dtype(job)] if job.reward == "model" else size_of_adapter
     share_of_reward = of_weights if job.reward == "adapter" or job.is_deepspeed else 1.0
     gpu = {
-        "base weights": base_bytes(job, numbers) * (of_weights if job.is_full else share_of_frozen),
+        "base weights": whole + (base_bytes(job, numbers) - whole) * of_weights,
         "adapter": numbers.adapter * sizes["adapter"] * of_weights,
         "critic": numbers.critic * sizes["critic"] * of_weights,
         "reward": numbers.reward * size_of_reward * share_of_reward,
