@@ -164,14 +164,12 @@ def recipe_config(job: Job) -> dict[str, Any]:
             "dataset_config": "main",
             "prepare_row": "recipes/tasks/gsm8k.py:prepare_row",
             "max_completion_length": job.completion_tokens,
-            "updates_per_generation": 1,  # what is generated at once is what was planned
+            "updates_per_generation": job.updates,  # what is generated at once is what was planned
             **_rewards_and_reference(job),
             **_vllm(job),
         }
         if job.method != "ppo" or job.share_prefixes:
             config["num_generations"] = job.num_generations
-        if job.updates_per_generation is not None:
-            config["updates_per_generation"] = job.updates_per_generation
         if job.strategy == "zero3":
             config["ds3_gather_for_generation"] = bool(job.ds3_gather_for_generation)
     else:
