@@ -41,7 +41,7 @@ PAGE = ROOT / "docs" / "planner.md"
 STRATEGIES = ("zero2", "zero3", "fsdp2", "ddp")
 ROLES = [("ppo", "head"), ("ppo", "adapter"), ("ppo", "model"), ("dpo", None), ("dapo", None)]
 # Prompt and completion in tokens; what persists doesn't depend on them
-LENGTHS = {"states": {"tiny": (24, 8), "100m": (24, 8)}, "steps": {"tiny": (96, 32), "100m": (96, 32)}}
+LENGTHS = {"states": {"tiny": (24, 8), "100m": (8, 4)}, "steps": {"tiny": (96, 32), "100m": (48, 16)}}
 PARTS = ("base weights", "adapter", "critic", "reward", "reference", "gradients", "optimizer")
 # The whole of what is held, and of what a phase takes; all else is a part
 TOTALS = ("together", "generate", "old and reference passes", "update")
