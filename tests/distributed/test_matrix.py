@@ -1,9 +1,10 @@
 """
 `make test-distributed`: every method with every engine on two processes. A cell takes the steps of one process on the
 same rollouts, is on the engine that it names, resumes to the weights of the uninterrupted run, bit for bit, and its
-export is the policy. `matrix.py` has the table.
+export is the policy. `matrix.py` has the table. `ENGINES_REPORT=1` writes the results into `benchmarks/RESULTS.md`.
 """
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def engine(request: pytest.FixtureRequest, folder: Path) -> tuple[str, str]:
-    """An engine whose rows have run, and what it printed if it broke off: the rows that it reached are there."""
+def engine(request: pytest.FixtureRequest, folder: Path) -> tuple[str, str, float]:
+    """
+    An engine whose rows have run, what it printed if it broke off (the rows that it reached are there), and the
+    seconds that it took.
+    """
+    began, broken = time.monotonic(), ""
     try:
         launch(request.param, folder, [])
     except AssertionError as error:
-        return request.param, str(error)
-    return request.param, ""
+        broken = str(error)
+    return request.param, broken, time.monotonic() - began
 
 
 def found_of(folder: Path, engine: str, row: int, rank: int = 0) -> Any:
@@ -114,11 +119,17 @@ def distances(found: dict[str, torch.Tensor], alone: dict[str, Any]) -> dict[str
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("row", range(len(ROWS)), ids=[", ".join(row) for row in ROWS])
 def test_cell(
-    engine: tuple[str, str], row: int, folder: Path, tmp_path: Path, subtests: pytest.Subtests, record_property: Any
+    engine: tuple[str, str, float],
+    row: int,
+    folder: Path,
+    tmp_path: Path,
+    subtests: pytest.Subtests,
+    record_property: Any,
 ) -> None:
-    name, broken = engine
+    name, broken, took = engine
     method, weights = ROWS[row]
     record_property("cell", (name, f"{method}, {weights}"))
+    record_property("took", took)
     if not (folder / f"{name}_{row}_0.pt").exists():
         pytest.fail(f"{name} did not get here\n{broken}", pytrace=False)
     both = [found_of(folder, name, row, rank) for rank in (0, 1)]
