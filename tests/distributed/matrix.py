@@ -94,12 +94,14 @@ ENGINES = {
     "FSDP2, in parts": Engine(None, _is_fsdp, {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}),
 }
 
+REFRESHED = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+
 # Methods, and what they take beside `settings`. Four groups of four completions a step; eight where copies are drawn,
 # so that there are several live ones to draw from, for slots of both processes
 SAMPLING: dict[str, tuple[Any, dict[str, Any]]] = {
     "DAPO, refill": (DAPOTrainer, {"max_refill_rounds": 3}),
     "DUPO": (DUPOTrainer, {"gradient_accumulation_steps": 4}),
-    "GSPO": (GSPOTrainer, {"beta": 0.05}),
+    "GSPO": (GSPOTrainer, {"beta": 0.05, **REFRESHED}),
     "PPO, head": (PPOTrainer, {"critic": "head", "critic_trunk_grad": 0.5}),
     "PPO, adapter": (PPOTrainer, {"critic": "adapter"}),
     "PPO, model": (PPOTrainer, {"critic": "model"}),

@@ -42,6 +42,7 @@ from ...roles.adapters import (
 )
 from ...roles.critic import without_critic
 from ...roles.trunk import ADAPTER, REFERENCE_ADAPTER
+from .whole_checkpoints import whole_weight
 
 
 def is_spread(model: nn.Module) -> bool:
@@ -234,4 +235,5 @@ class RefreshReference(TrainerCallback):
                 SyncRefModelCallback.sync_target_model(policy, reference, alpha)
             return
         for newer, weight in weight_pairs(policy, trained_adapter(policy)):
-            weight.data.mul_(1 - alpha).add_(newer.data, alpha=alpha)
+            with whole_weight(newer), whole_weight(weight, modified=True):
+                weight.data.mul_(1 - alpha).add_(newer.data, alpha=alpha)

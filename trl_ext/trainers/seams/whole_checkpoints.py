@@ -33,6 +33,7 @@ from ...redaction import without_secrets
 from ...roles.critic import critic_of
 from ...roles.quantized import keep_weights_trainable
 from ...roles.saved import REFERENCE_FILE, read_plain
+from ...roles.trunk import REFERENCE_ADAPTER
 from .lost_processes import watching_processes
 from .parts import describe_parts, parts_are_all, whole_weights, writes_parts
 from .preemption import preemption_of
@@ -49,6 +50,8 @@ FORMAT = 1
 # is kept out of pushes to the Hub.
 ASIDE, REPLACED = "_checkpoint_in_the_making", "_checkpoint_replaced"
 TRAINER_STATE = "trainer_state.json"
+# The adapter `ref` that is refreshed, beside the shards of DeepSpeed and FSDP
+REFERENCE_ADAPTER_FILE = "trl_ext_reference_adapter.pt"
 
 
 class DamagedCheckpointError(ValueError):
@@ -318,14 +321,32 @@ def require_trainable(trainer: Any) -> None:
 # A reference that moves during training (`sync_ref_model`)
 
 
-def moves_reference(trainer: Any) -> bool:
-    """Whether checkpoints hold the reference: a model that is refreshed. An adapter is saved with the others."""
-    return bool(getattr(trainer.args, "sync_ref_model", False)) and trainer.ref_model is not None
+def moved_reference(trainer: Any) -> tuple[Any, set[int] | None, str] | None:
+    """
+    The reference that checkpoints need a file for: one that is refreshed, a model of its own or, where DeepSpeed and
+    FSDP leave out what isn't trained, the adapter `ref`.
+
+    Returns:
+        `tuple[nn.Module, set[int] | None, str]` or `None`: the model that holds it, the `id`s of its weights (`None`:
+        all of the model), and the name of the file.
+    """
+    if not getattr(trainer.args, "sync_ref_model", False):
+        return None
+    if trainer.ref_model is not None:
+        return trainer.accelerator.unwrap_model(trainer.ref_model), None, REFERENCE_FILE
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        return None  # saved and loaded with the other adapters
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    weights = {id(weight) for name, weight in policy.named_parameters() if REFERENCE_ADAPTER in name.split(".")}
+    return policy, weights, REFERENCE_ADAPTER_FILE
 
 
 @contextmanager
-def _whole(weight: torch.Tensor, modified: bool = False) -> Iterator[None]:
-    """Within this context, every process holds a weight that ZeRO-3 has spread."""
+def whole_weight(weight: torch.Tensor, modified: bool = False) -> Iterator[None]:
+    """
+    Within this context, every process holds a weight that ZeRO-3 has spread; of one that is `modified`, all take what
+    the first has at the end.
+    """
     if not hasattr(weight, "ds_id"):
         yield
         return
@@ -349,7 +370,7 @@ def gathered_weights(model: Any, among: set[int] | None = None) -> dict[str, tor
     for name, weight in model.named_parameters():
         if among is not None and id(weight) not in among:
             continue
-        with _whole(weight):
+        with whole_weight(weight):
             whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
             weights[name] = whole.detach().cpu().clone()
     return weights
@@ -365,7 +386,7 @@ def spread_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
             whole = weights[name].to(weight.device)
             weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
             continue
-        with _whole(weight, modified=True):
+        with whole_weight(weight, modified=True):
             weight.copy_(weights[name])
 
 
@@ -467,18 +488,22 @@ class WholeCheckpoints(SavesQuantization):
 
     def write_own_files(self, directory: Path) -> None:
         """Write into a new checkpoint what transformers doesn't. Every process makes the call."""
-        if moves_reference(self):
-            weights = gathered_weights(self.accelerator.unwrap_model(self.ref_model))
+        moved = moved_reference(self)
+        if moved is not None:
+            model, among, name = moved
+            weights = gathered_weights(model, among)
             if self.args.should_save:
-                torch.save(weights, directory / REFERENCE_FILE)
+                torch.save(weights, directory / name)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not moves_reference(self):
+        moved = None if checkpoint is None else moved_reference(self)
+        if checkpoint is None or moved is None:
             return
-        file = Path(checkpoint) / REFERENCE_FILE
+        model, _, name = moved
+        file = Path(checkpoint) / name
         if file.exists():
-            spread_weights(self.accelerator.unwrap_model(self.ref_model), read_plain(file))
+            spread_weights(model, read_plain(file))
         else:
             logger.warning(f"{checkpoint} has no refreshed reference: the run resumes with the one it began with.")
 
