@@ -15,7 +15,7 @@ from ..evaluation.held_out import HeldOut, read_estimates
 from ..metric_keys import PREFERENCE_ACCURACY
 from ..monitors.health import PreferenceAccuracyCheck
 from ..roles.critic import CRITIC
-from ..roles.trunk import load_adapter, save_adapter
+from ..roles.trunk import REFERENCE_ADAPTER, load_adapter, save_adapter
 from ..trainers.grpo import GRPOTrainer
 from ..trainers.seams.checkpoints import saved_state
 from .stages import whole_checkpoint
@@ -187,9 +187,10 @@ def _finish_from(checkpoint: Path, state: TrainerState, trainer: Any, folder: Pa
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Copies adapter, tokenizer and critic, without the files that only a resumed training needs."""
+    """Copies adapters, tokenizer and critic, without the files that only a resumed training needs."""
     for path in source.iterdir():
         if path.is_file() and not path.name.startswith(FILES_OF_A_RUN):
             shutil.copy2(path, target / path.name)
-    if (source / CRITIC).is_dir():
-        shutil.copytree(source / CRITIC, target / CRITIC, dirs_exist_ok=True)
+    for name in (CRITIC, REFERENCE_ADAPTER):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)

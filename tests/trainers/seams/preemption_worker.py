@@ -1,6 +1,6 @@
 """
-A run that gets SIGTERM: `preemption_worker.py OUTPUT [resume]`. It writes its process id beside OUTPUT, and a line for
-each generation batch.
+A run that gets SIGTERM: `preemption_worker.py OUTPUT [resume] [long]`. It writes its process id beside OUTPUT, and a
+line for each generation batch. With `long`, a step takes a minute.
 """
 
 import os
@@ -21,7 +21,7 @@ rank = os.environ.get("RANK", "0")
 def slow(completion_ids: list[list[int]], **kwargs: object) -> list[float]:
     with (output.parent / f"batches_{rank}").open("a") as file:
         file.write("x")
-    time.sleep(0.1)
+    time.sleep(60 if "long" in sys.argv else 0.1)
     return tiny.hashed(completion_ids)
 
 

@@ -56,10 +56,13 @@ def test_a_run_that_is_preempted_ends_with_a_checkpoint_and_resumes_to_the_same_
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
-    process = processes.start([WORKER, tmp_path / "out"])
-    pid = after_batches(tmp_path, 2, process)
+    process = processes.start([WORKER, tmp_path / "out", "long"])
+    pid = after_batches(tmp_path, 1, process)
     os.kill(pid, signal.SIGTERM)
-    time.sleep(0.01)
+    end = time.monotonic() + 30
+    while "A second one ends it now" not in process.printed():  # two that come before Python looks are one
+        assert process.poll() is None and time.monotonic() < end, process.printed()
+        time.sleep(0.02)
     os.kill(pid, signal.SIGTERM)
     assert process.wait(timeout=30) == -signal.SIGTERM
     assert not checkpoints_of(tmp_path / "out")
