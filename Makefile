@@ -30,7 +30,7 @@ FAULTS := tests/resume/test_faults.py tests/resume/test_bad_checkpoints.py tests
 # A module's tests stay in one process, and those that start processes follow each other (tests/conftest.py)
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup setup-vllm test test-distributed test-vllm test-faults test-fast lint docs quickstart ppo hybrid clean
+.PHONY: help setup setup-vllm test test-distributed test-vllm test-faults test-recipes test-fast lint docs quickstart ppo hybrid clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ test-faults: setup ## every fault; runs of every trainer killed at random moment
 
 test-distributed: setup ## every method and file of recipes/accelerate with every engine, and 100 random runs (RANDOM_RUNS_SEED=n)
 	$(PY) -m pytest -m engines tests/distributed $(ARGS)
+
+test-recipes: setup ## every recipe's smoke configuration, from the wheel in a clean environment (ARGS="ppo dapo" for some)
+	$(PY) tests/recipes/from_wheel.py $(ARGS)
 
 test-fast: setup ## the tests that take one optimizer step at most, start no processes and are not slow
 	$(PY) -m pytest $(PARALLEL) -m "not train and not distributed and not slow and not faults and not engines" $(ARGS)

@@ -1,5 +1,5 @@
 """
-How Sphinx builds these pages (`make docs`); `contributing.md` says why it is Sphinx.
+How Sphinx builds these pages (`make docs`); `CONTRIBUTING.md` says why it is Sphinx.
 
 Its source folder is the root of the repository, because pages link to the README, to results and to model cards, which
 then are pages, too. The table of contents is `_toctree.yml`, in the form of Hugging Face's own documentation, and no

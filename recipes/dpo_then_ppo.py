@@ -5,6 +5,7 @@ accuracy stays above a threshold, then PPO (or a different method) from the same
 ```shell
 accelerate launch recipes/dpo_then_ppo.py --config recipes/configs/quickstart_hybrid.yaml  # a laptop: `make hybrid`
 accelerate launch recipes/dpo_then_ppo.py --config recipes/configs/hybrid_qwen2.5_0.5b_gsm8k.yaml  # a GPU
+accelerate launch recipes/dpo_then_ppo.py --config recipes/configs/smoke_hybrid.yaml  # a smoke test
 ```
 
 All stages share one model in memory. Arguments are those of the second stage's recipe, `recipes/ppo.py` by default;

@@ -8,6 +8,7 @@ accelerate launch recipes/filter_prompts.py --config recipes/configs/dupo_qwen2.
     --output_dir runs/gsm8k_filtered
 accelerate launch recipes/dupo.py --config recipes/configs/dupo_qwen2.5_0.5b_gsm8k.yaml \
     --dataset_name runs/gsm8k_filtered
+accelerate launch recipes/dupo.py --config recipes/configs/smoke_dupo.yaml  # a smoke test
 ```
 
 See `trl_ext.run.arguments.PolicyArguments` for data, rewards and held-out evaluation.

@@ -5,6 +5,7 @@ the prompts that all of its samples solve.
 ```shell
 accelerate launch recipes/filter_prompts.py --config recipes/configs/dupo_qwen2.5_0.5b_gsm8k.yaml \
     --num_generations 8 --output_dir runs/gsm8k_filtered
+accelerate launch recipes/filter_prompts.py --config recipes/configs/smoke_filter.yaml  # a smoke test
 ```
 
 It takes the training recipes' arguments, so the same yaml file serves both. The output folder is what `--dataset_name`

@@ -4,6 +4,7 @@ tightly, which is steadier over several updates per rollout and for mixtures of 
 
 ```shell
 accelerate launch recipes/gspo.py --config recipes/configs/gspo_qwen2.5_0.5b_gsm8k.yaml
+accelerate launch recipes/gspo.py --config recipes/configs/smoke_gspo.yaml  # a smoke test
 ```
 
 GSPO-token, for advantages that differ between tokens, is `--importance_sampling_level sequence_token`. See

@@ -3,6 +3,7 @@ Preference pairs from a policy: completions of each prompt are sampled, scored a
 
 ```shell
 accelerate launch recipes/make_pairs.py --config recipes/configs/quickstart_pairs.yaml
+accelerate launch recipes/make_pairs.py --config recipes/configs/smoke_pairs.yaml  # a smoke test
 ```
 
 It takes the arguments of the recipes that sample. The output folder is what `--dataset_name` of `recipes/dpo.py` and

@@ -4,6 +4,7 @@ divided by that mean, so that prompts which are seldom solved weigh more.
 
 ```shell
 accelerate launch recipes/maxrl.py --config recipes/configs/maxrl_qwen2.5_0.5b_gsm8k.yaml
+accelerate launch recipes/maxrl.py --config recipes/configs/smoke_maxrl.yaml  # a smoke test
 ```
 
 It is `recipes/grpo.py` with a different `--advantage_estimator`. Rewards must be 0 or more, best 0 and 1, and groups

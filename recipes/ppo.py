@@ -9,6 +9,7 @@ accelerate launch recipes/ppo.py --config recipes/configs/ppo_one_trunk_qwen2.5_
 accelerate launch recipes/ppo.py --config recipes/configs/ppo_one_trunk_qwen2.5_7b.yaml   # a GPU with 80 GB
 accelerate launch recipes/ppo.py --config recipes/configs/ppo_one_trunk_33b.yaml          # see the head of the file
 accelerate launch recipes/ppo.py --config recipes/configs/ppo_tutorial.yaml               # the numbers of tutorials
+accelerate launch recipes/ppo.py --config recipes/configs/smoke_ppo.yaml  # a smoke test
 ```
 
 What is maximised: `--reward_model_name_or_path` (`recipes/reward.py` trains one), `--reward_funcs`, or both. With

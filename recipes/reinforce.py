@@ -3,6 +3,7 @@ REINFORCE (Williams, 1992): plain policy gradient, where the baseline is a runni
 
 ```shell
 accelerate launch recipes/reinforce.py --config recipes/configs/reinforce_qwen2.5_0.5b_gsm8k.yaml
+accelerate launch recipes/reinforce.py --config recipes/configs/smoke_reinforce.yaml  # a smoke test
 ```
 
 It is `recipes/grpo.py` with a different `--advantage_estimator`. Completions of a prompt are not compared: many

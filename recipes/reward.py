@@ -5,6 +5,7 @@ one (https://huggingface.co/papers/2203.02155, equation 1). PPO maximises it whe
 ```shell
 accelerate launch recipes/reward.py --config recipes/configs/quickstart_reward.yaml
 accelerate launch recipes/reward.py --config recipes/configs/reward_one_trunk_qwen2.5_0.5b.yaml
+accelerate launch recipes/reward.py --config recipes/configs/smoke_reward.yaml  # a smoke test
 ```
 
 With `--use_peft true`, what is trained and saved is an adapter with its score head. A policy that is trained with an

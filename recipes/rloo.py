@@ -4,6 +4,7 @@ reward of the other completions of its prompt, and the KL to the reference is pa
 
 ```shell
 accelerate launch recipes/rloo.py --config recipes/configs/rloo_qwen2.5_0.5b_gsm8k.yaml
+accelerate launch recipes/rloo.py --config recipes/configs/smoke_rloo.yaml  # a smoke test
 ```
 
 `--beta` weighs the KL. With one update a generation, as is the default, no ratio is clipped. See

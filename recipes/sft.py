@@ -3,6 +3,7 @@ Supervised fine-tuning, with TRL's own trainer: where a policy usually starts.
 
 ```shell
 accelerate launch recipes/sft.py --config recipes/configs/quickstart_sft.yaml
+accelerate launch recipes/sft.py --config recipes/configs/smoke_sft.yaml  # a smoke test
 ```
 
 Data: `prompt` and `completion`, `messages`, or `text`, as [`~trl.SFTTrainer`] takes them. All arguments of

@@ -5,6 +5,7 @@ with one reward at their end.
 ```shell
 accelerate launch recipes/vapo.py --config recipes/configs/quickstart_vapo.yaml          # a laptop, minutes
 accelerate launch recipes/vapo.py --config recipes/configs/vapo_qwen2.5_0.5b_gsm8k.yaml  # a GPU
+accelerate launch recipes/vapo.py --config recipes/configs/smoke_vapo.yaml  # a smoke test
 ```
 
 It takes the arguments of `recipes/ppo.py`. The paper's critic starts from a reward model, which `recipes/reward.py`

@@ -75,6 +75,24 @@ def exact_match(completion_ids: list[list[int]], answer_ids: list[list[int]], **
     return [float(ids == answer) for ids, answer in zip(completion_ids, answer_ids, strict=True)]
 
 
+def digits_in_place(completion_ids: list[list[int]], answer_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """
+    Reward function: the share of the answer's tokens, its end among them, that the completion has at their place. It
+    tells completions of an untrained model apart, which [`exact_match`] doesn't.
+
+    Args:
+        completion_ids, answer_ids (`list[list[int]]`):
+            As in [`exact_match`].
+
+    Returns:
+        `list[float]`: one reward per completion, in [0, 1].
+    """
+    return [
+        sum(token == right for token, right in zip(ids, answer, strict=False)) / len(answer)
+        for ids, answer in zip(completion_ids, answer_ids, strict=True)
+    ]
+
+
 def build_tokenizer(more: str = "") -> Qwen2Tokenizer:
     """
     One character, one token; four special tokens first. It is the tokenizer class of the model's own type, with no

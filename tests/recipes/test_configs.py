@@ -20,6 +20,7 @@ CONFIG_CLASSES |= {"reinforce": trl_ext.GRPOConfig, "maxrl": trl_ext.GRPOConfig}
 # With arguments of their own
 SUPERVISED = {
     "pairs": (arguments.PairArguments, trl_ext.GRPOConfig),
+    "filter": (arguments.FilterArguments, trl_ext.GRPOConfig),
     "sft": (arguments.DataArguments, SFTConfig),
     "reward": (arguments.DataArguments, RewardConfig),
     "dpo": (arguments.DPOArguments, trl_ext.DPOConfig),
@@ -54,7 +55,7 @@ def test_every_configuration_belongs_to_a_recipe():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_is_understood(path, monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
-    method = path.stem.removeprefix("quickstart_").split("_")[0]
+    method = path.stem.removeprefix("quickstart_").removeprefix("smoke_").split("_")[0]
     if method in SUPERVISED:
         parsed = arguments.parse_arguments(*SUPERVISED[method], ["--config", str(path)])
         if method == "hybrid":

@@ -113,6 +113,8 @@ def test_reward_counts_ids_not_text(tokenizer):
     assert tokenizer.decode(stray, skip_special_tokens=True) == "134"
     completions = [answer, stray, answer[:-1], tokenizer("143<eos>")["input_ids"], [*answer, 2]]
     assert sort_digits.exact_match(completions, [answer] * 5, prompts=["s413="] * 5) == [1, 0, 0, 0, 0]
+    # Of the four tokens of the answer, at their places: all; the first; all but the end; the first and the end; all
+    assert sort_digits.digits_in_place(completions, [answer] * 5) == [1, 0.25, 0.75, 0.5, 1]
 
 
 def test_what_is_saved_is_what_loads(tmp_path, monkeypatch, tokenizer):
