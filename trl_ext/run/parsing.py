@@ -3,7 +3,9 @@ How a recipe's command line and yaml file become values: TRL's parser, with erro
 """
 
 import difflib
+import inspect
 import types
+from argparse import Action
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from enum import EnumType
@@ -25,8 +27,28 @@ PLAIN = {str, int, float, bool, list, dict, type(None)}  # kinds of values that 
 class RecipeParser(Parser, TrlParser):
     """
     TRL's parser. It refuses what it doesn't know with the nearest name, and checks the values of a yaml file, which
-    TRL takes as they come. One value is a list of one where a list is meant.
+    TRL takes as they come. One value is a list of one where a list is meant. Its help begins with what is not TRL's.
     """
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Action:
+        action = super().add_argument(*args, **kwargs)
+        by_name: dict[str, list[Action]] = self.__dict__.setdefault("actions_by_name", {})
+        by_name.setdefault(action.dest, []).append(action)  # a switch that is on has a second one, --no_...
+        return action
+
+    def format_help(self) -> str:
+        """The recipe's own arguments, those of its method, and after them TRL's and transformers'."""
+        formatter = self.formatter_class(self.prog)
+        formatter.add_usage("%(prog)s [--config FILE] [--name value ...] [--debug]", [], [], "usage: ")
+        formatter.add_text(
+            f"{CONFIG} names a yaml file with the same arguments; the command line wins. --debug, at the end, shows "
+            "tracebacks. docs/arguments.md has all arguments in one table."
+        )
+        for title, names in in_sections(self.dataclass_types).items():
+            formatter.start_section(title)
+            formatter.add_arguments([action for name in names for action in self.actions_by_name[name]])
+            formatter.end_section()
+        return formatter.format_help()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = super().parse_known_args(args, namespace)
@@ -49,6 +71,32 @@ class RecipeParser(Parser, TrlParser):
 
     def _arguments(self) -> dict[str, Field[Any]]:
         return {field.name: field for kind in self.dataclass_types for field in fields(kind) if field.init}
+
+
+def in_sections(kinds: Sequence[type]) -> dict[str, list[str]]:
+    """
+    The names of arguments under the headings of a help: first the recipe's, then those of each class of `trl_ext`,
+    the method's own before those that it inherits, then TRL's and transformers'.
+
+    Args:
+        kinds (`Sequence[type]`):
+            Dataclasses with the arguments. An argument belongs to the class that gave it its default.
+    """
+    found: dict[str, list[str]] = {"this recipe": []}
+    last: dict[str, list[str]] = {"TRL": [], "transformers": []}
+    for kind in kinds:
+        names = [field.name for field in fields(kind) if field.init]
+        for parent in kind.__mro__:
+            module = parent.__module__
+            own = [name for name in names if name in inspect.get_annotations(parent)]
+            names = [name for name in names if name not in own]
+            if module.startswith(f"{__package__}."):
+                found["this recipe"] += own
+            elif module.startswith("trl_ext."):
+                found.setdefault(f"{parent.__name__} of trl_ext", []).extend(own)
+            else:
+                last["TRL" if module.startswith("trl.") else "transformers"] += own
+    return {title: own for title, own in (found | last).items() if own}
 
 
 def nearest(word: str, names: Sequence[str]) -> str:
