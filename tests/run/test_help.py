@@ -1,5 +1,7 @@
 """What `--help` of a recipe shows, in which order."""
 
+from dataclasses import fields
+
 import pytest
 import trl
 
@@ -44,9 +46,7 @@ def test_every_argument_is_in_one_section() -> None:
     for kinds in ([PolicyArguments, trl_ext.DAPOConfig, trl.ModelConfig], [PPOArguments, trl.SFTConfig]):
         named = [name for names in in_sections(kinds).values() for name in names]
         assert len(named) == len(set(named))
-        assert set(named) == {
-            name for kind in kinds for name, entry in kind.__dataclass_fields__.items() if entry.init
-        }
+        assert set(named) == {entry.name for kind in kinds for entry in fields(kind) if entry.init}
 
 
 def test_trls_own_trainers_have_no_section_of_ours() -> None:

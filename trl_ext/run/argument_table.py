@@ -7,7 +7,6 @@ python -m trl_ext.run.argument_table  # writes the page again; a test says when 
 """
 
 import inspect
-import sys
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

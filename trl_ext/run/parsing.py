@@ -30,21 +30,23 @@ class RecipeParser(Parser, TrlParser):
     TRL takes as they come. One value is a list of one where a list is meant. Its help begins with what is not TRL's.
     """
 
+    actions_by_name: dict[str, list[Action]]
+
     def add_argument(self, *args: Any, **kwargs: Any) -> Action:
         action = super().add_argument(*args, **kwargs)
-        by_name: dict[str, list[Action]] = self.__dict__.setdefault("actions_by_name", {})
-        by_name.setdefault(action.dest, []).append(action)  # a switch that is on has a second one, --no_...
+        self.__dict__.setdefault("actions_by_name", {})  # argparse's constructor adds --help
+        self.actions_by_name.setdefault(action.dest, []).append(action)  # a switch that is on has a second, --no_...
         return action
 
     def format_help(self) -> str:
         """The recipe's own arguments, those of its method, and after them TRL's and transformers'."""
-        formatter = self.formatter_class(self.prog)
+        formatter = self.formatter_class(prog=self.prog)
         formatter.add_usage("%(prog)s [--config FILE] [--name value ...] [--debug]", [], [], "usage: ")
         formatter.add_text(
             f"{CONFIG} names a yaml file with the same arguments; the command line wins. --debug, at the end, shows "
             "tracebacks. docs/arguments.md has all arguments in one table."
         )
-        for title, names in in_sections(self.dataclass_types).items():
+        for title, names in in_sections([*self.dataclass_types]).items():
             formatter.start_section(title)
             formatter.add_arguments([action for name in names for action in self.actions_by_name[name]])
             formatter.end_section()
