@@ -30,7 +30,7 @@ def test_every_argument_of_every_configuration_has_one_row_a_source() -> None:
 @pytest.mark.parametrize(
     ("name", "config", "expected"),
     [
-        ("epsilon_high", "GRPOConfig", "`None`; DAPO, DUPO, VAPO `0.28`; GSPO `0.0004`"),
+        ("epsilon_high", "GRPOConfig", "`0.28`; GRPO, PPO, RLOO `None`; GSPO `0.0004`"),
         ("lam", "PPOConfig", "`0.95`"),
         ("critic_lam", "PPOConfig", "`None`; VAPO `1.0`"),
         ("beta", "DPOConfig", "`0.1`"),
