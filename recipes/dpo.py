@@ -4,6 +4,7 @@ DPO (https://huggingface.co/papers/2305.18290): a policy from pairs of a better 
 ```shell
 accelerate launch recipes/dpo.py --config recipes/configs/quickstart_dpo.yaml  # a laptop, minutes
 accelerate launch recipes/dpo.py --config recipes/configs/dpo_tutorial.yaml    # a GPU
+accelerate launch recipes/dpo.py --config recipes/configs/dpo_qwen2.5_7b.yaml  # a GPU with 80 GB
 accelerate launch recipes/dpo.py --config recipes/configs/smoke_dpo.yaml  # a smoke test
 ```
 

@@ -76,7 +76,9 @@ def test_recipes_are_listed_at_once(tmp_path):
     assert names == [*sorted(path.stem for path in (ROOT / "recipes").glob("*.py")), "sort_digits"]
     assert all(len(line) <= 100 for line in lines)
     assert "dpo             DPO: a policy from pairs of a better and a worse completion, no sampling" in lines
-    assert "                configs: quickstart_dpo.yaml, dpo_tutorial.yaml, smoke_dpo.yaml" in lines
+    assert (
+        "                configs: quickstart_dpo.yaml, dpo_tutorial.yaml, dpo_qwen2.5_7b.yaml, smoke_dpo.yaml" in lines
+    )
 
 
 def test_help_and_version(capsys):

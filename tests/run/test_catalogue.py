@@ -16,7 +16,12 @@ def test_every_recipe_has_a_phrase():
     assert found["reinforce"].phrase == (
         "REINFORCE (Williams, 1992): plain policy gradient, where the baseline is a running mean of the rewards so far"
     )
-    assert found["dapo"].configs == ("quickstart_dapo.yaml", "dapo_qwen2.5_0.5b_gsm8k.yaml", "smoke_dapo.yaml")
+    assert found["dapo"].configs == (
+        "quickstart_dapo.yaml",
+        "dapo_qwen2.5_0.5b_gsm8k.yaml",
+        "dapo_qwen2.5_7b_gsm8k.yaml",
+        "smoke_dapo.yaml",
+    )
 
 
 def test_a_phrase_is_the_first_sentence_without_links(tmp_path):
@@ -51,7 +56,8 @@ def test_a_copy_is_complete_and_names_itself(tmp_path):
     folder = tmp_path / "mine"
     copies = catalogue.copy_recipe(catalogue.find_recipe("dapo"), folder)
     assert {str(path.relative_to(folder)) for path in copies} == {
-        *("dapo.py", "quickstart_dapo.yaml", "dapo_qwen2.5_0.5b_gsm8k.yaml", "smoke_dapo.yaml"),
+        *("dapo.py", "quickstart_dapo.yaml", "smoke_dapo.yaml"),
+        *("dapo_qwen2.5_0.5b_gsm8k.yaml", "dapo_qwen2.5_7b_gsm8k.yaml"),
         *("tasks/sort_digits.py", "tasks/gsm8k.py"),
     }
     assert copies[0] == folder / "dapo.py"
