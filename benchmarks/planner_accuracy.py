@@ -41,7 +41,7 @@ PAGE = ROOT / "docs" / "planner.md"
 STRATEGIES = ("zero2", "zero3", "fsdp2", "ddp")
 ROLES = [("ppo", "head"), ("ppo", "adapter"), ("ppo", "model"), ("dpo", None), ("dapo", None)]
 # Prompt and completion in tokens; what persists doesn't depend on them
-LENGTHS = {"states": {"tiny": (24, 8), "100m": (8, 4)}, "steps": {"tiny": (96, 32), "100m": (48, 16)}}
+LENGTHS = {"states": {"tiny": (24, 8), "100m": (8, 4)}, "steps": {"tiny": (96, 32), "100m": (24, 8)}}
 PARTS = ("base weights", "adapter", "critic", "reward", "reference", "gradients", "optimizer")
 # The whole of what is held, and of what a phase takes; all else is a part
 TOTALS = ("together", "generate", "old and reference passes", "update")
@@ -99,8 +99,15 @@ def work(kind: str, size: str, strategy: str, names: list[str], folder: Path) ->
     leave()
 
 
-def launch(kind: str, size: str, strategy: str, names: list[str], folder: Path) -> dict[str, Found]:
-    """Runs cases in new processes: one for `none`, two otherwise."""
+def launch(
+    kind: str, size: str, strategy: str, names: list[str], folder: Path, keep: Path | None = None
+) -> dict[str, Found]:
+    """Runs cases in new processes: one for `none`, two otherwise. What `keep` has is taken from there."""
+    kept = None if keep is None else keep / f"{size}_{kind}_{strategy}.json"
+    if kept is not None and kept.is_file():
+        before = json.loads(kept.read_text())
+        if before.keys() >= set(names):
+            return {name: Found(**before[name]) for name in names}
     script = [str(Path(__file__).resolve()), "--worker", strategy, "--kind", kind, "--size", size]
     script += ["--folder", str(folder), "--cases", *names]
     python = [sys.executable]
@@ -118,6 +125,9 @@ def launch(kind: str, size: str, strategy: str, names: list[str], folder: Path) 
     if done.returncode:
         sys.exit(f"{strategy} ended with status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-20000:]}")
     found = json.loads((folder / f"{kind}_{strategy}.json").read_text())
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found))
     return {name: Found(**of_case) for name, of_case in found.items()}
 
 
@@ -239,6 +249,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=LENGTHS, help="states or steps (default: both)")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES, help="of states")
     parser.add_argument("--cases", nargs="+", help="names of cases that count, or their beginning (default: all)")
+    parser.add_argument("--keep", type=Path, help="folder for what runs found: what is there isn't run again")
     parser.add_argument("--report", action="store_true", help="write the table into docs/planner.md")
     parser.add_argument("--worker", help="run in this process, one of those of this strategy")
     parser.add_argument("--folder", type=Path, help="with --worker: folder of the models")
@@ -258,7 +269,7 @@ def main() -> None:
                     for name, job in jobs(kind, args.size, strategy).items()
                     if args.cases is None or name.startswith(tuple(args.cases))
                 }
-                found = launch(kind, args.size, strategy, list(wanted), folder)
+                found = launch(kind, args.size, strategy, list(wanted), folder, args.keep)
                 table[kind if kind == "steps" else strategy] = {
                     name: compared(kind, job, found[name]) for name, job in wanted.items()
                 }
