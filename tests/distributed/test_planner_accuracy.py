@@ -15,7 +15,10 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "planner_accuracy.py"
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-@pytest.mark.parametrize("what", ["zero2", "zero3", "fsdp2", "ddp", "steps"])
+ALL = ["steps", "fsdp2", *(pytest.param(name, marks=pytest.mark.engines) for name in ("zero2", "zero3", "ddp"))]
+
+
+@pytest.mark.parametrize("what", ALL)
 def test_real_runs_hold_and_take_what_is_planned(what):
     """Totals within 5 %, parts within 10 %."""
     chosen = ["--kind", "steps"] if what == "steps" else ["--kind", "states", "--strategies", what]
