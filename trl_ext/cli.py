@@ -11,6 +11,7 @@ trl-ext copy dapo mine                                           # to change it
 trl-ext run ppo --config mine.yaml --dry_run                     # check everything, train nothing
 trl-ext plan --method ppo --model 33b --layout 4xa100-80g        # will it fit?
 trl-ext export runs/ppo --role policy --merge                    # plain weights of what a run has trained
+trl-ext report runs/dapo runs/grpo                               # runs side by side, in one HTML file
 ```
 
 A subcommand is one function here, which imports what it needs: `trl-ext recipes` answers without importing torch.
@@ -172,6 +173,28 @@ def _export_parser() -> Parser:
     return parser
 
 
+def report(argv: Sequence[str]) -> None:
+    """Writes one HTML file about one run, or several side by side."""
+    parser = Parser(
+        f"{PROGRAM} report",
+        description=f"{report.__doc__} It has settings (of several runs those that differ), held-out results with "
+        "intervals, curves, health checks in words, and completions that improved and that got worse. Pictures are in "
+        "the file itself. A run that is under way is read from its newest checkpoint.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="output folder of a run")
+    parser.add_argument(
+        "--output", metavar="FILE", help="by default report.html: in the folder of a single run, or else here"
+    )
+    given = parser.parse_args(argv)
+    from .run.quiet import be_quiet
+
+    be_quiet()
+    from .reports.run_report import write_report
+
+    print(f"Written: {write_report(given.runs, given.output)}")
+
+
 def plan(argv: Sequence[str]) -> int:
     """Says whether a method fits on GPUs, by phases, before anything is loaded."""
     from .run.planning import plan_parser, run_plan
@@ -184,6 +207,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "run": run,
     "copy": copy,
     "export": export,
+    "report": report,
     "plan": plan,
 }
 

@@ -66,9 +66,11 @@ def test_the_result_is_uploaded_without_what_a_resumed_run_needs(tmp_path, monke
     for name, stand_in in (("create_repo", create_repo), ("upload_folder", upload_folder)):
         monkeypatch.setattr(stages, name, stand_in)
     monkeypatch.setattr(stages, "_report_stages", lambda *given: done.append("reported"))
+    monkeypatch.setattr(stages, "write_arguments", lambda *given: done.append("arguments written"))
     args = SimpleNamespace(push_to_hub=True, hub_model_id="mine", hub_private_repo=None)
     schedule: Any = SimpleNamespace(output_dir=tmp_path, train=train)
     arguments: Any = SimpleNamespace(training=args)
     assert stages.train_stages(schedule, arguments, []) is schedule
     # A name that can't be had is reported before the training
-    assert done == ["created mine", "trained", "reported", ("someone/mine", result)]
+    steps = ["created mine", "arguments written", "trained", "reported"]
+    assert done == [*steps, ("someone/mine", result)]

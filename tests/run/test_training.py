@@ -31,6 +31,9 @@ class Trainer:
     def save_model(self, folder: str, _internal_call: bool) -> None:
         self.done.append((folder, _internal_call))
 
+    def save_state(self) -> None:
+        self.done.append("state")
+
 
 @pytest.mark.parametrize(
     ("given", "taken"), [(None, None), ("true", True), ("True", True), ("false", None), ("out/checkpoint-2",) * 2]
@@ -38,4 +41,4 @@ class Trainer:
 def test_where_training_resumes(given, taken):
     trainer = Trainer(given)
     train_and_save(trainer)
-    assert trainer.done == ["ProgressLines", taken, ("out", True)]  # saved at once, and not pushed yet
+    assert trainer.done == ["ProgressLines", taken, ("out", True), "state"]  # saved at once, and not pushed yet

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from scipy import stats
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import require, require_count, require_type, shown
+from .held_out_texts import MOST_PROMPTS, PromptTexts, texts_of, write_texts
 
 
 LOG_PREFIX = "held_out/"
@@ -134,6 +136,7 @@ def evaluate_policy(
     num_samples: int = 4,
     batch_size: int = 64,
     seed: int = 0,
+    texts: list[PromptTexts] | None = None,
 ) -> dict[str, Estimate]:
     """
     Samples completions for held-out prompts and estimates the mean of each reward function. It has its own seeds, so
@@ -151,6 +154,9 @@ def evaluate_policy(
             it also decides which samples are drawn: keep it the same for results that are compared.
         seed (`int`, *optional*, defaults to `0`):
             Seed of batch 0; batch i has the seed `seed + 1000 * i`.
+        texts (`list[PromptTexts]`, *optional*):
+            A list to which the completions of the first [`~trl_ext.evaluation.held_out_texts.MOST_PROMPTS`] prompts
+            are appended, on every process.
 
     Returns:
         `dict[str, Estimate]`: one estimate per reward function, by its name. Functions that applied to fewer than two
@@ -167,6 +173,8 @@ def evaluate_policy(
         scored = trainer.roll_out(rows, num_samples, seed=seed + 1000 * index)
         rewards.append(scored.rewards.detach().cpu())
         names = list(scored.reward_func_names)
+        if texts is not None and len(texts) < MOST_PROMPTS:
+            texts += texts_of(scored, MOST_PROMPTS - len(texts))
     prompts = sum(len(batch) for batch in rewards)
     require(prompts >= 2, f"dataset has {prompts} rows, but held-out evaluation needs at least 2. Pass more.")
     values = torch.cat(rewards)  # (P, G, F)
@@ -204,6 +212,9 @@ class HeldOut(TrainerCallback):
             Optimizer steps between measurements. With 0, the policy is measured only before and after training.
         sampler ([`GRPOTrainer`], *optional*):
             A trainer of the same weights that samples, where `trainer` (of DPO) can't. `None`: `trainer`.
+        texts (`str` or `Path`, *optional*):
+            File to which the completions of the first prompts are written at every measurement
+            ([`~trl_ext.evaluation.held_out_texts.write_texts`]). `None`: no texts are kept.
 
     Attributes:
         measured (`dict[int, dict[str, Estimate]]`):
@@ -219,19 +230,26 @@ class HeldOut(TrainerCallback):
         seed: int = 0,
         every: int = 0,
         sampler: RollsOut | None = None,
+        texts: str | Path | None = None,
     ):
         _check(sampler or trainer, dataset, num_samples=num_samples, batch_size=batch_size)
         require_count("every", every, least=0)
         self.trainer = trainer
         self.sampler: RollsOut = sampler or trainer
         self.dataset = dataset
-        self.settings = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+        self.settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
         self.every = every
+        self.texts = texts
         self.measured: dict[int, dict[str, Estimate]] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # Before trackers, which close what they write to at the end of training, when the policy is measured once more
+        callbacks = self.trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+            callbacks.insert(0, self)
         # Here and not before `train()`, because DeepSpeed and FSDP place the model on its devices in `train()`
         self.measured = read_estimates(state.log_history)
         if not self.measured:
@@ -252,7 +270,10 @@ class HeldOut(TrainerCallback):
 
     def measure(self, state: TrainerState) -> None:
         """Measures the policy as it is now, and logs the result. Every process must make the call."""
-        estimates = evaluate_policy(self.sampler, self.dataset, **self.settings)
+        texts: list[PromptTexts] | None = None if self.texts is None else []
+        estimates = evaluate_policy(self.sampler, self.dataset, **self.settings, texts=texts)
+        if self.texts is not None and state.is_world_process_zero:
+            write_texts(self.texts, state.global_step, texts or [])
         self.measured[state.global_step] = estimates
         logs: dict[str, float] = {}
         for name, estimate in estimates.items():

@@ -156,6 +156,7 @@ def _facts(logs: dict[str, Any]) -> list[str]:
     for key, text in (
         (metric_keys.PREFERENCE_ACCURACY, "preference accuracy {:.3f}"),
         (metric_keys.KL_PER_COMPLETION, "KL {:.2f}"),
+        (metric_keys.KL_PER_TOKEN, "KL {:.4f} a token"),
         (metric_keys.EXPLAINED_VARIANCE, "explained variance {:.2f}"),
     ):
         if key in logs:

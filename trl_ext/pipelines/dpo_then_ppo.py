@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, TrainerState
 from trl import DPOConfig as TRLDPOConfig
 
 from ..evaluation.held_out import HeldOut, evaluate_policy, read_estimates
+from ..evaluation.held_out_texts import HELD_OUT_TEXTS, PromptTexts, write_texts
 from ..metric_keys import EVALUATION, PREFERENCE_ACCURACY
 from ..preferences.pairs import NoPairsError
 from ..rewards.implicit import IMPLICIT_REWARD, ImplicitReward
@@ -370,7 +371,10 @@ class DPOThenPPO:
 
     def _measure_start(self, trainer: GRPOTrainer) -> None:
         assert self.held_out is not None
-        measured = evaluate_policy(trainer, list(self.held_out), **self._measurement)
+        texts: list[PromptTexts] = []
+        measured = evaluate_policy(trainer, list(self.held_out), **self._measurement, texts=texts)
+        if PartialState().is_main_process:
+            write_texts(self._folder(START, 0) / HELD_OUT_TEXTS, 0, texts)
         self.file.finish(StageResult(START, 0, str(self._folder(START, 0)), measured=measured))
         means = (f"held-out {name} {e.mean:.3f} ({e.low:.3f} to {e.high:.3f})" for name, e in measured.items())
         print_once(", ".join(means))
@@ -452,7 +456,10 @@ class DPOThenPPO:
             self._fit_critic(trainer, round_)
         held_out = None
         if self.held_out is not None:
-            held_out = HeldOut(trainer, list(self.held_out), every=self.held_out_every, **self._measurement)
+            texts = folder / HELD_OUT_TEXTS
+            held_out = HeldOut(
+                trainer, list(self.held_out), every=self.held_out_every, texts=texts, **self._measurement
+            )
             trainer.add_callback(held_out)
         self._train(trainer, self.method, folder, None, held_out)
         measured = read_estimates(trainer.state.log_history)

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..evaluation.held_out import HeldOut, read_estimates
+from ..evaluation.held_out_texts import HELD_OUT_TEXTS
 from ..metric_keys import PREFERENCE_ACCURACY
 from ..monitors.health import PreferenceAccuracyCheck
 from ..roles.critic import CRITIC
@@ -22,7 +23,16 @@ from .stages import whole_checkpoint
 
 
 # Beginnings of the names of files that only a resumed training needs
-FILES_OF_A_RUN = ("optimizer", "scheduler", "rng_state", "trl_ext_", "training_args", "README", TRAINER_STATE_NAME)
+FILES_OF_A_RUN = (
+    "optimizer",
+    "scheduler",
+    "rng_state",
+    "trl_ext_",
+    "training_args",
+    "README",
+    TRAINER_STATE_NAME,
+    HELD_OUT_TEXTS,
+)
 
 
 class StageStoppedError(RuntimeError):

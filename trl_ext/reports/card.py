@@ -12,6 +12,7 @@ from ..evaluation.pairs import PAIR_ACCURACY
 from ..monitors.progress import count
 from ..redaction import redact
 from ..trainers.cards import CARD, CardFacts, as_written, base_of, completed
+from .summary import held_out_cell, intervals_in_words
 
 
 def results_section(
@@ -76,7 +77,7 @@ def stages_section(summary: dict[str, Any], figure: str | None = None, config: s
         header = [*names, "optimizer steps", "tokens generated", "seconds"]
         rows = [f"| stage | {' | '.join(header)} |", "|---|" + "---|" * len(header)]
         for stage in stages:
-            cells = [_cell(stage, name) for name in names]
+            cells = [held_out_cell(stage, name) for name in names]
             cells += [str(stage["steps"]), count(stage["generated_tokens"]), f"{stage['seconds']:.0f}"]
             rows.append(f"| {stage['name']} | {' | '.join(cells)} |")
         parts.append("\n".join(rows))
@@ -143,6 +144,7 @@ def write_stages_card(
         example=example,
         base_model=linked,
         metrics={metric: last[metric] for metric in last.get("intervals", ())},
+        intervals=intervals_in_words(last),
     )
     text = completed(str(card), facts)
     (Path(folder) / CARD).write_text(f"{text.rstrip()}\n\n{section}", encoding="utf-8")
@@ -171,16 +173,9 @@ def _headline(summary: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for name in after["intervals"]:
-        cells = [_cell(part, name) for part in (before, after, gain)]
+        cells = [held_out_cell(part, name) for part in (before, after, gain)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _cell(part: dict[str, Any], name: str) -> str:
-    if name not in part:
-        return "–"
-    low, high = part["intervals"][name]
-    return f"{part[name]:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _costs(summary: dict[str, Any]) -> str:
@@ -213,10 +208,10 @@ def _reward_model(reward_model: dict[str, Any]) -> dict[str, str]:
         rows["reward model"] = f"`{reward_model['model']}`"
     if PAIR_ACCURACY in reward_model:
         pairs = reward_model["prompts"]
-        rows[f"of {pairs} held-out pairs, it ranks right"] = _cell(reward_model, PAIR_ACCURACY)
+        rows[f"of {pairs} held-out pairs, it ranks right"] = held_out_cell(reward_model, PAIR_ACCURACY)
     before = reward_model.get("before") or {}
     if PAIR_ACCURACY in before:
-        rows[f"of {before['prompts']} held-out pairs, it ranked right before its training"] = _cell(
+        rows[f"of {before['prompts']} held-out pairs, it ranked right before its training"] = held_out_cell(
             before, PAIR_ACCURACY
         )
     return rows

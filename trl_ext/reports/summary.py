@@ -27,6 +27,7 @@ CRITIC_METRICS = {
     "explained_variance": EXPLAINED_VARIANCE,
     "kl": KL_PER_COMPLETION,
 }
+SUMMARY = "summary.json"
 PACKAGES = ("trl_ext", "trl", "transformers", "torch", "accelerate", "peft", "datasets")
 
 
@@ -182,6 +183,20 @@ def write_summary(summary: dict[str, Any], path: str | Path) -> None:
     Path(path).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def held_out_cell(part: dict[str, Any], metric: str) -> str:
+    """A metric of a part of a summary, such as `after`, with its interval; a dash if it wasn't measured there."""
+    if metric not in part:
+        return "–"
+    low, high = part["intervals"][metric]
+    return f"{part[metric]:.3f} ({low:.3f} to {high:.3f})"
+
+
+def intervals_in_words(part: dict[str, Any]) -> dict[str, str]:
+    """The intervals of a part of a summary by metric, as the metadata of a card have them."""
+    on = f"{part.get('prompts')} prompts"
+    return {name: f"95 %: {low:.3f} to {high:.3f}, {on}" for name, (low, high) in part.get("intervals", {}).items()}
+
+
 def _entry(estimates: dict[str, Estimate], step: int) -> dict[str, Any]:
     means = {name: round(estimate.mean, 4) for name, estimate in estimates.items()}
     return means | {
@@ -193,7 +208,7 @@ def _entry(estimates: dict[str, Estimate], step: int) -> dict[str, Any]:
 
 
 def _reward_model(name: str) -> dict[str, Any]:
-    own = Path(name) / "summary.json"
+    own = Path(name) / SUMMARY
     results = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
     if not results.get("after"):
         return {"model": name}

@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
@@ -78,7 +80,7 @@ def load_critic(directory: str | Path, actor: nn.Module, temperature: float = 1.
 
     Args:
         directory (`str` or `Path`):
-            The folder of the critic.
+            The folder of the critic, or of the model with which it was saved; or the Hub id of that model.
         actor (`PreTrainedModel` or `PeftModel`):
             The policy that was saved with it.
         temperature (`float`):
@@ -90,12 +92,7 @@ def load_critic(directory: str | Path, actor: nn.Module, temperature: float = 1.
     """
     require_type("directory", directory, str | Path, "Pass the folder of a critic, such as 'out/critic'.")
     require_type("actor", actor, nn.Module, "Pass the loaded policy that was saved with the critic.")
-    directory = Path(directory)
-    if not (directory / CONFIG_FILE).exists():
-        raise FileNotFoundError(
-            f"No critic in directory={str(directory)!r}: {CONFIG_FILE} is missing. Pass the folder `critic` in the "
-            "output_dir of a trainer."
-        )
+    directory = _find_critic(directory)
     description = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     base = base_model_of(actor)
     try:
@@ -107,6 +104,26 @@ def load_critic(directory: str | Path, actor: nn.Module, temperature: float = 1.
     add_fused_lm_head(base, temperature)
     critic.attach(base)
     return critic
+
+
+def _find_critic(name: str | Path) -> Path:
+    """The folder of a critic, of which the name may be that of the model's folder or its Hub id."""
+    for folder in (Path(name), Path(name) / CRITIC):
+        if (folder / CONFIG_FILE).exists():
+            return folder
+    why = ""
+    if isinstance(name, str) and not Path(name).exists() and name.count("/") == 1:
+        try:
+            found = Path(snapshot_download(name, allow_patterns=[f"{CRITIC}/*"])) / CRITIC
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            why = f" As a Hub id it is of no use: {error}"
+        else:
+            if (found / CONFIG_FILE).exists():
+                return found
+    raise FileNotFoundError(
+        f"No critic in directory={str(name)!r}: {CONFIG_FILE} is missing. Pass the folder `critic` in the "
+        f"output_dir of a trainer, or the Hub id of a model that was pushed with its critic.{why}"
+    )
 
 
 def logps_and_values(

@@ -19,7 +19,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from ..errors import UserError
 from ..pipelines.dpo_then_ppo import DPOThenPPO
 from ..planner.layouts import find_layout
-from .hub import limit_silence
+from .hub import be_patient
 from .machine import give_back_deepspeed
 from .parsing import CONFIG, RecipeParser, config_file, read_config, words_of
 from .program import Parser, preparing
@@ -27,6 +27,8 @@ from .program import Parser, preparing
 
 # TRL's defaults are made for GPUs.
 WITHOUT_ACCELERATOR = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+# A repository that a recipe creates is the user's own until they publish it.
+ON_THE_HUB = {"hub_private_repo": True}
 METHODS = ("PPO", "GRPO", "DAPO", "DUPO", "GSPO")  # that a schedule can end with
 _SCHEDULE: Mapping[str, Any] = DPOThenPPO.__init__.__kwdefaults__ or {}
 
@@ -55,6 +57,7 @@ class DataArguments(ScriptArguments):
 
     `config_file` is the yaml file that the arguments were read from, `None` if there was none. The files that it names
     may lie beside it. `on_gpus` is the trainer's configuration as it would be on the GPUs of `layout`, `None` without.
+    `chosen` has the names of the arguments that the yaml file or the command line named.
     """
 
     prepare_row: str | None = field(
@@ -71,6 +74,7 @@ class DataArguments(ScriptArguments):
     force: bool = field(default=False, metadata={"help": "Start a run that doesn't fit by its plan."})
     config_file: Path | None = field(default=None, init=False)  # no argument
     on_gpus: Any = field(default=None, init=False)  # no argument
+    chosen: list[str] = field(default_factory=list, init=False)  # no argument
 
 
 @dataclass
@@ -284,17 +288,18 @@ def parse_arguments(
     has_accelerator = torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     if not has_accelerator:
         parser.set_defaults(**WITHOUT_ACCELERATOR)
-    parser.set_defaults(**(defaults or {}))
+    parser.set_defaults(**ON_THE_HUB, **(defaults or {}))
     argv = sys.argv[1:] if argv is None else argv
     file, words = config_file(argv), words_of(argv)
+    named = [word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--") and word != CONFIG]
     if file is not None:
-        read_config(file)
+        named += read_config(file)
         words[words.index(CONFIG) + 1] = str(file)
     with preparing():
         parsed = ParsedArguments(*parser.parse_args_and_config(words))
     script_args, training_args = parsed.script, parsed.training
     model_args: Any = parsed.model
-    script_args.config_file = file
+    script_args.config_file, script_args.chosen = file, named
     if script_args.layout is not None:
         with preparing():
             find_layout(script_args.layout)
@@ -307,7 +312,7 @@ def parse_arguments(
         # The trainer saves its arguments beside the model and pushes them: the token must not be among them
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     if training_args.push_to_hub:
-        limit_silence(script_args.push_timeout)
+        be_patient(script_args.push_timeout)
     if not has_accelerator:
         if script_args.cpu_threads is not None:
             torch.set_num_threads(script_args.cpu_threads)

@@ -1,20 +1,74 @@
 """
-The Hub, which may be out of reach when a run is finished. Requests that get no answer fail, and an upload that fails
-is reported in one line; what the run has written stays.
+The Hub, which may be busy or out of reach. A request that fails is repeated a few times, one that gets no answer has
+failed, and an upload that fails is reported in one line; what the run has written stays.
 """
 
+import importlib
+import logging
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import get_session
+from huggingface_hub import get_session, set_client_factory
 
 
-def limit_silence(seconds: float) -> None:
-    """Have requests to the Hub fail that get no answer for so long. The Hub's client itself would wait for ever."""
-    get_session().timeout = seconds
+logger = logging.getLogger(__name__)
+
+# Answers that a repeated request may not get again
+PASSING = (429, 500, 502, 503, 504)
+# Seconds before a request is repeated: the second try, the third, and so on
+WAITS = (1.0, 2.0, 4.0)
+LONGEST_WAIT = 60.0  # that a busy Hub can ask for
+
+
+def be_patient(silence: float) -> None:
+    """
+    Have the requests of this process to the Hub repeated where that may help: after an answer that says that the Hub
+    is busy or has failed, and where no connection was made or it was lost. The Hub's own client repeats only some of
+    them, not those that create a repository or a commit.
+
+    Args:
+        silence (`float`):
+            Seconds after which a request without an answer has failed. It isn't repeated. The Hub's own client would
+            wait for ever.
+    """
+    given: Any = get_session()
+    settings = {"event_hooks": given.event_hooks, "follow_redirects": given.follow_redirects, "timeout": silence}
+    # The Hub's client closes what it has after some failures, and asks for a new one
+    set_client_factory(lambda: _patient(type(given)(**settings)))
+
+
+def _patient(client: Any) -> Any:
+    """A client that repeats its requests."""
+    package = importlib.import_module(type(client).__module__.partition(".")[0])  # httpx, or what followed it
+    send_once = client.send
+
+    def send(request: Any, **options: Any) -> Any:
+        # What is read while it is sent can't be sent again; for files the Hub's client sees to that itself
+        for wait in WAITS if isinstance(request.stream, package.ByteStream) else ():
+            try:
+                answer = send_once(request, **options)
+            except package.TimeoutException:
+                raise
+            except package.TransportError as error:
+                reason = type(error).__name__
+            else:
+                if answer.status_code not in PASSING:
+                    return answer
+                asked = answer.headers.get("Retry-After", "")
+                wait = min(float(asked), LONGEST_WAIT) if asked.isdigit() else wait
+                reason = f"status {answer.status_code}"
+                answer.close()
+            logger.info("The Hub has failed (%s); the request is repeated in %g s.", reason, wait)
+            time.sleep(wait)
+        return send_once(request, **options)
+
+    client.send = send
+    return client
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """How a run is measured: on held-out prompts, on held-out pairs, and by the credit of single tokens."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -9,6 +10,7 @@ from transformers.trainer_utils import has_length
 
 from ..evaluation.credit import TokenCredit, credit_by_token
 from ..evaluation.held_out import Estimate, HeldOut, evaluate_policy
+from ..evaluation.held_out_texts import HELD_OUT_TEXTS, PromptTexts
 from ..evaluation.pairs import read_pair_accuracy
 from ..roles.trunk import sharing_weights
 from ..trainers.grpo import GRPOTrainer
@@ -56,6 +58,7 @@ def add_held_out(trainer: Any, data: Mapping[str, Any], script_args: PolicyArgum
         batch_size=prompts_at_once(trainer.args, script_args.held_out_samples),
         seed=script_args.held_out_seed,
         every=script_args.held_out_every,
+        texts=Path(trainer.args.output_dir) / HELD_OUT_TEXTS,
     )
     trainer.add_callback(held_out)
     trainer.accelerator.print(
@@ -75,7 +78,9 @@ def pair_accuracy(trainer: Any) -> dict[int, dict[str, Estimate]]:
     return read_pair_accuracy(trainer.state.log_history, len(pairs)) if has_length(pairs) else {}
 
 
-def score_completions(trainer: Any, script_args: DPOArguments, data: Mapping[str, Any]) -> dict[str, Estimate]:
+def score_completions(
+    trainer: Any, script_args: DPOArguments, data: Mapping[str, Any], texts: list[PromptTexts] | None = None
+) -> dict[str, Estimate]:
     """
     Samples completions from the policy of a trainer that has no rollouts of its own, and scores them.
 
@@ -86,6 +91,8 @@ def score_completions(trainer: Any, script_args: DPOArguments, data: Mapping[str
             Their `held_out_*` choose prompts, number and length of the completions.
         data (`Mapping[str, Any]`):
             Data sets by split.
+        texts (`list[PromptTexts]`, *optional*):
+            A list to which completions of the first prompts are appended.
 
     Returns:
         `dict[str, Estimate]`: by reward function; empty without `held_out_split`.
@@ -111,7 +118,7 @@ def score_completions(trainer: Any, script_args: DPOArguments, data: Mapping[str
         train_dataset=rows,
         processing_class=trainer.processing_class,
     )
-    return evaluate_policy(sampler, rows, samples, seed=script_args.held_out_seed)
+    return evaluate_policy(sampler, rows, samples, seed=script_args.held_out_seed, texts=texts)
 
 
 def token_credits(trainer: Any, data: Mapping[str, Any], script_args: PolicyArguments) -> list[TokenCredit]:

@@ -4,11 +4,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 from trl import RewardConfig
 
+from ..evaluation.held_out_texts import HELD_OUT_TEXTS, PromptTexts, write_texts
 from ..reports.card import results_section
 from ..trainers.dpo import DPOConfig, DPOTrainer
 from .arguments import DataArguments, DPOArguments, parse_arguments
@@ -78,7 +80,7 @@ def train_reward_model(argv: list[str] | None = None) -> RewardTrainer:
         settings = trainer_arguments(arguments.script, arguments.training, model_args, data)
         before_loading([Stage(RewardTrainer, settings)], arguments, data)
         trainer = RewardTrainer(**settings)
-    train_and_save(trainer)
+    train_and_save(trainer, arguments)
     summary = None
     if trainer.is_world_process_zero() and (measured := pair_accuracy(trainer)):
         summary = write_results(trainer, arguments, measured, time.monotonic() - started)
@@ -110,13 +112,16 @@ def train_dpo(argv: list[str] | None = None) -> DPOTrainer:
         settings["curriculum"] = curriculum
         before_loading([Stage(DPOTrainer, settings, script_args.on_gpus)], arguments, data)
         trainer = DPOTrainer(**settings)
-    before = score_completions(trainer, script_args, data)
-    train_and_save(trainer, script_args.health_checks)
-    after, summary = score_completions(trainer, script_args, data), None
+    texts: list[list[PromptTexts]] = [[], []]
+    before = score_completions(trainer, script_args, data, texts[0])
+    train_and_save(trainer, arguments)
+    after, summary = score_completions(trainer, script_args, data, texts[1]), None
     if trainer.is_world_process_zero():
         measured = pair_accuracy(trainer)
-        for step, found in ((0, before), (trainer.state.global_step, after)):
+        for step, found, written in zip((0, trainer.state.global_step), (before, after), texts, strict=True):
             measured[step] = {**measured.get(step, {}), **found}
+            if written:
+                write_texts(Path(trainer.args.output_dir) / HELD_OUT_TEXTS, step, written)
         summary = write_results(trainer, arguments, dict(sorted(measured.items())), time.monotonic() - started)
         trainer.card.sections.append(partial(results_section, summary))
     publish(trainer, script_args.dataset_name, summary)

@@ -4,6 +4,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,30 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..evaluation.credit import TokenCredit
 from ..evaluation.held_out import Estimate
 from ..reports.card import results_section
+from ..reports.card_sections import details
 from ..reports.plots import plot_learning, plot_reliability, plot_tokens
-from ..reports.summary import summarize, write_summary
+from ..reports.run_files import read_run, write_settings
+from ..reports.summary import SUMMARY, intervals_in_words, summarize, write_summary
+from ..trainers.cards import as_written, example_of
 from .arguments import ParsedArguments
 from .files import recipes_folder
 from .hub import uploading
 
 
-SUMMARY = "summary.json"
 PICTURES = ("learning.png", "tokens.png", "reliability.png")
+# Fields of script arguments that a user can't set
+NO_ARGUMENTS = ("chosen", "config_file", "on_gpus")
 # What trainers leave out of an upload
 NOT_PUSHED = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
+
+
+def write_arguments(folder: str | Path, arguments: ParsedArguments) -> None:
+    """Writes `settings.json`, before training, so that a run that is under way can be compared. Main process only."""
+    script, training = vars(arguments.script), arguments.training.to_dict()
+    parts = (asdict(arguments.mixture), asdict(arguments.model), training)
+    settings = {name: value for part in parts for name, value in part.items()}
+    own = {name: value for name, value in script.items() if name not in NO_ARGUMENTS}
+    write_settings(folder, settings | own, arguments.script.chosen)
 
 
 def write_results(
@@ -66,6 +80,7 @@ def write_results(
     write_summary(summary, Path(trainer.args.output_dir) / SUMMARY)
     after = summary["after"] or {}
     trainer.card.metrics |= {metric: after[metric] for metric in after.get("intervals", ())}
+    trainer.card.intervals |= intervals_in_words(after)
     return summary
 
 
@@ -112,12 +127,18 @@ def publish(trainer: Any, dataset_name: str | None, summary: Mapping[str, Any] |
     """
     dataset = on_the_hub(dataset_name)
     folder = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        run, example = read_run(folder), example_of(trainer.train_dataset, trainer.processing_class)
+        trainer.card.sections.append(lambda: details(run, trainer.hub_model_id or as_written(folder), example))
     trainer.create_model_card(model_name=folder.name, dataset_name=dataset)
     trainer.accelerator.print(f"Saved to {folder}. How to use the model: {folder / 'README.md'}")
     if summary is not None:
         trainer.accelerator.print("\n".join(closing_lines(summary, folder)), flush=True)
     if trainer.args.push_to_hub:
-        with uploading(folder, trainer.hub_model_id, NOT_PUSHED, trainer.args.hub_revision):
+        repo_id = trainer.hub_model_id or trainer.args.hub_model_id or folder.name  # without an id if the Hub was away
+        with uploading(
+            folder, repo_id if trainer.is_world_process_zero() else None, NOT_PUSHED, trainer.args.hub_revision
+        ):
             trainer.push_to_hub(dataset_name=dataset)
     leave(trainer)
 

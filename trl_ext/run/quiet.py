@@ -42,6 +42,11 @@ LEFT_OUT = (
         "looked for where DeepSpeed is installed, whether it is used or not",
     ),
     Message(
+        "transformers.integrations.integration_utils",
+        r'Trainer is attempting to log a value of "None"',
+        "a quantity that no completion of a log has, such as the length of those that ended; TRL logs it as `None`",
+    ),
+    Message(
         "datasets.packaged_modules.json.json", r"Failed to load JSON", "said again by the error that names the file"
     ),
     Message(

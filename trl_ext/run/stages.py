@@ -15,12 +15,15 @@ from ..errors import UserError
 from ..monitors.verify import verify
 from ..pipelines.dpo_then_ppo import DPOThenPPO
 from ..reports.card import stages_section, write_stages_card
+from ..reports.card_sections import details
 from ..reports.plots import plot_stages
-from ..reports.summary import summarize_stages, write_summary
+from ..reports.run_files import read_run
+from ..reports.summary import SUMMARY, summarize_stages, write_summary
 from ..rewards.implicit import IMPLICIT_REWARD
-from ..trainers.cards import example_of
+from ..trainers.cards import as_written, example_of
 from ..trainers.dpo import DPOConfig, DPOTrainer
 from ..trainers.grpo import GRPOTrainer
+from ..trainers.seams.pushes import out_of_reach
 from .arguments import METHODS, HybridArguments, ParsedArguments, PolicyArguments, as_mapping, parse_arguments, peek
 from .dry_run import before_loading
 from .fitting import Stage
@@ -37,7 +40,7 @@ from .loading import (
 from .measuring import held_out_rows
 from .parsing import RecipeParser, nearest
 from .program import preparing, program
-from .publishing import SUMMARY, command_line, config_text, leave, on_the_hub
+from .publishing import command_line, config_text, leave, on_the_hub, write_arguments
 from .training import watch
 
 
@@ -176,20 +179,27 @@ def train_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[st
     """
     training_args = arguments.training
     state: Any = PartialState()
-    folder, hub_id = schedule.output_dir, None
+    folder, hub_id, is_there = schedule.output_dir, None, False
     if training_args.push_to_hub:
         hub_id = training_args.hub_model_id or folder.name
-        if state.is_main_process:  # now, so that an error is reported before the training
+        if state.is_main_process:  # now, so that a refusal is reported before the training
             try:
                 hub_id = create_repo(hub_id, private=training_args.hub_private_repo, exist_ok=True).repo_id
-            except OSError as error:
-                raise UserError(f"--push_to_hub to '{hub_id}' can't be: {error}") from error
+                is_there = True
+            except Exception as error:
+                if not out_of_reach(error):
+                    raise UserError(f"--push_to_hub to '{hub_id}' can't be: {error}") from error
+                print(f"The Hub is out of reach ({type(error).__name__}); it is tried again at the end.", flush=True)
+    if state.is_main_process:
+        write_arguments(folder, arguments)
     schedule.train()
     if state.is_main_process:
         _report_stages(schedule, arguments, argv, hub_id)
     state.print(f"Saved to {folder}.")
     if hub_id is not None and state.is_main_process:
         with uploading(folder, hub_id, NOT_PUSHED):
+            if not is_there:
+                hub_id = create_repo(hub_id, private=training_args.hub_private_repo, exist_ok=True).repo_id
             upload_folder(repo_id=hub_id, folder_path=folder, ignore_patterns=list(NOT_PUSHED))
     leave()
     return schedule
@@ -206,6 +216,7 @@ def _report_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[
     figure = plot_stages(schedule.stages, folder / "stages.png", f"{method} · {model} · {dataset}")
     section = stages_section(summary, figure.name, config_text(script_args.config_file))
     example, tokenizer = example_of(schedule.train_dataset, schedule.tokenizer), schedule.tokenizer
+    section += f"\n{details(read_run(folder), hub_id or as_written(folder), example)}"
     shown = {"tokenizer": tokenizer, "example": example}
     write_stages_card(folder, section, summary, str(model), on_the_hub(dataset), hub_id, **shown)
     for stage in summary["stages"]:

@@ -11,6 +11,7 @@ from ..roles.quantized import keep_head_in_float32, keep_weights_trainable
 from ..roles.reward_adapter import HEADS
 from ..trainers.cards import CardAdditions, complete_card
 from ..trainers.seams.evaluation import EvaluatedBatch, WholeEvaluations
+from ..trainers.seams.pushes import creation_of_repository
 from ..trainers.seams.quantized import SavesQuantization
 
 
@@ -24,6 +25,10 @@ class SFTTrainer(trl.SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         complete_card(self, self.card)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        with creation_of_repository(self):
+            super().init_hf_repo(*args, **kwargs)
 
 
 class RewardTrainer(SavesQuantization, WholeEvaluations, trl.RewardTrainer):
@@ -39,6 +44,10 @@ class RewardTrainer(SavesQuantization, WholeEvaluations, trl.RewardTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         complete_card(self, self.card)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        with creation_of_repository(self):
+            super().init_hf_repo(*args, **kwargs)
 
     def pool_batches(self, values: dict[str, list[float]], batches: list[EvaluatedBatch]) -> dict[str, float | None]:
         return {"min_reward": min(values["min_reward"]), "max_reward": max(values["max_reward"])}

@@ -11,13 +11,13 @@ from ..monitors.health import HealthChecks
 from ..monitors.progress import ProgressLines
 from ..monitors.verify import verify
 from ..trainers.seams.pushes import save_without_push
-from .arguments import DataArguments, PolicyArguments, parse_arguments
+from .arguments import DataArguments, ParsedArguments, PolicyArguments, parse_arguments
 from .dry_run import before_loading
 from .fitting import Stage
 from .loading import RewardFunc, check_models, load_curriculum, load_data, load_reward_funcs, trainer_arguments
 from .measuring import add_held_out, token_credits
 from .program import preparing, program
-from .publishing import add_results, publish, write_results
+from .publishing import add_results, publish, write_arguments, write_results
 from .supervised import SFTTrainer
 
 
@@ -28,15 +28,19 @@ def watch(trainer: Any, health_checks: bool = False) -> None:
         HealthChecks().add_to(trainer)
 
 
-def train_and_save(trainer: Any, health_checks: bool = False) -> None:
+def train_and_save(trainer: Any, arguments: ParsedArguments | None = None) -> None:
     """
     Trains and saves at once, before anything later can fail. Training resumes from `--resume_from_checkpoint` if that
-    is given: a folder, or `true` for the last checkpoint in the output folder.
+    is given: a folder, or `true` for the last checkpoint in the output folder. The arguments, and with the model the
+    log, are written beside it.
     """
-    watch(trainer, health_checks)
+    watch(trainer, arguments is not None and getattr(arguments.script, "health_checks", False))
+    if arguments is not None and trainer.is_world_process_zero():
+        write_arguments(trainer.args.output_dir, arguments)
     checkpoint = trainer.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint))
     save_without_push(trainer)
+    trainer.save_state()
 
 
 @program
@@ -58,7 +62,7 @@ def train_supervised(argv: list[str] | None = None) -> SFTTrainer:
         settings = trainer_arguments(arguments.script, arguments.training, arguments.model, data)
         before_loading([Stage(SFTTrainer, settings)], arguments, data)
         trainer = SFTTrainer(**settings)
-    train_and_save(trainer)
+    train_and_save(trainer, arguments)
     publish(trainer, arguments.script.dataset_name)
     return trainer
 
@@ -114,7 +118,7 @@ def train_policy(
         held_out = add_held_out(trainer, data, script_args)
     if script_args.verify:
         verify(trainer)
-    train_and_save(trainer, script_args.health_checks)
+    train_and_save(trainer, arguments)
     credits, summary = token_credits(trainer, data, script_args), None
     if trainer.is_world_process_zero():
         measured, seconds = {} if held_out is None else held_out.measured, time.monotonic() - started

@@ -72,6 +72,8 @@ class CardFacts:
             Hub id of the model that it was trained from.
         metrics (`Mapping[str, float]`, *optional*):
             Held-out results, for the metadata.
+        intervals (`Mapping[str, str]`, *optional*):
+            How certain they are, in words, by the same names.
     """
 
     model: str
@@ -81,6 +83,7 @@ class CardFacts:
     example: str = PLAIN_EXAMPLE
     base_model: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, str] = field(default_factory=dict)
 
 
 def completed(text: str, facts: CardFacts) -> str:
@@ -121,6 +124,7 @@ def _results(facts: CardFacts, datasets: Any) -> list[EvalResult]:
             dataset_type=dataset or "held-out",
             dataset_name=dataset or "held-out prompts",
             metric_type=name,
+            metric_name=f"{name} ({facts.intervals[name]})" if name in facts.intervals else name,
             metric_value=value,
         )
         for name, value in facts.metrics.items()
@@ -146,12 +150,15 @@ class CardAdditions:
             Each returns Markdown that follows TRL's.
         metrics (`dict[str, float]`, *optional*):
             Held-out results, for the metadata.
+        intervals (`dict[str, str]`, *optional*):
+            How certain they are, in words.
         papers (`list[Mapping[str, str]]`, *optional*):
             What is cited beside the trainer's own paper, each in the form of `_paper` of TRL's trainers.
     """
 
     sections: list[Callable[[], str]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, str] = field(default_factory=dict)
     papers: list[Mapping[str, str]] = field(default_factory=list)
 
 
@@ -179,6 +186,7 @@ def complete_card(trainer: Any, additions: CardAdditions) -> None:
         example=example_of(trainer.train_dataset, tokenizer),
         base_model=base_of(started_from),
         metrics=additions.metrics,
+        intervals=additions.intervals,
     )
     parts = [completed(file.read_text(encoding="utf-8"), facts).rstrip()]
     if additions.papers:

@@ -37,7 +37,7 @@ from ...roles.trunk import REFERENCE_ADAPTER
 from .lost_processes import watching_processes
 from .parts import describe_parts, parts_are_all, whole_weights, writes_parts
 from .preemption import preemption_of
-from .pushes import push_of_checkpoint, wait_for_pushes
+from .pushes import copy_critic, creation_of_repository, push_of_checkpoint, wait_for_pushes
 from .quantized import SavesQuantization
 from .waiting import limit_waiting
 
@@ -413,6 +413,10 @@ class WholeCheckpoints(SavesQuantization):
             if model is not None:
                 keep_weights_trainable(self.accelerator.unwrap_model(model))
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        with creation_of_repository(self):
+            super().init_hf_repo(token, private)
+
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -508,8 +512,11 @@ class WholeCheckpoints(SavesQuantization):
             logger.warning(f"{checkpoint} has no refreshed reference: the run resumes with the one it began with.")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.hub_model_id is None:  # the Hub was out of reach
+            return
         if self._aside is None:
             with without_secrets(self.args), push_of_checkpoint(self):
+                copy_critic(self, checkpoint_folder)
                 super()._push_from_checkpoint(checkpoint_folder)
         else:  # when it is in its place: the upload goes on in the background
             self._to_push = os.path.basename(checkpoint_folder)
