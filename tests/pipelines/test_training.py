@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from trl_ext import PPOConfig
 from trl_ext.evaluation.held_out import read_estimates
-from trl_ext.pipelines.training import StageStoppedError, StaysAbove, StopsRising
+from trl_ext.pipelines.training import StageStoppedError, StaysAbove, StopsRising, copy_model
 
 
 @pytest.mark.train
@@ -188,3 +188,14 @@ def test_the_best_measurement_is_so_many_ago() -> None:
         log(step, mean)
         assert rule.reached(State()) is over, step
     assert rule.rewards(State())[0] == 1.0
+
+
+def test_a_stage_that_is_finished_from_its_last_checkpoint_has_all_roles_in_its_folder(tmp_path: Path) -> None:
+    checkpoint, stage = tmp_path / "checkpoint-8", tmp_path / "stage"
+    names = ["adapter_model.safetensors", "critic/critic.safetensors", "ref/adapter_model.safetensors"]
+    for name in [*names, "optimizer.pt"]:
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_text(name)
+    stage.mkdir()
+    copy_model(checkpoint, stage)
+    assert sorted(str(file.relative_to(stage)) for file in stage.rglob("*") if file.is_file()) == names
