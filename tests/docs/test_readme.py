@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,10 +209,10 @@ def hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(source: str, name: str) -> dict[str, Any]:
-    """Runs a program as it is written, and returns its variables."""
-    variables: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(source, name, "exec"), variables)
-    return variables
+    """Runs a program as a script of its own, in which classes can be pickled, and returns its variables."""
+    script = Path(f"{name}.py")
+    script.write_text(source, encoding="utf-8")
+    return runpy.run_path(str(script), run_name="__main__")
 
 
 def test_pages_have_the_programs_that_are_trained() -> None:
