@@ -14,9 +14,8 @@ from ..objectives.advantages import aggregate_rewards
 from ..objectives.credit import completions_that_end, estimate_credit, token_rewards
 from ..objectives.kl import kl_estimate
 from ..roles.critic import logps_and_values
-from ..roles.switching import using_adapter
-from ..roles.trunk import REFERENCE_ADAPTER
 from ..rollouts.rollout import Rollout
+from .divergence import reference_logps, token_inputs
 
 
 @dataclass(frozen=True)
@@ -154,17 +153,14 @@ def _advantages(
 
 
 def _passes(trainer: Any, rollouts: Sequence[Rollout]) -> _Passes:
-    sequences = [torch.tensor(rollout.prompt_ids + rollout.completion_ids) for rollout in rollouts]
-    input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    attention_mask = (torch.arange(input_ids.size(1)) < lengths.unsqueeze(1)).long()
-    input_ids, attention_mask = input_ids.to(trainer.model.device), attention_mask.to(trainer.model.device)
+    inputs = token_inputs(trainer, rollouts)
+    lengths = inputs["attention_mask"].sum(dim=1).cpu()
 
     training = trainer.model.training
     trainer.model.eval()
     try:
-        logps, state_values = logps_and_values(trainer.model, input_ids, attention_mask)
-        reference_logps = _reference_logps(trainer, input_ids, attention_mask)
+        logps, state_values = logps_and_values(trainer.model, **inputs)
+        reference = reference_logps(trainer, inputs)
     finally:
         trainer.model.train(training)
 
@@ -182,29 +178,16 @@ def _passes(trainer: Any, rollouts: Sequence[Rollout]) -> _Passes:
         if rollout.tool_mask is not None:
             mask[i, : len(rollout.tool_mask)] *= torch.tensor(rollout.tool_mask)
     completions = [torch.tensor(rollout.completion_ids) for rollout in rollouts]
-    if reference_logps is not None:
-        reference_logps = of_completions(reference_logps, columns[:, :-1], written)
+    if reference is not None:
+        reference = of_completions(reference, columns[:, :-1], written)
     return _Passes(
         of_completions(logps, columns[:, :-1], written),
-        reference_logps,
+        reference,
         of_completions(state_values, columns, columns < lengths.unsqueeze(1)),
         torch.nn.utils.rnn.pad_sequence(completions, batch_first=True),
         written.long(),
         mask,
     )
-
-
-def _reference_logps(trainer: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
-    labels = input_ids.masked_fill(attention_mask == 0, -100)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "fused_lm_head": True}
-    if trainer.ref_model is not None:
-        logps: torch.Tensor = trainer.ref_model(**inputs).log_probs
-        return logps
-    adapters = getattr(trainer.model, "peft_config", None)
-    if adapters is None:
-        return None
-    with using_adapter(trainer.model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in adapters else None):
-        return trainer.model(**inputs).log_probs
 
 
 def _text(prompt: Any) -> str:

@@ -24,6 +24,8 @@ from scipy import stats
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import require, require_count, require_type, shown
+from ..rollouts.rollout import Rollout
+from .divergence import KL, kl_of_completions
 from .held_out_texts import MOST_PROMPTS, PromptTexts, texts_of, write_texts
 
 
@@ -35,6 +37,7 @@ class ScoredSamples(Protocol):
 
     rewards: torch.Tensor  # (P, G, F), NaN where a reward function doesn't apply
     reward_func_names: list[str]
+    rollouts: list[Rollout]  # of this process
 
 
 class RollsOut(Protocol):
@@ -137,6 +140,7 @@ def evaluate_policy(
     batch_size: int = 64,
     seed: int = 0,
     texts: list[PromptTexts] | None = None,
+    kl: bool = False,
 ) -> dict[str, Estimate]:
     """
     Samples completions for held-out prompts and estimates the mean of each reward function. It has its own seeds, so
@@ -157,6 +161,9 @@ def evaluate_policy(
         texts (`list[PromptTexts]`, *optional*):
             A list to which the completions of the first [`~trl_ext.evaluation.held_out_texts.MOST_PROMPTS`] prompts
             are appended, on every process.
+        kl (`bool`, *optional*, defaults to `False`):
+            Whether to measure the divergence from the reference, too: as `"kl"`, in nats per completion, on one of G
+            completions ([`~trl_ext.evaluation.divergence`]). Left out where there is no reference.
 
     Returns:
         `dict[str, Estimate]`: one estimate per reward function, by its name. Functions that applied to fewer than two
@@ -171,8 +178,11 @@ def evaluate_policy(
     for index, rows in enumerate(_batches(dataset, batch_size)):
         # A thousand apart, because `roll_out` adds the index of the process to the seed
         scored = trainer.roll_out(rows, num_samples, seed=seed + 1000 * index)
-        rewards.append(scored.rewards.detach().cpu())
-        names = list(scored.reward_func_names)
+        values, names = scored.rewards.detach().cpu(), list(scored.reward_func_names)
+        if kl:
+            moved, names = _divergence(trainer, scored.rollouts, num_samples)[: len(rows)], [*names, KL]
+            values = torch.cat([values, moved.to(values.dtype).unsqueeze(-1)], dim=-1)
+        rewards.append(values)
         if texts is not None and len(texts) < MOST_PROMPTS:
             texts += texts_of(scored, MOST_PROMPTS - len(texts))
     prompts = sum(len(batch) for batch in rewards)
@@ -180,6 +190,14 @@ def evaluate_policy(
     values = torch.cat(rewards)  # (P, G, F)
     applicable = (~values.isnan()).any(dim=1).sum(dim=0) >= 2  # (F,)
     return {name: Estimate.of(values[:, :, i]) for i, name in enumerate(names) if applicable[i]}
+
+
+def _divergence(trainer: Any, rollouts: Sequence[Rollout], num_samples: int) -> torch.Tensor:
+    """`(P, G)`, NaN but for one in G completions: with equally many on every process, a pass each waits for no one."""
+    found = torch.full((len(rollouts),), float("nan"), dtype=torch.float64)
+    found[::num_samples] = kl_of_completions(trainer, rollouts[::num_samples])
+    gathered: torch.Tensor = trainer.accelerator.gather(found.to(trainer.accelerator.device))
+    return gathered.cpu().view(-1, num_samples)
 
 
 def _check(trainer: Any, dataset: Any, **counts: int) -> None:
@@ -215,6 +233,8 @@ class HeldOut(TrainerCallback):
         texts (`str` or `Path`, *optional*):
             File to which the completions of the first prompts are written at every measurement
             ([`~trl_ext.evaluation.held_out_texts.write_texts`]). `None`: no texts are kept.
+        kl (`bool`, *optional*, defaults to `False`):
+            Whether to measure the divergence from the reference, too.
 
     Attributes:
         measured (`dict[int, dict[str, Estimate]]`):
@@ -231,13 +251,19 @@ class HeldOut(TrainerCallback):
         every: int = 0,
         sampler: RollsOut | None = None,
         texts: str | Path | None = None,
+        kl: bool = False,
     ):
         _check(sampler or trainer, dataset, num_samples=num_samples, batch_size=batch_size)
         require_count("every", every, least=0)
         self.trainer = trainer
         self.sampler: RollsOut = sampler or trainer
         self.dataset = dataset
-        self.settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+        self.settings: dict[str, Any] = {
+            "num_samples": num_samples,
+            "batch_size": batch_size,
+            "seed": seed,
+            "kl": kl,
+        }
         self.every = every
         self.texts = texts
         self.measured: dict[int, dict[str, Estimate]] = {}

@@ -571,7 +571,8 @@ class DPOThenPPO:
     @property
     def _measurement(self) -> dict[str, Any]:
         samples = self.held_out_samples
-        return {"num_samples": samples, "batch_size": self._prompts_at_once(samples), "seed": self.held_out_seed}
+        at_once, seed = self._prompts_at_once(samples), self.held_out_seed
+        return {"num_samples": samples, "batch_size": at_once, "seed": seed, "kl": True}
 
     def _prompts_at_once(self, samples: int) -> int:
         """How many prompts, with so many samples each, make a generation batch of the second stage."""

@@ -125,8 +125,9 @@ def summarize_stages(
 
     Returns:
         `dict[str, Any]`: `metric`, the first one that all stages have, and `stages`, with an entry for each that was
-        measured: `name` (with the round, from the second on), the mean of each metric by its name, `low` and `high`,
-        the 95 % interval of `metric`, `intervals` of all metrics, `prompts`, `samples`, `steps`, `generated_tokens`
+        measured: `name` (with the round, from the second on), `reward`, `low` and `high`: the mean of `metric` and its
+        95 % interval; the mean of each metric by its name, `kl` to the reference among them; `intervals` of all,
+        `prompts`, `samples`, `steps`, `generated_tokens`
         (those sampled for pairs count for DPO) and `seconds`.
     """
     entries: list[dict[str, Any]] = []
@@ -143,6 +144,7 @@ def summarize_stages(
         entries.append(
             {
                 "name": name if stage.round < 2 else f"{name} {stage.round}",
+                "reward": round(first.mean, 4),
                 "low": round(first.low, 4),
                 "high": round(first.high, 4),
                 **results,
