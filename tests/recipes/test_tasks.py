@@ -4,6 +4,7 @@ import random
 from decimal import Decimal
 
 import gsm8k
+import kind_sentence
 import pytest
 import sort_digits
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -163,3 +164,44 @@ def test_gsm8k_rows_and_reward():
     assert row["prompt"][0]["content"].startswith("6 * 7?\n")
     completions = [[{"role": "assistant", "content": text}] for text in ("#### 42.0", "#### 41", "42")]
     assert gsm8k.correct_answer(completions, [row["final_answer"]] * 3, prompts=[]) == [1, 0, 0]
+
+
+# One short, kind sentence
+
+
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def test_a_sentence_that_is_kind_earns_more_than_one_that_is_not():
+    kind, plain, hostile = kind_sentence.kind_sentence(
+        [said("What a lovely old bicycle!"), said("It is a bicycle."), said("I hate that awful bicycle.")]
+    )
+    assert kind > 0.5 and plain == 0.0 and hostile < -0.5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "A lovely",
+        "Lovely. Wonderful.",
+        "Lovely and\nwonderful.",
+        " ".join(["lovely"] * (kind_sentence.WORDS + 1)) + ".",
+        "Lovely! and",
+    ],
+)
+def test_what_is_not_one_finished_sentence_earns_the_least(text):
+    assert kind_sentence.kind_sentence([said(text)]) == [-1.0]
+    assert kind_sentence.is_one_sentence("It costs 3.50 a day, and it is lovely!")
+
+
+def test_held_out_subjects_are_in_no_training_prompt():
+    data = kind_sentence.build_data(seed=0, test_size=96)
+    texts = {name: [row["prompt"][0]["content"] for row in data[name]] for name in data}
+    assert len(texts["test"]) == 96 and len(set(texts["train"])) == len(texts["train"]) == 6 * 8 * 24
+    held_out = {thing for thing in kind_sentence.THINGS if any(thing in text for text in texts["test"])}
+    assert held_out and not any(thing in text for text in texts["train"] for thing in held_out)
+    assert (
+        kind_sentence.build_data(seed=0)["train"][:5] == data["train"][:5] != kind_sentence.build_data(1)["train"][:5]
+    )

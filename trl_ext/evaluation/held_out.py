@@ -75,7 +75,7 @@ class Estimate:
     per_prompt: tuple[float, ...] = field(default=(), repr=False)
 
     @classmethod
-    def of(cls, values: torch.Tensor) -> "Estimate":
+    def of(cls, values: torch.Tensor, is_rate: bool | None = None) -> "Estimate":
         """
         Estimates the mean of a metric. If all values are 0 or 1, the metric is taken for a rate, and its interval is
         cut to [0, 1]. If all samples of a rate agree, their variance is small rather than zero, and the interval is
@@ -84,6 +84,8 @@ class Estimate:
         Args:
             values (`torch.Tensor` of shape `(P, G)`):
                 The metric for G samples of each of P prompts, NaN where it doesn't apply.
+            is_rate (`bool`, *optional*):
+                Whether it is one. `None`: if all values are 0 or 1.
 
         Raises:
             ValueError: if fewer than 2 prompts have a value, because there is no interval then.
@@ -100,7 +102,9 @@ class Estimate:
             )
         mean = fmean(means)
         low, high = _t_interval(means)
-        if bool(((values == 0) | (values == 1) | ~applies).all()):
+        if is_rate is None:
+            is_rate = bool(((values == 0) | (values == 1) | ~applies).all())
+        if is_rate:
             if mean in (0.0, 1.0):  # all samples agree
                 reach = 1 - 0.025 ** (1 / len(means))
                 low, high = max(0.0, mean - reach), min(1.0, mean + reach)
@@ -189,7 +193,12 @@ def evaluate_policy(
     require(prompts >= 2, f"dataset has {prompts} rows, but held-out evaluation needs at least 2. Pass more.")
     values = torch.cat(rewards)  # (P, G, F)
     applicable = (~values.isnan()).any(dim=1).sum(dim=0) >= 2  # (F,)
-    return {name: Estimate.of(values[:, :, i]) for i, name in enumerate(names) if applicable[i]}
+    return {
+        # A policy that hasn't moved has a divergence of 0, for sure
+        name: Estimate.of(values[:, :, i], is_rate=False if kl and i == len(names) - 1 else None)
+        for i, name in enumerate(names)
+        if applicable[i]
+    }
 
 
 def _divergence(trainer: Any, rollouts: Sequence[Rollout], num_samples: int) -> torch.Tensor:
