@@ -73,7 +73,12 @@ def test_recipes_are_listed_at_once(tmp_path):
     *lines, imports_torch = run.stdout.splitlines()
     assert imports_torch == "False"
     names = [line.split()[0] for line in lines if line[0] != " "]
-    assert names == [*sorted(path.stem for path in (ROOT / "recipes").glob("*.py")), "sort_digits"]
+    assert names == [
+        *sorted(path.stem for path in (ROOT / "recipes").glob("*.py")),
+        "kind_sentence",
+        "smollm2",
+        "sort_digits",
+    ]
     assert all(len(line) <= 100 for line in lines)
     assert "dpo             DPO: a policy from pairs of a better and a worse completion, no sampling" in lines
     assert (

@@ -10,7 +10,11 @@ from trl_ext.run.files import recipes_folder
 
 def test_every_recipe_has_a_phrase():
     found = {recipe.name: recipe for recipe in catalogue.list_recipes()}
-    assert set(found) == {path.stem for path in recipes_folder().glob("*.py")} | {"sort_digits"}
+    assert set(found) == {path.stem for path in recipes_folder().glob("*.py")} | {
+        "kind_sentence",
+        "smollm2",
+        "sort_digits",
+    }
     for recipe in found.values():
         assert 20 < len(recipe.phrase) < 250 and "http" not in recipe.phrase and "\n" not in recipe.phrase
     assert found["reinforce"].phrase == (
