@@ -73,7 +73,11 @@ def _patient(client: Any) -> Any:
 
 @contextmanager
 def uploading(
-    folder: str | Path, repo_id: str | None, left_out: Sequence[str], revision: str | None = None
+    folder: str | Path,
+    repo_id: str | None,
+    left_out: Sequence[str],
+    revision: str | None = None,
+    private: bool | None = None,
 ) -> Iterator[None]:
     """
     Within this context, the main process uploads a finished run. It prints where that is, or in one line why it isn't,
@@ -88,6 +92,8 @@ def uploading(
             Patterns of files that are not uploaded.
         revision (`str`, *optional*):
             Branch. `None`: the repository's main one.
+        private (`bool`, *optional*):
+            Whether the repository is private, if the command has to create it.
     """
     if repo_id is None:
         yield
@@ -99,6 +105,7 @@ def uploading(
         for pattern in left_out:
             command += ["--exclude", pattern]
         command += [] if revision is None else ["--revision", revision]
+        command += ["--private"] if private else []
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         print(
             f"Not pushed to {repo_id} ({reason}). All is saved in {folder}; upload it with: {shlex.join(command)}",

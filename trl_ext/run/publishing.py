@@ -137,7 +137,11 @@ def publish(trainer: Any, dataset_name: str | None, summary: Mapping[str, Any] |
     if trainer.args.push_to_hub:
         repo_id = trainer.hub_model_id or trainer.args.hub_model_id or folder.name  # without an id if the Hub was away
         with uploading(
-            folder, repo_id if trainer.is_world_process_zero() else None, NOT_PUSHED, trainer.args.hub_revision
+            folder,
+            repo_id if trainer.is_world_process_zero() else None,
+            NOT_PUSHED,
+            trainer.args.hub_revision,
+            private=trainer.args.hub_private_repo,
         ):
             trainer.push_to_hub(dataset_name=dataset)
     leave(trainer)

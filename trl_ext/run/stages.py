@@ -197,7 +197,7 @@ def train_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[st
         _report_stages(schedule, arguments, argv, hub_id)
     state.print(f"Saved to {folder}.")
     if hub_id is not None and state.is_main_process:
-        with uploading(folder, hub_id, NOT_PUSHED):
+        with uploading(folder, hub_id, NOT_PUSHED, private=training_args.hub_private_repo):
             if not is_there:
                 hub_id = create_repo(hub_id, private=training_args.hub_private_repo, exist_ok=True).repo_id
             upload_folder(repo_id=hub_id, folder_path=folder, ignore_patterns=list(NOT_PUSHED))
