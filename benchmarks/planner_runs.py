@@ -21,6 +21,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -394,10 +395,28 @@ def run(job: Job, folder: Path, output: Path, passes: bool = True) -> Found:
     trainer = build(job, folder, output, 1)
     watch = Watch(found, passes)
     watch.follow(trainer)
-    with head_as_on_gpus(picks=True):
+    with head_as_on_gpus(picks=True), FastProducts():
         trainer.train()
     found.processes = trainer.accelerator.num_processes
     return found
+
+
+class FastProducts(TorchDispatchMode):
+    """
+    Computes products of bfloat16 matrices in float32, and rounds them: processors without instructions for bfloat16
+    are a hundred times slower in it. What the trainer sees, and what is counted, has the types and sizes that it asks
+    for.
+    """
+
+    PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = func in self.PRODUCTS and all(
+            type(given) in (torch.Tensor, torch.nn.Parameter) and given.dtype == torch.bfloat16 for given in args
+        )
+        if not plain:
+            return func(*args, **(kwargs or {}))
+        return func(*(given.float() for given in args), **(kwargs or {})).bfloat16()
 
 
 # Processes
