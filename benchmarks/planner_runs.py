@@ -311,7 +311,9 @@ def _rows(job: Job, count: int = 32) -> Dataset:
         rows["prompt"] = [_words(job.prompt_tokens, i) for i in range(count)]
         # The end-of-sequence token is the last
         rows["chosen"] = [_words(job.completion_tokens - 1, 3 * i + 1) for i in range(count)]
-        rows["rejected"] = [_words(job.completion_tokens - 2, 5 * i + 2) for i in range(count)]
+        # Pairs of unequal length are padded; packed, they take as much less
+        less = 1 if job.share_prefixes else 2
+        rows["rejected"] = [_words(job.completion_tokens - less, 5 * i + 2) for i in range(count)]
     return Dataset.from_dict(rows)
 
 

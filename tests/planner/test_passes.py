@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from planner.jobs import job
+from planner.jobs import job, shape
 
 from trl_ext.planner import passes
 from trl_ext.planner.models import build_policy, count_numbers
@@ -162,3 +162,22 @@ def test_a_pass_of_the_reference_comes_beside_what_the_policy_keeps():
     """DPO's reference has its pass between the policy's forward and backward pass."""
     with_reference, without = (update_bytes(job("dpo", critic=None, reference=r)) for r in ("adapter", None))
     assert with_reference.forward > without.forward
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize("lora_r", [0, 8])
+def test_a_deep_model_takes_what_two_shallow_ones_foretell(critic, lora_r):
+    """Where the head takes the most in a shallow model, and the critic's pass, or autocast's copies, in a deep one."""
+    if critic == "adapter" and not lora_r:
+        pytest.skip("an adapter critic is beside LoRA")
+    reference = "adapter" if lora_r else "model"
+    model = shape(vocab_size=4096, num_hidden_layers=20)
+    planned = job(critic=critic, lora_r=lora_r, reference=reference, model=model, prompt_tokens=8, completion_tokens=8)
+    asked = passes._Pass(*planned.batch_shape, planned.scored_columns)
+    measured = max(passes._measure_without_gradients(planned, asked, 20))
+    assert scoring_pass_bytes(planned) == pytest.approx(measured, rel=1e-3)
+    kept, backward, forward = passes._measure_update(planned, 20)
+    found = update_bytes(planned)
+    assert found.kept == pytest.approx(kept, rel=1e-3)
+    assert found.forward == pytest.approx(max(forward), rel=1e-3)
+    assert found.backward == pytest.approx(backward, rel=0.03)

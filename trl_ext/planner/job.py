@@ -343,6 +343,11 @@ class Job:
         held = {self.base_dtype, self.trained_dtype}
         return not self.is_deepspeed and self.strategy != "fsdp2" and held != {"bfloat16"}
 
+    @property
+    def casts_base(self) -> bool:
+        """Whether the base weights are among them: they are in float32, and a pass keeps them in bfloat16, too."""
+        return self.computes_on_copies and self.base_dtype == "float32"
+
     def but(self, **changes: Any) -> "Job":
         """This job with other settings."""
         return replace(self, **changes)

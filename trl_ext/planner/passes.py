@@ -4,6 +4,7 @@ generation, at their real size on fake tensors ([`~trl_ext.trainers.seams.fake_p
 weights are not counted here; activations, the fused head's tiles and what the loss keeps are.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..roles.critic import base_model_of
+from ..roles.critic import base_model_of, critic_of
 from ..roles.switching import using_adapter
 from ..trainers.seams.fake_passes import LiveBytes, head_as_on_gpus, make_fake
 from .job import Job
@@ -78,7 +79,38 @@ def _loss_of(job: Job, outputs: Any, reference: torch.Tensor | None) -> torch.Te
     return loss if values is None else loss + values.float().pow(2).mean()
 
 
-def _measure_update(job: Job, layers: int) -> UpdateBytes:
+class _Stages:
+    """
+    The most that is alive at once before the first pass of a backbone, and from each pass to the next. What is kept
+    grows with the layers of all passes so far: of two sizes of a model, stages are in proportion, but not the most of
+    all of them.
+    """
+
+    def __init__(self, model: Any, live: LiveBytes) -> None:
+        self._live, self._peaks = live, list[float]()
+        critic = critic_of(model)
+        backbones = [base_model_of(model).base_model]
+        if critic is not None and critic.reads_token_ids and critic.backbone not in backbones:
+            backbones.append(critic.backbone)
+        for backbone in backbones:
+            backbone.register_forward_pre_hook(self._begin)
+
+    def _begin(self, *_: Any) -> None:
+        self._peaks.append(float(self._live.peak))
+        self._live.reset_peak()
+
+    def so_far(self) -> tuple[float, ...]:
+        return (*self._peaks, float(self._live.peak))
+
+
+def _at(layers: int, few: Sequence[float], more: Sequence[float]) -> list[float]:
+    """What a model with that many layers takes, from what two smaller ones do."""
+    step = FEW[1] - FEW[0]
+    return [a + (b - a) / step * (layers - FEW[0]) for a, b in zip(few, more, strict=True)]
+
+
+def _measure_update(job: Job, layers: int) -> tuple[float, float, tuple[float, ...]]:
+    """Kept, the most of the backward pass, and that of the forward pass by stages."""
     policy = build_policy(job, layers)
     base = base_model_of(policy)
     if job.gradient_checkpointing:
@@ -94,6 +126,7 @@ def _measure_update(job: Job, layers: int) -> UpdateBytes:
         known = [*policy.parameters(), *policy.buffers()]
         known += [weight.grad for weight in policy.parameters() if weight.grad is not None]
         with LiveBytes(known) as live:
+            stages = _Stages(policy, live)
             inputs = _inputs(job, rows, columns)
             labels = torch.zeros((rows, job.scored_columns), dtype=torch.long)
             with _autocast(job):  # which keeps what it casts
@@ -106,22 +139,17 @@ def _measure_update(job: Job, layers: int) -> UpdateBytes:
                         reference = policy(**inputs, labels=labels, fused_lm_head=True).log_probs
                 loss = _loss_of(job, outputs, reference)
                 del outputs, reference
-            kept, forward = live.bytes, live.peak
+            kept, forward = live.bytes, stages.so_far()
             live.reset_peak()
             loss.backward()
-            return UpdateBytes(kept, forward, live.peak)
+            return kept, live.peak, forward
 
 
 @lru_cache(maxsize=256)
 def _update(job: Job) -> UpdateBytes:
     few, more = (_measure_update(job, layers) for layers in FEW)
-    per_layer = [(b - a) / (FEW[1] - FEW[0]) for a, b in zip(_parts(few), _parts(more), strict=True)]
-    whole = [a + slope * (job.model.layers - FEW[0]) for a, slope in zip(_parts(few), per_layer, strict=True)]
-    return UpdateBytes(*whole)
-
-
-def _parts(found: UpdateBytes) -> tuple[float, float, float]:
-    return found.kept, found.forward, found.backward
+    kept, backward = _at(job.model.layers, few[:2], more[:2])
+    return UpdateBytes(kept, max(_at(job.model.layers, few[2], more[2])), backward)
 
 
 def update_bytes(job: Job) -> UpdateBytes:
@@ -141,6 +169,8 @@ class _Pass:
             Of a reward model that makes it in place of the policy.
         casts, keeps_copies (`bool`):
             Whether autocast is on, and whether it keeps a copy of each weight that it casts.
+        generates (`bool`):
+            Whether it ends in the logits of each row's last token.
     """
 
     rows: int
@@ -149,9 +179,10 @@ class _Pass:
     scorer: Shape | None = None
     casts: bool = True
     keeps_copies: bool = True
+    generates: bool = False
 
 
-def _measure_without_gradients(job: Job, asked: _Pass, layers: int) -> float:
+def _measure_without_gradients(job: Job, asked: _Pass, layers: int) -> tuple[float, ...]:
     scorer = asked.scorer
     model: Any = build_policy(job, layers) if scorer is None else build_scorer(scorer, layers, scorer_dtype(job))
     fake = make_fake(model)
@@ -159,6 +190,7 @@ def _measure_without_gradients(job: Job, asked: _Pass, layers: int) -> float:
     cast = _autocast(job, asked.keeps_copies) if asked.casts else nullcontext()
     weights = [*model.parameters(), *model.buffers()]
     with fake, head_as_on_gpus(), torch.no_grad(), LiveBytes(weights) as live, cast:
+        stages = _Stages(model, live) if scorer is None else None
         inputs = _inputs(job, asked.rows, asked.columns)
         if scorer is not None:
             outputs = model.base_model(**inputs)  # TRL lets it keep the keys and values of all layers
@@ -166,9 +198,11 @@ def _measure_without_gradients(job: Job, asked: _Pass, layers: int) -> float:
         elif asked.scored:
             labels = torch.zeros((asked.rows, asked.scored), dtype=torch.long)
             model(**inputs, labels=labels, fused_lm_head=True)
+        elif asked.generates:
+            base_model_of(model)(**inputs, use_cache=False, logits_to_keep=1)
         else:
             base_model_of(model).base_model(**inputs, use_cache=False)
-        return float(live.peak)
+        return (float(live.peak),) if stages is None else stages.so_far()
 
 
 @lru_cache(maxsize=256)
@@ -176,8 +210,7 @@ def _without_gradients(job: Job, asked: _Pass) -> float:
     # One layer's activations at a time: their number matters only where something of every layer is kept
     keeps = asked.scorer is not None or (asked.casts and asked.keeps_copies and job.computes_on_copies)
     few, *more = (_measure_without_gradients(job, asked, layers) for layers in (FEW if keeps else FEW[:1]))
-    slope = (more[0] - few) / (FEW[1] - FEW[0]) if more else 0.0
-    return few + slope * ((asked.scorer or job.model).layers - FEW[0])
+    return max(_at((asked.scorer or job.model).layers, few, more[0] if more else few))
 
 
 def scoring_pass_bytes(job: Job) -> float:
@@ -190,11 +223,16 @@ def _without_critic(job: Job) -> Job:
     return job.but(critic="head", critic_head="linear") if job.critic else job
 
 
+def generating_pass_bytes(job: Job, columns: int) -> float:
+    """A pass over that many tokens of each completion of a generation batch, without its cache."""
+    # What Accelerate makes cast is the forward of the whole model. PEFT generates with the model inside
+    asked = _Pass(job.rollouts, columns, casts=job.is_full, generates=True)
+    return _without_gradients(_key(_without_critic(job)), asked)
+
+
 def prefill_bytes(job: Job) -> float:
     """The pass that reads all prompts of a generation batch, without its cache."""
-    # What Accelerate makes cast is the forward of the whole model. PEFT generates with the model inside
-    asked = _Pass(job.rollouts, job.prompt_tokens, casts=job.is_full)
-    return _without_gradients(_key(_without_critic(job)), asked)
+    return generating_pass_bytes(job, job.prompt_tokens)
 
 
 def reward_pass_bytes(job: Job) -> float:

@@ -9,7 +9,7 @@ from ..trainers.seams.out_of_memory import MOST_KEPT_BYTES
 from .job import Job
 from .layouts import GIB
 from .models import Numbers, count_numbers
-from .passes import prefill_bytes, reward_pass_bytes, scoring_pass_bytes, update_bytes
+from .passes import generating_pass_bytes, prefill_bytes, reward_pass_bytes, scoring_pass_bytes, update_bytes
 from .states import ELEMENT, States, held_states, spread_bytes
 
 
@@ -56,7 +56,7 @@ class Phase:
 def cache_bytes_per_token(job: Job, in_vllm: bool = False) -> float:
     """Bytes of the keys and values of one token, in bfloat16 in vLLM, or as the policy computes."""
     # Under autocast, hidden states between weights in float32 are in float32, and so are keys and values
-    wide = not in_vllm and job.computes_on_copies and job.base_dtype == "float32"
+    wide = not in_vllm and job.casts_base
     config = job.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -84,6 +84,7 @@ class _Phases:
         self.gathered = gathered_bytes(job, self.numbers)
         config = job.model.config.get_text_config()
         self.vocabulary, self.layers = config.vocab_size, config.num_hidden_layers
+        self.hidden = config.hidden_size
 
     def _phase(self, name: str, moment: dict[str, float], without: tuple[str, ...] = ()) -> Phase:
         job = self.job
@@ -128,14 +129,12 @@ class _Phases:
             engine = job.vllm_gpu_memory_utilization * job.layout.gpu_bytes if job.vllm == "colocate" else 0.0
             return self._phase("generate", {"vLLM": engine, "weights gathered for vLLM": whole})
         cache = job.rollouts * job.tokens * cache_bytes_per_token(job)
-        # All prompts are read at once, or the last token is made, whichever takes more
+        # All prompts are read at once, or the last token is made, or it is drawn, whichever takes more
         reading = {"KV cache": cache * job.prompt_tokens / job.tokens, "activations": prefill_bytes(job)}
-        growing = {
-            "KV cache": cache,
-            "KV cache, a layer as it grows": cache / self.layers,
-            "logits of a token": job.rollouts * self.vocabulary * 4.0 * 3,
-        }
-        moment = max(reading, growing, key=lambda parts: sum(parts.values()))
+        grown = {"KV cache": cache, "KV cache, a layer as it grows": cache / self.layers}
+        making = grown | {"activations": generating_pass_bytes(job, 1)}
+        drawing = grown | {"logits of a token": job.rollouts * self.vocabulary * 4.0 * 3}
+        moment = max(reading, making, drawing, key=lambda parts: sum(parts.values()))
         moment |= {"weights gathered": self.gathered, "a layer dequantized": self._dequantized()}
         if job.strategy == "zero3" and job.ds3_gather_for_generation and job.layout.gpus > 1:
             others = 2.0 * (self.numbers.adapter + self.numbers.critic)
@@ -168,6 +167,8 @@ class _Phases:
         moment = {
             "activations": scoring_pass_bytes(job),
             "keys and values of prompts": repeated,
+            # The first of its two calls ends in a whole head, of which autocast keeps a copy
+            "a copy of the head": 2.0 * self.vocabulary * self.hidden if repeats and job.casts_base else 0.0,
             "weights gathered": self.gathered,
             "a layer dequantized": self._dequantized(),
         }
