@@ -181,3 +181,10 @@ def test_a_deep_model_takes_what_two_shallow_ones_foretell(critic, lora_r):
     assert found.kept == pytest.approx(kept, rel=1e-3)
     assert found.forward == pytest.approx(max(forward), rel=1e-3)
     assert found.backward == pytest.approx(backward, rel=0.03)
+
+
+def test_generation_takes_a_copy_of_the_head_and_the_logits_of_last_tokens():
+    """Under autocast. What grows with the vocabulary: 2 bytes a number of the head, and a few of each row's logits."""
+    full = job(lora_r=0, reference="model", prompt_tokens=32)
+    narrow, wide = (prefill_bytes(full.but(model=shape(vocab_size=size))) for size in (512, 4096))
+    assert wide - narrow == pytest.approx(2 * 64 * (4096 - 512), rel=0.1)
