@@ -289,7 +289,7 @@ def test_all_stages_from_one_command(hybrid):
     card = (folder / "README.md").read_text()
     assert "library_name: peft" in card and "](stages.png)" in card and "max_steps: 200" in card
     rows = [line.split("|")[1].strip() for line in card.splitlines() if line.startswith("|")]
-    assert rows == ["stage", "---", "sft", "dpo", "ppo"]
+    assert rows[:5] == ["stage", "---", "sft", "dpo", "ppo"]  # other tables come after
     assert (folder / "stages.png").stat().st_size > 10_000
 
 

@@ -30,15 +30,19 @@ SMALL = "--output_dir out --use_cpu true --report_to none --model_name_or_path m
 SAMPLING = f"{SMALL} --dataset_name prompts.jsonl --reward_funcs rewards.py:even --max_completion_length 4"
 OF_PAIRS = f"{SMALL} --dataset_name pairs.jsonl"
 # Of each recipe, a command line that is right
+TASKS = ("sort_digits", "kind_sentence", "smollm2")
 RIGHT = dict.fromkeys(("grpo", "dapo", "dupo", "gspo", "ppo", "vapo", "rloo", "reinforce", "maxrl"), SAMPLING)
 RIGHT |= dict.fromkeys(("dpo_then_ppo", "make_pairs", "filter_prompts"), SAMPLING)
 RIGHT["dpo_then_ppo"] += " --use_peft true"
-RIGHT |= {"dpo": OF_PAIRS, "reward": OF_PAIRS, "sft": OF_PAIRS, "sort_digits": "--output_dir out"}
+RIGHT |= {"dpo": OF_PAIRS, "reward": OF_PAIRS, "sft": OF_PAIRS}
+RIGHT |= dict.fromkeys(TASKS, "--output_dir out")
 ARGUMENTS = """
 grpo         | --lerning_rate 0.1                      | --lerning_rate is no argument of this recipe. Did you mean --learning_rate?
 sft          | --batch_size 4                          | --batch_size is no … Did you mean --per_device_train_batch_size … --per_device_eval_batch_size
 reinforce    | --Learning-Rates=0.1                    | --Learning-Rates is no argument … Did you mean --learning_rate?
 sort_digits  | --sede 1                                | unrecognized arguments: --sede
+kind_sentence | --test_size few                        | --test_size is 'few', but takes a whole number
+smollm2      | --sede 1                                | unrecognized arguments: --sede
 filter_prompts | --drop_unsolve_d                      | Did you mean --drop_unsolved?
 dapo         | --max_steps 1 2                         | '2' belongs to no argument. Arguments are written as --name value
 rloo         | --learning_rate fast                    | --learning_rate is 'fast', but takes a number
@@ -131,7 +135,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def ended(recipe: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line with which a recipe ends."""
-    name = f"tasks/{recipe}" if recipe == "sort_digits" else recipe
+    name = f"tasks/{recipe}" if recipe in TASKS else recipe
     with pytest.raises(SystemExit) as end:
         quickstart.start(name, [*RIGHT[recipe].split(), *argv])
     assert end.value.code == program.STATUS

@@ -23,6 +23,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer, TrainerState
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig as TRLDPOConfig
 
 from ..evaluation.held_out import HeldOut, evaluate_policy, read_estimates
@@ -572,7 +573,9 @@ class DPOThenPPO:
     def _measurement(self) -> dict[str, Any]:
         samples = self.held_out_samples
         at_once, seed = self._prompts_at_once(samples), self.held_out_seed
-        return {"num_samples": samples, "batch_size": at_once, "seed": seed, "kl": True}
+        # Before a trainer's `train`, DeepSpeed hasn't taken over the weights that ZeRO-3 spreads: a pass can't gather
+        kl = not is_deepspeed_zero3_enabled()
+        return {"num_samples": samples, "batch_size": at_once, "seed": seed, "kl": kl}
 
     def _prompts_at_once(self, samples: int) -> int:
         """How many prompts, with so many samples each, make a generation batch of the second stage."""
