@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from datasets import Dataset
+from fsdp_on_cpus import force_fsdp
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
@@ -452,14 +451,6 @@ FSDP2 = {
 
 
 def allow_fsdp_on_cpus() -> None:
-    """Accelerate ignores its FSDP plugin where there is no GPU, which torch doesn't need."""
-    init = AcceleratorState.__init__
-
-    def forced(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    AcceleratorState.__init__ = forced
+    """[`force_fsdp`], with the settings that this benchmark measures."""
+    force_fsdp()
     os.environ.update(FSDP2)

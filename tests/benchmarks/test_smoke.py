@@ -21,6 +21,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # What scripts share, or no script; the last one runs in vLLM's environment
 NOT_RUN = {
     "automaton",
+    "fsdp_on_cpus",
     "learning_report",
     "learning_runs",
     "planner_runs",

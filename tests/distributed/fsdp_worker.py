@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from peft import get_peft_model
 from torch.distributed.fsdp import FSDPModule
 
@@ -21,6 +19,7 @@ import tiny
 from distributed.deepspeed_worker import read
 
 import trl_ext
+from benchmarks.fsdp_on_cpus import force_fsdp
 
 
 CASES: dict[str, Any] = {
@@ -39,19 +38,6 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
-
-
-def force_fsdp() -> None:
-    """Accelerate ignores its FSDP plugin where there is no GPU, which torch doesn't need."""
-    init = AcceleratorState.__init__
-
-    def forced(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    AcceleratorState.__init__ = forced
 
 
 def allow_fsdp_on_cpus(settings: dict[str, str] | None = None) -> None:
