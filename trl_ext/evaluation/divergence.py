@@ -74,7 +74,7 @@ def kl_of_completions(trainer: Any, rollouts: Sequence[Rollout]) -> torch.Tensor
             reference = reference_logps(trainer, inputs)
             if reference is None:
                 return found
-            moved = (_logps(trainer.model, inputs) - reference).double().cpu()  # of token t + 1 in column t
+            moved = (_logps(trainer.model, inputs) - reference).cpu().double()  # of token t + 1 in column t
             for i, rollout in enumerate(part):
                 first = len(rollout.prompt_ids) - 1
                 own = moved[i, first : first + len(rollout.completion_ids)]

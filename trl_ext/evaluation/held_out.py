@@ -178,33 +178,36 @@ def evaluate_policy(
     """
     _check(trainer, dataset, num_samples=num_samples, batch_size=batch_size)
     rewards: list[torch.Tensor] = []
+    moved: list[torch.Tensor] = []
     names: list[str] = []
     for index, rows in enumerate(_batches(dataset, batch_size)):
         # A thousand apart, because `roll_out` adds the index of the process to the seed
         scored = trainer.roll_out(rows, num_samples, seed=seed + 1000 * index)
-        values, names = scored.rewards.detach().cpu(), list(scored.reward_func_names)
+        rewards.append(scored.rewards.detach().cpu())
+        names = list(scored.reward_func_names)
         if kl:
-            moved, names = _divergence(trainer, scored.rollouts, num_samples)[: len(rows)], [*names, KL]
-            values = torch.cat([values, moved.to(values.dtype).unsqueeze(-1)], dim=-1)
-        rewards.append(values)
+            moved.append(_divergence(trainer, scored.rollouts, num_samples)[: len(rows)])
         if texts is not None and len(texts) < MOST_PROMPTS:
             texts += texts_of(scored, MOST_PROMPTS - len(texts))
     prompts = sum(len(batch) for batch in rewards)
     require(prompts >= 2, f"dataset has {prompts} rows, but held-out evaluation needs at least 2. Pass more.")
     values = torch.cat(rewards)  # (P, G, F)
-    applicable = (~values.isnan()).any(dim=1).sum(dim=0) >= 2  # (F,)
-    return {
+    found = {name: Estimate.of(values[:, :, i]) for i, name in enumerate(names) if _applies(values[:, :, i])}
+    if kl and _applies(divergence := torch.cat(moved)):
         # A policy that hasn't moved has a divergence of 0, for sure
-        name: Estimate.of(values[:, :, i], is_rate=False if kl and i == len(names) - 1 else None)
-        for i, name in enumerate(names)
-        if applicable[i]
-    }
+        found[KL] = Estimate.of(divergence, is_rate=False)
+    return found
+
+
+def _applies(values: torch.Tensor) -> bool:
+    """Whether a metric `(P, G)` applied to as many prompts as an interval needs."""
+    return int((~values.isnan()).any(dim=1).sum()) >= 2
 
 
 def _divergence(trainer: Any, rollouts: Sequence[Rollout], num_samples: int) -> torch.Tensor:
     """`(P, G)`, NaN but for one in G completions: with equally many on every process, a pass each waits for no one."""
-    found = torch.full((len(rollouts),), float("nan"), dtype=torch.float64)
-    found[::num_samples] = kl_of_completions(trainer, rollouts[::num_samples])
+    found = torch.full((len(rollouts),), float("nan"))
+    found[::num_samples] = kl_of_completions(trainer, rollouts[::num_samples]).float()
     gathered: torch.Tensor = trainer.accelerator.gather(found.to(trainer.accelerator.device))
     return gathered.cpu().view(-1, num_samples)
 

@@ -126,9 +126,9 @@ def summarize_stages(
     Returns:
         `dict[str, Any]`: `metric`, the first one that all stages have, and `stages`, with an entry for each that was
         measured: `name` (with the round, from the second on), `reward`, `low` and `high`: the mean of `metric` and its
-        95 % interval; the mean of each metric by its name, `kl` to the reference among them; `intervals` of all,
-        `prompts`, `samples`, `steps`, `generated_tokens`
-        (those sampled for pairs count for DPO) and `seconds`.
+        95 % interval; the mean of each metric by its name, `kl` to the reference among them (not under ZeRO-3);
+        `intervals` of all, `prompts`, `samples`, `steps`, `generated_tokens` (those sampled for pairs count
+        for DPO) and `seconds`.
     """
     entries: list[dict[str, Any]] = []
     sampled, took = 0, 0.0  # for pairs, which belong to the stage that learns from them
