@@ -38,3 +38,11 @@ def test_the_others_end_within_a_minute_and_say_why(tmp_path, case, processes):
     last.kill(signal.SIGKILL)
     (checkpoint,) = checkpoints_of(tmp_path / "out")
     assert checkpoint.name == "checkpoint-1" and damage(checkpoint) is None
+
+
+def test_a_process_that_dies_at_once_is_noticed(tmp_path):
+    """Its connection is there before training begins, however little time that leaves."""
+    first, last = start_ranks([WORKER, tmp_path / "out", "at once"], 2)
+    assert last.wait(timeout=240) == -signal.SIGKILL
+    assert first.wait(timeout=60) not in (0, None)
+    assert "Process 1 of 2 is gone without a word" in first.printed()

@@ -28,6 +28,8 @@ logger = get_logger(__name__)
 GRACE = 10.0
 # How long an error of the main thread waits for news of who is gone
 NEWS = 2.0
+# How long training waits for the connection to the first process: a death before that would not be noticed
+CONNECT = 30.0
 # Of a machine that is gone, nothing comes: the system asks for a sign of life, and gives up after 45 seconds
 KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 6}
 # Where the first process says where it listens, in the store that the process group has for all processes
@@ -99,7 +101,7 @@ class ProcessWatch:
         self.news: str | None = None
         self.lost = False  # whether the process of the news said nothing before it ended
         self._key = KEY.format(next(_runs))
-        self._told, self._left = Event(), Event()
+        self._told, self._left, self._connected = Event(), Event(), Event()
         self._peers: list[_Peer] = []
         self._selector = selectors.DefaultSelector()
         self._woken, self._wakes = socket.socketpair()
@@ -107,9 +109,10 @@ class ProcessWatch:
         self._thread = Thread(target=self._watch, name="trl_ext watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch, in a thread."""
+        """Begin to watch, in a thread, and return when the others would notice if this process ended."""
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._thread.start()
+        self._connected.wait(CONNECT)
 
     def leave(self, error: BaseException | None = None) -> None:
         """Tell the others that this process needs none of them any more, or with which error it stops."""
@@ -150,6 +153,7 @@ class ProcessWatch:
     def _watch(self) -> None:
         try:
             self._listen() if self.rank == 0 else self._connect()
+            self._connected.set()
             while not self._left.is_set():
                 for key, _ in self._selector.select():
                     if key.data is not None:
@@ -162,6 +166,7 @@ class ProcessWatch:
                     main_process_only=False,
                 )
         finally:
+            self._connected.set()
             for key in list(self._selector.get_map().values()):
                 self._selector.unregister(key.fileobj)
                 key.fileobj.close()  # type: ignore[union-attr]
@@ -230,7 +235,7 @@ class ProcessWatch:
     def _connect(self) -> None:
         """As any other process."""
         while not self.store.check([self._key]):  # not `get`, which would keep the main thread from the store
-            if self._left.wait(0.2):
+            if self._left.wait(0.05):
                 return
         at = json.loads(self.store.get(self._key))
         first = _Peer(socket.create_connection((self.host, at["port"]), timeout=60), rank=0)
