@@ -12,7 +12,8 @@ from trl import DatasetMixtureConfig, ModelConfig
 
 import trl_ext
 from trl_ext.errors import UserError
-from trl_ext.run import loading
+from trl_ext.rewards.reasoning_gym import reasoning_gym_reward
+from trl_ext.run import loading, publishing
 from trl_ext.run.arguments import PolicyArguments, PPOArguments
 
 
@@ -63,6 +64,7 @@ def test_reward_functions_by_every_name(tmp_path):
         str(tmp_path / "model"),
         "org/reward-model-v1.5",
         "get_soft_overlong_punishment",
+        "reasoning_gym_reward",
         reward_model_name_or_path="reward.model",
     )
     assert found[0] == "reward.model"  # said to be a model, whatever it looks like
@@ -71,6 +73,7 @@ def test_reward_functions_by_every_name(tmp_path):
     assert found[4:6] == [str(tmp_path / "model"), "org/reward-model-v1.5"]
     # 6 tokens at most, of which the last fifth, 1, is punished: 5 tokens are free, the 6th costs 1
     assert found[6](completion_ids=[[0] * 5, [0] * 6]) == [0, -1]
+    assert found[7] is reasoning_gym_reward
 
 
 def test_rewards_that_are_learned_later_stay_names(tmp_path):
@@ -104,6 +107,32 @@ def test_data_in_every_form(form, tmp_path):
     assert data["train"]["prompt"] == rows["prompt"]
     assert data["train"]["target"] == rows["target"]
     assert ("test" in data) == (form == "folder")
+
+
+@pytest.mark.parametrize("told", ["max_terms=2, size=8,test_size=4", '{"max_terms": 2, "size": 8, "test_size": 4}'])
+def test_reasoning_gyms_tasks_by_name(told):
+    data = loading.load_data(
+        script(dataset_name="reasoning_gym:chain_sum,gcd", dataset_config=told),
+        DatasetMixtureConfig(),
+        ["prompt", "completion"],
+    )
+    assert data["train"]["task"][:4] == ["chain_sum", "gcd"] * 2 and len(data["test"]) == 4
+    assert publishing.on_the_hub("reasoning_gym:chain_sum,gcd") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dataset_name": "reasoning_gym:sums"}, r"--dataset_name is 'reasoning_gym:sums': 'sums' is no task"),
+        ({"dataset_config": "max_terms"}, r"--dataset_config is 'max_terms'\. Write settings of .* as max_terms=3"),
+        ({"dataset_config": "max_terms=[3"}, r"--dataset_config is 'max_terms=\[3'"),
+        ({"dataset_config": "size=many"}, r"--dataset_name is 'reasoning_gym:chain_sum': size is 'many'"),
+        ({"dataset_streaming": True}, r"--dataset_streaming doesn't apply to reasoning_gym:chain_sum"),
+    ],
+)
+def test_tasks_and_settings_that_cant_be_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        loading.load_data(script(**{"dataset_name": "reasoning_gym:chain_sum"} | arguments), DatasetMixtureConfig())
 
 
 def test_mixtures_and_prepared_rows(tmp_path):

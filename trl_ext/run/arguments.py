@@ -37,7 +37,8 @@ _SCHEDULE: Mapping[str, Any] = DPOThenPPO.__init__.__kwdefaults__ or {}
 class DataArguments(ScriptArguments):
     """
     [`~trl.ScriptArguments`] plus what local runs need. `dataset_name` may also be a folder written by `save_to_disk`,
-    or a json, jsonl, csv or parquet file.
+    a json, jsonl, csv or parquet file, or `reasoning_gym:` and names of tasks between commas
+    ([`trl_ext.rewards.reasoning_gym`]), whose settings `dataset_config` has: `max_terms=3,size=500`.
 
     Args:
         prepare_row (`str`, *optional*):
@@ -85,7 +86,8 @@ class PolicyArguments(DataArguments):
     Args:
         reward_funcs (`list[str]`, *optional*):
             Reward functions: `package.module.function`, `path/to/file.py:function`, the name of one of TRL's
-            (`accuracy_reward`, `think_format_reward`, ...), or the Hub id or folder of a reward model.
+            (`accuracy_reward`, `think_format_reward`, ...), `reasoning_gym_reward` (the verifiers of
+            `--dataset_name reasoning_gym:...`), or the Hub id or folder of a reward model.
         reward_model_name_or_path (`str`, *optional*):
             One more reward model, as in TRL's own scripts.
         share_reward_base (`bool`, *optional*):

@@ -7,13 +7,15 @@ import copy
 import difflib
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import trl.rewards
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+import yaml
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from transformers import PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -21,6 +23,7 @@ from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config,
 
 from ..curriculum.schedule import DifficultyCurriculum
 from ..errors import UserError
+from ..rewards import reasoning_gym
 from ..rewards.adapter import AdapterReward
 from ..roles.reward_adapter import REWARD_ADAPTER, is_adapter
 from .arguments import DataArguments, PolicyArguments, PPOArguments
@@ -28,6 +31,7 @@ from .files import find_file
 
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+GYM = "reasoning_gym:"  # what a data set's name begins with that is made of Reasoning Gym's tasks
 MODEL_FILES = ("config.json", "adapter_config.json")
 
 RewardFunc = str | Callable[..., Any]
@@ -155,13 +159,16 @@ def _load_reward(spec: str, training_args: Any, config_file: Path | None) -> Rew
     if spec == "get_soft_overlong_punishment":
         longest = training_args.max_completion_length
         return trl.rewards.get_soft_overlong_punishment(longest, training_args.soft_punish_cache or longest // 5)
+    if spec == reasoning_gym.reasoning_gym_reward.__name__:
+        return reasoning_gym.reasoning_gym_reward
     if hasattr(trl.rewards, spec) and not spec.startswith("get_"):
         return getattr(trl.rewards, spec)
     if "/" in spec:  # no dotted path has one: a model on the Hub
         return spec
     if "." in spec:
         return load_function(spec, "reward_funcs")
-    close = difflib.get_close_matches(spec, [name for name in dir(trl.rewards) if name.endswith("_reward")], n=1)
+    known = [reasoning_gym.reasoning_gym_reward.__name__, *(name for name in dir(trl.rewards) if "_reward" in name)]
+    close = difflib.get_close_matches(spec, known, n=1)
     raise UserError(
         f"--reward_funcs has '{spec}', which is no reward function of TRL's"
         f"{f' (did you mean {close[0]}?)' if close else ''}. Write package.module.function, path/to/file.py:function, "
@@ -225,6 +232,10 @@ def _read(script_args: DataArguments, argument: str = "dataset_name") -> Any:
     if name is None:
         raise UserError(f"--{argument} is missing. Give a Hub id, a folder written by save_to_disk, or a file.")
     named, path = f"--{argument} is '{name}'", Path(name)
+    if name.startswith(GYM):
+        if streaming:
+            raise UserError(f"--dataset_streaming doesn't apply to {name}: it is made, not read.")
+        return _of_the_gym(name, script_args.dataset_config, named)
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
             raise UserError(f"{named}, but only {', '.join(FILE_FORMATS)} files can be read.")
@@ -238,6 +249,21 @@ def _read(script_args: DataArguments, argument: str = "dataset_name") -> Any:
     if not path.is_dir() and (path.suffix in FILE_FORMATS or is_path(name)):
         raise UserError(f"{named}, but there is no such file or folder in '{Path.cwd()}'.")
     return _loaded(named, name, name=script_args.dataset_config, streaming=streaming)
+
+
+def _of_the_gym(name: str, told: str | None, named: str) -> DatasetDict:
+    """Reasoning Gym's tasks, after `GYM` and between commas, with the settings of `dataset_config`."""
+    text = re.sub(r"([\w.]+)\s*=\s*", r"\1: ", told or "")
+    try:
+        settings = yaml.safe_load(text if text.startswith("{") else f"{{{text}}}")
+    except yaml.YAMLError:
+        settings = {"": None}
+    if None in settings.values():
+        raise UserError(f"--dataset_config is '{told}'. Write settings of {name} as max_terms=3,size=500.")
+    try:
+        return reasoning_gym.build_dataset(name.removeprefix(GYM).split(","), settings)
+    except (ImportError, TypeError, ValueError) as error:
+        raise UserError(f"{named}: {error}") from error
 
 
 def _loaded(named: str, *args: Any, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from ..trainers.cards import as_written, example_of
 from .arguments import ParsedArguments
 from .files import recipes_folder
 from .hub import uploading
+from .loading import GYM
 
 
 PICTURES = ("learning.png", "tokens.png", "reliability.png")
@@ -161,8 +162,8 @@ def leave(trainer: Any = None) -> None:
 
 
 def on_the_hub(name: str | None) -> str | None:
-    """`name`, or `None` if it is a local file or folder, which a card can't link."""
-    return None if name is None or Path(name).exists() else name
+    """`name`, or `None` if it is a local file or folder, or made: a card can't link it."""
+    return None if name is None or Path(name).exists() or name.startswith(GYM) else name
 
 
 def config_text(file: Path | None) -> str | None:
