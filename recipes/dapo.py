@@ -6,6 +6,8 @@ the clip is wider upwards, every token weighs the same, and answers that run too
 accelerate launch recipes/dapo.py --config recipes/configs/quickstart_dapo.yaml          # a laptop, minutes
 accelerate launch recipes/dapo.py --config recipes/configs/dapo_qwen2.5_0.5b_gsm8k.yaml  # a GPU
 accelerate launch recipes/dapo.py --config recipes/configs/dapo_qwen2.5_7b_gsm8k.yaml    # a GPU with 80 GB
+accelerate launch recipes/dapo.py --config recipes/configs/dapo_qwen2.5_32b_gsm8k.yaml   # four GPUs with 80 GB
+accelerate launch recipes/dapo.py --config recipes/configs/dapo_smollm2_chain_sum.yaml   # a small real model, a CPU
 accelerate launch recipes/dapo.py --config recipes/configs/smoke_dapo.yaml  # a smoke test
 ```
 

@@ -3,6 +3,7 @@ GRPO (https://huggingface.co/papers/2402.03300): TRL's trainer, with `trl_ext`'s
 
 ```shell
 accelerate launch recipes/grpo.py --config recipes/configs/grpo_qwen2.5_0.5b_gsm8k.yaml
+accelerate launch recipes/grpo.py --config recipes/configs/grpo_qwen2.5_7b_gsm8k.yaml  # a GPU with 80 GB
 accelerate launch recipes/grpo.py --config recipes/configs/smoke_grpo.yaml  # a smoke test
 ```
 

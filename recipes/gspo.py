@@ -4,6 +4,7 @@ tightly, which is steadier over several updates per rollout and for mixtures of 
 
 ```shell
 accelerate launch recipes/gspo.py --config recipes/configs/gspo_qwen2.5_0.5b_gsm8k.yaml
+accelerate launch recipes/gspo.py --config recipes/configs/gspo_qwen2.5_7b_gsm8k.yaml  # a GPU with 80 GB
 accelerate launch recipes/gspo.py --config recipes/configs/smoke_gspo.yaml  # a smoke test
 ```
 

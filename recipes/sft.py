@@ -3,6 +3,8 @@ Supervised fine-tuning, with TRL's own trainer: where a policy usually starts.
 
 ```shell
 accelerate launch recipes/sft.py --config recipes/configs/quickstart_sft.yaml
+accelerate launch recipes/sft.py --config recipes/configs/sft_qwen2.5_0.5b.yaml         # a GPU
+accelerate launch recipes/sft.py --config recipes/configs/sft_smollm2_chain_sum.yaml   # a small real model, a CPU
 accelerate launch recipes/sft.py --config recipes/configs/smoke_sft.yaml  # a smoke test
 ```
 

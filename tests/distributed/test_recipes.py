@@ -5,6 +5,9 @@ starts processes quickly.
 """
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from processes import run
+from processes import free_port, run
 from safetensors.torch import load_file
 
 from trl_ext.planner.launch_files import deepspeed_config
@@ -68,3 +71,29 @@ def test_a_tiny_model_takes_a_step(tmp_path, name):
 @pytest.mark.parametrize("name", [name for name in FILES if name not in OFTEN])
 def test_a_tiny_model_takes_a_step_with_every_other_file(tmp_path, name):
     check(tmp_path, name, min(2, FILES[name].job.layout.gpus))
+
+
+@pytest.mark.distributed
+@pytest.mark.engines
+def test_two_launchers_as_on_two_hosts(tmp_path):
+    """As docs/launching.md has it: one command, with the number of the host and the first one's address."""
+    config = yaml.safe_load((ROOT / "recipes" / "accelerate" / "2x4xa100_80g.yaml").read_text())
+    assert config["num_machines"] == 2
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config | {"num_processes": 2, "use_cpu": True}))
+    tiny.stopping().save_pretrained(tmp_path / "base")
+    # Accelerate's own launcher, which the tests' stand-in for one machine isn't
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "accelerate.yaml"]
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    env = os.environ | {"DS_ACCELERATOR": "cpu"}
+    hosts = [
+        subprocess.Popen(
+            [*launch, "--machine_rank", str(rank), WORKER, "2x4xa100_80g", tmp_path],
+            **{"env": env, "cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+        )
+        for rank in range(2)
+    ]
+    for host in hosts:
+        printed, _ = host.communicate(timeout=300)
+        assert host.returncode == 0, printed
+    found = torch.load(tmp_path / "found.pt")
+    assert (found["processes"], found["step"], found["sharded"]) == (2, 1, True)

@@ -24,6 +24,8 @@ def test_every_recipe_has_a_phrase():
         "quickstart_dapo.yaml",
         "dapo_qwen2.5_0.5b_gsm8k.yaml",
         "dapo_qwen2.5_7b_gsm8k.yaml",
+        "dapo_qwen2.5_32b_gsm8k.yaml",
+        "dapo_smollm2_chain_sum.yaml",
         "smoke_dapo.yaml",
     )
 
@@ -61,7 +63,8 @@ def test_a_copy_is_complete_and_names_itself(tmp_path):
     copies = catalogue.copy_recipe(catalogue.find_recipe("dapo"), folder)
     assert {str(path.relative_to(folder)) for path in copies} == {
         *("dapo.py", "quickstart_dapo.yaml", "smoke_dapo.yaml"),
-        *("dapo_qwen2.5_0.5b_gsm8k.yaml", "dapo_qwen2.5_7b_gsm8k.yaml"),
+        *("dapo_qwen2.5_0.5b_gsm8k.yaml", "dapo_qwen2.5_7b_gsm8k.yaml", "dapo_qwen2.5_32b_gsm8k.yaml"),
+        "dapo_smollm2_chain_sum.yaml",
         *("tasks/sort_digits.py", "tasks/gsm8k.py"),
     }
     assert copies[0] == folder / "dapo.py"

@@ -114,7 +114,7 @@ def _measure_update(job: Job, layers: int) -> tuple[float, float, tuple[float, .
     policy = build_policy(job, layers)
     base = base_model_of(policy)
     if job.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.activation_checkpointing_enable({"use_reentrant": False})
         if not job.is_full:
             base.enable_input_require_grads()
     fake = make_fake(policy)

@@ -17,6 +17,7 @@ from accelerate.utils import parse_flag_from_env
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from ..errors import UserError
+from ..monitors.bands import Bands
 from ..pipelines.dpo_then_ppo import DPOThenPPO
 from ..planner.layouts import find_layout
 from .hub import be_patient
@@ -55,6 +56,9 @@ class DataArguments(ScriptArguments):
             of the machine.
         force (`bool`, *optional*, defaults to `False`):
             Start a run that doesn't fit by its plan.
+        expect (`dict` or `str`, *optional*):
+            Numbers that the run should show at which steps; it says when it leaves them
+            ([`~trl_ext.monitors.bands.Bands`]): a mapping in a yaml file, JSON on the command line.
 
     `config_file` is the yaml file that the arguments were read from, `None` if there was none. The files that it names
     may lie beside it. `on_gpus` is the trainer's configuration as it would be on the GPUs of `layout`, `None` without.
@@ -73,6 +77,9 @@ class DataArguments(ScriptArguments):
     dry_run: bool = field(default=False, metadata={"help": "Check everything, print it, and train nothing."})
     layout: str | None = field(default=None, metadata={"help": "GPUs to plan memory for, such as 4xa100-80g."})
     force: bool = field(default=False, metadata={"help": "Start a run that doesn't fit by its plan."})
+    expect: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Numbers to expect by name and step: {reward: {20: [0.2, 0.5]}}."}
+    )
     config_file: Path | None = field(default=None, init=False)  # no argument
     on_gpus: Any = field(default=None, init=False)  # no argument
     chosen: list[str] = field(default_factory=list, init=False)  # no argument
@@ -307,6 +314,11 @@ def parse_arguments(
             find_layout(script_args.layout)
             script_args.on_gpus = training_args if has_accelerator else _on_gpus(classes, words, defaults)
             give_back_deepspeed(training_args)
+    script_args.expect = as_mapping(script_args.expect, "expect")
+    try:
+        Bands(script_args.expect)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--{error}") from error
     model_args.lora_target_modules = _module_names(model_args.lora_target_modules)
     if model_args.model_name_or_path is None:
         raise UserError("--model_name_or_path is missing. Give the Hub id or the folder of the model to train.")

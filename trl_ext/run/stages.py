@@ -12,6 +12,7 @@ from trl import get_peft_config
 import trl_ext
 
 from ..errors import UserError
+from ..monitors.bands import Bands
 from ..monitors.verify import verify
 from ..pipelines.dpo_then_ppo import DPOThenPPO
 from ..reports.card import stages_section, write_stages_card
@@ -91,6 +92,7 @@ def train_dpo_then_ppo(argv: list[str] | None = None) -> DPOThenPPO:
         prompts = get_split(data, script_args.dataset_train_split, "dataset_train_split")
         first = preference_stage(script_args, training_args, data)
         before_loading(_stages(arguments, data, prompts, first, Stage(trainer, further)), arguments, data)
+        bands = Bands(as_mapping(script_args.expect, "expect"))
         schedule = DPOThenPPO(
             model_args.model_name_or_path,
             further.pop("reward_funcs"),
@@ -103,10 +105,10 @@ def train_dpo_then_ppo(argv: list[str] | None = None) -> DPOThenPPO:
             peft_config=get_peft_config(model_args),
             model_init_kwargs=shared_model_settings(training_args, model_args),
             held_out=held_out_rows(data, script_args),
-            prepare=lambda _, trainer: _watch_stage(trainer, script_args),
+            prepare=lambda _, trainer: _watch_stage(trainer, script_args, bands),
             **{name: getattr(script_args, name) for name in SCHEDULE_SETTINGS},
         )
-    return train_stages(schedule, arguments, argv)
+    return train_stages(schedule, arguments, argv, bands)
 
 
 def _stages(
@@ -155,14 +157,16 @@ def preference_stage(script_args: HybridArguments, training_args: Any, data: Map
     }
 
 
-def _watch_stage(trainer: Any, script_args: PolicyArguments) -> None:
+def _watch_stage(trainer: Any, script_args: PolicyArguments, bands: Bands) -> None:
     """Adds to a stage's trainer the progress lines and checks that the arguments ask for."""
-    watch(trainer, script_args.health_checks)
+    watch(trainer, script_args, bands)
     if script_args.verify and isinstance(trainer, GRPOTrainer):
         verify(trainer)
 
 
-def train_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[str]) -> DPOThenPPO:
+def train_stages(
+    schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[str], bands: Bands | None = None
+) -> DPOThenPPO:
     """
     Trains all stages that aren't finished, writes `summary.json`, `stages.png` and a model card, and publishes them.
 
@@ -173,6 +177,9 @@ def train_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[st
             Arguments that the schedule was made from.
         argv (`list[str]`):
             The same arguments as words of the command line.
+        bands ([`~trl_ext.monitors.bands.Bands`], *optional*):
+            What is expected of the stages: what their trainers log, and what is measured after each, as `PPO/reward`
+            or `PPO/kl`.
 
     Returns:
         [`DPOThenPPO`]: `schedule`, after its last stage.
@@ -194,7 +201,7 @@ def train_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[st
         write_arguments(folder, arguments)
     schedule.train()
     if state.is_main_process:
-        _report_stages(schedule, arguments, argv, hub_id)
+        _report_stages(schedule, arguments, argv, hub_id, bands or Bands({}))
     state.print(f"Saved to {folder}.")
     if hub_id is not None and state.is_main_process:
         with uploading(folder, hub_id, NOT_PUSHED, private=training_args.hub_private_repo):
@@ -205,13 +212,20 @@ def train_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[st
     return schedule
 
 
-def _report_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[str], hub_id: str | None) -> None:
+def _report_stages(
+    schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[str], hub_id: str | None, bands: Bands
+) -> None:
     """Writes summary, figure and card, and prints the result of each stage."""
     folder, script_args, model = schedule.output_dir, arguments.script, arguments.model.model_name_or_path
     method, dataset = f"DPO, then {schedule.policy_trainer.__name__.removesuffix('Trainer')}", script_args.dataset_name
     state: Any = PartialState()
     command = command_line(sys.argv[0], argv, state.num_processes)
     summary = summarize_stages(schedule.stages, method, model, dataset, command, script_args.start_name)
+    for stage in summary["stages"]:
+        for metric, value in stage.items():
+            bands.judge(f"{stage['name']}/{metric}", stage["steps"], value)
+    if bands.bands:
+        summary["expected"] = bands.entries
     write_summary(summary, folder / SUMMARY)
     figure = plot_stages(schedule.stages, folder / "stages.png", f"{method} · {model} · {dataset}")
     section = stages_section(summary, figure.name, config_text(script_args.config_file))
@@ -222,4 +236,4 @@ def _report_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[
     for stage in summary["stages"]:
         found = f"{summary['metric']} {stage[summary['metric']]:.3f}"
         print(f"{stage['name']}: {found} ({stage['low']:.3f} to {stage['high']:.3f})")
-    print(f"pictures: {figure}")
+    print("\n".join([*bands.lines, f"pictures: {figure}"]))

@@ -7,11 +7,12 @@ from typing import Any
 
 from trl import SFTConfig
 
+from ..monitors.bands import Bands
 from ..monitors.health import HealthChecks
 from ..monitors.progress import ProgressLines
 from ..monitors.verify import verify
 from ..trainers.seams.pushes import save_without_push
-from .arguments import DataArguments, ParsedArguments, PolicyArguments, parse_arguments
+from .arguments import DataArguments, ParsedArguments, PolicyArguments, as_mapping, parse_arguments
 from .dry_run import before_loading
 from .fitting import Stage
 from .loading import RewardFunc, check_models, load_curriculum, load_data, load_reward_funcs, trainer_arguments
@@ -21,10 +22,15 @@ from .publishing import add_results, publish, write_arguments, write_results
 from .supervised import SFTTrainer
 
 
-def watch(trainer: Any, health_checks: bool = False) -> None:
-    """Prints progress on single lines, and adds health checks if they are asked for."""
+def watch(trainer: Any, script_args: DataArguments | None = None, bands: Bands | None = None) -> None:
+    """
+    Prints progress on single lines, and adds the health checks and the expected numbers that the arguments ask for;
+    the latter as `bands`, where several trainers are compared with the same.
+    """
     ProgressLines.instead_of_bars(trainer)
-    if health_checks:
+    if script_args is not None and script_args.expect:
+        trainer.add_callback(bands or Bands(as_mapping(script_args.expect, "expect")))
+    if getattr(script_args, "health_checks", False):
         HealthChecks().add_to(trainer)
 
 
@@ -34,7 +40,7 @@ def train_and_save(trainer: Any, arguments: ParsedArguments | None = None) -> No
     is given: a folder, or `true` for the last checkpoint in the output folder. The arguments, and with the model the
     log, are written beside it.
     """
-    watch(trainer, arguments is not None and getattr(arguments.script, "health_checks", False))
+    watch(trainer, None if arguments is None else arguments.script)
     if arguments is not None and trainer.is_world_process_zero():
         write_arguments(trainer.args.output_dir, arguments)
     checkpoint = trainer.args.resume_from_checkpoint
