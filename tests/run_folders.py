@@ -55,7 +55,7 @@ def summary(steps: int, level: float = 0.0) -> dict[str, Any]:
         "trained_tokens": 9_000,
         "seed": 0,
         "command": "accelerate launch recipes/dapo.py",
-        "machine": {"device": "cpu", "processes": 1},
+        "machine": {"device": "cpu", "processes": 1, "cpus": 2, "platform": "Linux"},
         "versions": {"python": "3.11.7"},
     }
 

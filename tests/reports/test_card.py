@@ -4,6 +4,7 @@ import tiny
 
 from trl_ext import DAPOTrainer
 from trl_ext.reports.card import results_section
+from trl_ext.reports.summary import machine_in_words
 
 
 SUMMARY = {
@@ -43,7 +44,23 @@ def test_results_as_a_table():
     assert "```yaml\nmax_steps: 120\nhub_token: ***\n```" in card
     assert "--config a.yaml --hub_token ***" in card
     assert "hf_abc" not in card
-    assert card.rstrip().endswith("Made with python 3.11.7, trl 1.16.0.")
+    assert "| machine | 1 × cpu (2 cores, Linux) |" in card
+    assert card.rstrip().endswith("s on 1 × cpu (2 cores, Linux) with python 3.11.7, trl 1.16.0.")
+    assert "expected" not in card
+
+
+def test_expected_numbers_and_what_became_of_them():
+    band = {"metric": "reward", "step": 20, "low": 0.2, "high": 0.5, "value": 0.41, "holds": True}
+    outside, missing = band | {"value": 0.1, "holds": False}, band | {"metric": "kl", "value": None, "holds": False}
+    card = results_section(SUMMARY | {"expected": [band, outside, missing]})
+    assert "| reward | 20 | 0.2 | 0.5 | 0.41 |\n| reward | 20 | 0.2 | 0.5 | 0.1, outside |" in card
+    assert "| kl | 20 | 0.2 | 0.5 | not logged |" in card
+
+
+def test_devices_in_words():
+    gpus = {"device": "cuda", "processes": 4, "cpus": 64, "platform": "Linux", "name": "NVIDIA A100-SXM4-80GB"}
+    assert machine_in_words(gpus) == "4 × NVIDIA A100-SXM4-80GB"
+    assert machine_in_words({"device": "mps", "processes": 1, "cpus": 8, "platform": "Darwin"}) == "1 × mps"
 
 
 def test_critic_and_reward_model_have_their_rows():

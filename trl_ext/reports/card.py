@@ -12,7 +12,7 @@ from ..evaluation.pairs import PAIR_ACCURACY
 from ..monitors.progress import count
 from ..redaction import redact
 from ..trainers.cards import CARD, CardFacts, as_written, base_of, completed
-from .summary import held_out_cell, intervals_in_words
+from .summary import held_out_cell, intervals_in_words, machine_in_words
 
 
 def results_section(
@@ -50,7 +50,7 @@ def results_section(
     if reliability_figure is not None:
         parts.append(f"![how often predictions of groups came true]({reliability_figure})")
     parts.append(_costs(summary))
-    return "\n\n".join([*parts, *_repeat(summary, config)]) + "\n"
+    return "\n\n".join([*parts, *_expected(summary), *_repeat(summary, config)]) + "\n"
 
 
 def stages_section(summary: dict[str, Any], figure: str | None = None, config: str | None = None) -> str:
@@ -85,7 +85,7 @@ def stages_section(summary: dict[str, Any], figure: str | None = None, config: s
         parts.append(
             f"![{summary['method']}: held-out results, preference accuracy and KL by optimizer step]({figure})"
         )
-    return "\n\n".join([*parts, *_repeat(summary, config)]) + "\n"
+    return "\n\n".join([*parts, *_expected(summary), *_repeat(summary, config)]) + "\n"
 
 
 def write_stages_card(
@@ -150,6 +150,17 @@ def write_stages_card(
     (Path(folder) / CARD).write_text(f"{text.rstrip()}\n\n{section}", encoding="utf-8")
 
 
+def _expected(summary: dict[str, Any]) -> list[str]:
+    """The numbers that the configuration expects, and what became of them."""
+    if not summary.get("expected"):
+        return []
+    rows = ["| expected | at step | from | to | found |", "|---|---|---|---|---|"]
+    for band in summary["expected"]:
+        found = "not logged" if band["value"] is None else f"{band['value']:.4g}{'' if band['holds'] else ', outside'}"
+        rows.append(f"| {band['metric']} | {band['step']} | {band['low']:g} | {band['high']:g} | {found} |")
+    return ["\n".join(rows)]
+
+
 def _repeat(summary: dict[str, Any], config: str | None) -> list[str]:
     """How to repeat the run, and with which versions it was made."""
     parts = []
@@ -158,7 +169,7 @@ def _repeat(summary: dict[str, Any], config: str | None) -> list[str]:
         if config:
             parts.append(f"with this configuration:\n\n```yaml\n{redact(config.strip())}\n```")
     versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
-    return [*parts, f"Made with {versions}."]
+    return [*parts, f"Made in {summary['seconds']:,.0f} s on {machine_in_words(summary['machine'])} with {versions}."]
 
 
 def _headline(summary: dict[str, Any]) -> str:
@@ -195,7 +206,7 @@ def _costs(summary: dict[str, Any]) -> str:
         **_critic(summary["critic"] or {}),
         **_prediction(summary["prediction"] or {}),
         "wall-clock seconds": summary["seconds"],
-        "machine": f"{summary['machine']['processes']} × {summary['machine']['device']}",
+        "machine": machine_in_words(summary["machine"]),
         "seed": summary["seed"],
     }
     shown = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..evaluation.credit import TokenCredit
+from ..evaluation.divergence import KL
 from ..evaluation.held_out import Estimate, read_estimates
 from ..metric_keys import (
     GENERATED_TOKENS,
@@ -137,16 +138,14 @@ def plot_stages(stages: Sequence[StageResult], path: str | Path, title: str, met
             name, (start + stage.steps / 2, 1.0), (0, -4), xycoords=("data", "axes fraction"), color=INK,
             textcoords="offset points", ha="center", va="top", fontsize=11, fontweight="bold",
         )  # fmt: skip
-    _draw_stage_results(axes[0], stages, starts, logs, metric)
+    _heading(axes[0], f"{metric or 'reward'}, held out and while training")
+    _draw_stage_results(axes[0], stages, starts, logs, metric, f"rewards/{metric}/mean")
     _draw_preference_accuracy(axes[1], logs)
     _heading(axes[2], "KL to the reference, nats a completion")
-    steps, (values,) = series(logs, CRITIC_METRICS["kl"])
-    if steps:
-        _draw_course(axes[2], steps, values)
-    else:
-        axes[2].annotate("not logged", (0.5, 0.5), xycoords="axes fraction", ha="center", color=GREY)
+    _draw_stage_results(axes[2], stages, starts, logs, KL, CRITIC_METRICS["kl"])
     axes[2].set_xlabel("optimizer step, all stages", fontsize=9, color=INK)
-    axes[2].set_xlim(0, max(starts[-1], 1))
+    end = max(starts[-1], 1)
+    axes[2].set_xlim(-0.01 * end, 1.01 * end)  # whole markers at both ends
     return _save(figure, path)
 
 
@@ -303,9 +302,10 @@ def _draw_stage_results(
     starts: Sequence[int],
     logs: Sequence[dict[str, Any]],
     metric: str | None,
+    logged: str,
 ) -> None:
-    _heading(axis, f"{metric or 'reward'}, held out and while training")
-    steps, (values,) = series(logs, f"rewards/{metric}/mean")
+    """A quantity on held-out prompts before and after each stage, and as `logged` while training."""
+    steps, (values,) = series(logs, logged)
     if steps:
         axis.plot(steps, values, color=SKY, linewidth=1, alpha=0.8, label="sampled in training")
     held_out = {step: estimates[metric] for step, estimates in read_estimates(logs).items() if metric in estimates}
@@ -313,15 +313,17 @@ def _draw_stage_results(
     for stage in stages:  # a stage without steps was measured at the start
         if metric in stage.measured:
             held_out[ends.get(stage.folder, 0)] = stage.measured[metric]
-    if not held_out:
-        return _nothing(axis, "nothing was measured")
+    if not held_out and not steps:
+        axis.annotate("nothing was measured", (0.5, 0.5), xycoords="axes fraction", ha="center", color=GREY)
+        return
     at = sorted(held_out)
     found = [held_out[step] for step in at]
     reach = [[max(0.0, e.mean - e.low) for e in found], [max(0.0, e.high - e.mean) for e in found]]
-    axis.errorbar(
-        at, [e.mean for e in found], reach, fmt="D-", color=VERMILION, markersize=6, capsize=4, linewidth=1.6,
-        label="held-out prompts, 95 %", zorder=5,
-    )  # fmt: skip
+    if found:
+        axis.errorbar(
+            at, [e.mean for e in found], reach, fmt="D-", color=VERMILION, markersize=6, capsize=4, linewidth=1.6,
+            label="held-out prompts, 95 %", zorder=5,
+        )  # fmt: skip
     axis.margins(y=0.15)
     axis.grid(axis="y", alpha=0.25)
     axis.legend(frameon=False, fontsize=9, loc="lower right")

@@ -13,7 +13,7 @@ from .curves import plot_curves
 from .health_words import findings
 from .html import element, escaped, page, paragraph, picture, side_by_side, table
 from .run_files import PLACES, Run, read_run
-from .summary import held_out_cell
+from .summary import held_out_cell, machine_in_words
 
 
 REPORT = "report.html"
@@ -74,10 +74,6 @@ def _names(folders: Sequence[str | Path]) -> list[str]:
 
 
 def _what(runs: Sequence[Run]) -> str:
-    def machine(summary: dict[str, Any]) -> str | None:
-        made_on = summary.get("machine")
-        return made_on and f"{made_on['processes']} × {made_on['device']}"
-
     rows: dict[str, list[Any]] = {
         "method": [run.summary.get("method") for run in runs],
         "model": [run.summary.get("model") or run.settings.get("model_name_or_path") for run in runs],
@@ -86,7 +82,7 @@ def _what(runs: Sequence[Run]) -> str:
         "tokens generated": [_count(run.summary.get("generated_tokens")) for run in runs],
         "tokens trained on": [_count(run.summary.get("trained_tokens")) for run in runs],
         "wall-clock seconds": [run.summary.get("seconds") for run in runs],
-        "machine": [machine(run.summary) for run in runs],
+        "machine": [(made_on := run.summary.get("machine")) and machine_in_words(made_on) for run in runs],
         "seed": [run.summary.get("seed", run.settings.get("seed")) for run in runs],
         "versions": [", ".join(f"{k} {v}" for k, v in run.summary.get("versions", {}).items()) for run in runs],
         "command": [run.summary.get("command") for run in runs],

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from ..evaluation.held_out import Estimate, difference
@@ -175,8 +176,16 @@ def metric_of(stages: Sequence[StageResult]) -> str | None:
     return next((name for name in names if all(name in found for found in measured)), None)
 
 
+def machine_in_words(machine: dict[str, Any]) -> str:
+    """The devices of a summary, such as `4 × NVIDIA A100-SXM4-80GB` or `1 × cpu (2 cores, Linux)`."""
+    devices = f"{machine['processes']} × {machine.get('name') or machine['device']}"
+    return f"{devices} ({machine['cpus']} cores, {machine['platform']})" if machine["device"] == "cpu" else devices
+
+
 def _made_on(device: str, processes: int) -> dict[str, Any]:
     machine = {"device": device, "processes": processes, "cpus": os.cpu_count(), "platform": platform.system()}
+    if device == "cuda":
+        machine["name"] = torch.cuda.get_device_name()
     return {"machine": machine, "versions": {"python": platform.python_version(), **_versions()}}
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from huggingface_hub import get_session, set_client_factory
 
+from ..trainers.seams.pushes import BUSY_OR_BROKEN
+
 
 logger = logging.getLogger(__name__)
 
-# Answers that a repeated request may not get again
-PASSING = (429, 500, 502, 503, 504)
 # Seconds before a request is repeated: the second try, the third, and so on
 WAITS = (1.0, 2.0, 4.0)
 LONGEST_WAIT = 60.0  # that a busy Hub can ask for
@@ -57,7 +57,7 @@ def _patient(client: Any) -> Any:
             except package.TransportError as error:
                 reason = type(error).__name__
             else:
-                if answer.status_code not in PASSING:
+                if answer.status_code not in BUSY_OR_BROKEN:
                     return answer
                 asked = answer.headers.get("Retry-After", "")
                 wait = min(float(asked), LONGEST_WAIT) if asked.isdigit() else wait

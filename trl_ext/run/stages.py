@@ -178,8 +178,8 @@ def train_stages(
         argv (`list[str]`):
             The same arguments as words of the command line.
         bands ([`~trl_ext.monitors.bands.Bands`], *optional*):
-            What is expected of the stages: what their trainers log, and what is measured after each, as `PPO/reward`
-            or `PPO/kl`.
+            What is expected of the stages: what their trainers log, and what is measured after each, as `ppo/reward`
+            or `ppo/kl`.
 
     Returns:
         [`DPOThenPPO`]: `schedule`, after its last stage.
