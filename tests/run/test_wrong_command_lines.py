@@ -55,6 +55,9 @@ sort_digits  | --sft_size few                          | --sft_size is 'few', bu
 dapo         | --loss_type dapoo                       | loss_type='dapoo' is unknown. Choose one of …'dapo'
 maxrl        | --scale_rewards group                   | scale_rewards='group' … Set scale_rewards to 'none'
 dpo          | --loss_type sigmod                      | loss_type…'sigmod'… Choose …'sigmoid'
+gspo         | --expect reward                         | --expect is 'reward', which is no JSON
+dapo         | --dataset_name reasoning_gym:chain_sun  | --dataset_name is 'reasoning_gym:chain_sun': 'chain_sun' is no task of Reasoning Gym. Did you mean 'chain_sum'?
+grpo         | --dataset_name reasoning_gym:n_queens   | the verifier of n_queens runs what the policy writes as Python code
 dpo          | --loss_type                             | --loss_type: expected at least one argument
 gspo         | --importance_sampling_level word        | importance_sampling_level='word' is unknown
 dpo_then_ppo | --method TRPO                           | --method is 'TRPO'. Choose one of PPO, GRPO
@@ -104,6 +107,8 @@ sft          | lr_scheduler_type: lineer               | --lr_scheduler_type is 
 rloo         | dataset_name: {a: 1}                    | --dataset_name is {'a': 1} in the yaml file, but takes text
 dpo          | just words                              | has no arguments in it
 dpo_then_ppo | "dpo: {beta: [1]}"                      | --dpo: --beta is [1] in the yaml file
+grpo         | expect: {reward: [0, 1]}                | --expect: reward is [0, 1] (a list). Write bands by step, such as {20: [0.2, 0.5]}
+sft          | expect: {loss: {20: [2, 1]}}            | --expect: loss, step 20 is [2, 1]. The lower end comes first
 dpo_then_ppo | method: [PPO]                           | --method is
 """  # noqa: E501
 
