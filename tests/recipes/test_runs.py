@@ -51,7 +51,8 @@ def policy(folder: Path, output: str, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def dapo(task):
-    argv = policy(task, "dapo", *INFORMED)
+    expect = {"reward": {"2": [-9, 9]}, "held_out/first_token_even": {"4": [2, 3]}}
+    argv = policy(task, "dapo", *INFORMED, "--expect", json.dumps(expect))
     return train_policy(trl_ext.DAPOTrainer, trl_ext.DAPOConfig, argv), task / "dapo"
 
 
@@ -76,6 +77,10 @@ def test_a_run_leaves_everything_in_its_folder(dapo):
     assert summary["steps"] == 4
     assert summary["generated_tokens"] > summary["trained_tokens"] > 0
     assert 0 < summary["prediction"]["calibration_error"] < 1 and summary["prediction"]["tokens"] > 0
+    held, left = summary["expected"]
+    assert held["holds"] and -1 <= held["value"] <= 2
+    assert not left["holds"] and left["value"] == pytest.approx(summary["after"]["first_token_even"], abs=1e-3)
+    assert "| held_out/first_token_even | 4 | 2 | 3 | " in (folder / "README.md").read_text()
     for picture in ("learning.png", "reliability.png"):
         assert (folder / picture).stat().st_size > 10_000
     card = (folder / "README.md").read_text()
@@ -267,6 +272,7 @@ def hybrid(task) -> tuple[DPOThenPPO, Path]:
         *("--held_out_prompts", "16", "--held_out_samples", "2", "--held_out_every", "2", "--save_steps", "2"),
         *("--pairs", '{"prompts": 96, "num_generations": 4, "truncated": "keep"}'),
         *("--dpo", '{"max_steps": 2, "per_device_train_batch_size": 16, "logging_steps": 1}'),
+        *("--expect", '{"rewards/accuracies": {"2": [0, 1]}, "ppo/kl": {"4": [-9, 9]}, "ppo/nothing": {"4": [0, 1]}}'),
     ]
     return train_dpo_then_ppo(argv), task / "hybrid"
 
@@ -285,6 +291,9 @@ def test_all_stages_from_one_command(hybrid):
     assert run.stages[-1].measured["first_token_even"].mean == pytest.approx(
         summary["stages"][-1]["first_token_even"], abs=1e-4
     )
+    found = {band["metric"]: (band["value"], band["holds"]) for band in summary["expected"]}
+    assert found["rewards/accuracies"][1] and found["ppo/nothing"] == (None, False)
+    assert found["ppo/kl"] == (summary["stages"][-1]["kl"], True)
     assert "by cross-fitting in 5 folds" in (folder / "round_1/pairs/cleaning.txt").read_text()
     card = (folder / "README.md").read_text()
     assert "library_name: peft" in card and "](stages.png)" in card and "max_steps: 200" in card
