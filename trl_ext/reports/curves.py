@@ -105,8 +105,9 @@ def plot_curves(runs: Sequence[Run]) -> bytes:
     for panel, courses in drawn:
         axis = next(axes)
         _heading(axis, panel.title)
-        for (_, color, style), (steps, values) in zip(looks, courses, strict=True):
-            _draw(axis, steps, values, color, style)
+        for (run, color, style), course in zip(looks, courses, strict=True):
+            for part in _by_stage(run, course):
+                _draw(axis, *part, color, style)
     if has_health:
         _draw_health(next(axes), looks)
     for axis in axes:
@@ -133,6 +134,17 @@ def _course(run: Run, read: Reader) -> tuple[list[int], list[float]]:
             found[int(entry["step"])] = value
     steps = sorted(found)
     return steps, [found[step] for step in steps]
+
+
+def _by_stage(run: Run, course: tuple[list[int], list[float]]) -> list[tuple[list[int], list[float]]]:
+    """A course in parts, none of which goes over the end of a stage: a loss of DPO and one of PPO have no average."""
+    parts = []
+    for stage in run.stages:
+        end = stage.start + stage.steps
+        found = [(step, value) for step, value in zip(*course, strict=True) if (stage.start or -1) < step <= end]
+        if found:
+            parts.append(([step for step, _ in found], [value for _, value in found]))
+    return parts
 
 
 def _held_out(run: Run) -> dict[int, Estimate]:
