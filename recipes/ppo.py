@@ -8,7 +8,7 @@ accelerate launch recipes/ppo.py --config recipes/configs/ppo_qwen2.5_0.5b_gsm8k
 accelerate launch recipes/ppo.py --config recipes/configs/ppo_one_trunk_qwen2.5_0.5b.yaml # four roles, one base
 accelerate launch recipes/ppo.py --config recipes/configs/ppo_one_trunk_qwen2.5_7b.yaml   # a GPU with 80 GB
 accelerate launch recipes/ppo.py --config recipes/configs/ppo_one_trunk_33b.yaml          # see the head of the file
-accelerate launch recipes/ppo.py --config recipes/configs/ppo_one_trunk_qwen2.5_32b.yaml  # two of them
+accelerate launch recipes/ppo.py --config recipes/configs/ppo_one_trunk_qwen2.5_32b.yaml  # two GPUs
 accelerate launch recipes/ppo.py --config recipes/configs/ppo_tutorial.yaml               # the numbers of tutorials
 accelerate launch recipes/ppo.py --config recipes/configs/smoke_ppo.yaml  # a smoke test
 ```

@@ -85,15 +85,17 @@ def test_two_launchers_as_on_two_hosts(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "accelerate.yaml"]
     launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
     env = os.environ | {"DS_ACCELERATOR": "cpu"}
-    hosts = [
-        subprocess.Popen(
-            [*launch, "--machine_rank", str(rank), WORKER, "2x4xa100_80g", tmp_path],
-            **{"env": env, "cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
-        )
-        for rank in range(2)
-    ]
-    for host in hosts:
-        printed, _ = host.communicate(timeout=300)
-        assert host.returncode == 0, printed
+    printed = [tmp_path / f"host_{rank}.txt" for rank in range(2)]
+    hosts = []
+    try:
+        for rank, file in enumerate(printed):
+            command = [*launch, "--machine_rank", str(rank), WORKER, "2x4xa100_80g", tmp_path]
+            with file.open("w") as output:
+                hosts.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT))
+        for host, file in zip(hosts, printed, strict=True):
+            assert host.wait(timeout=300) == 0, file.read_text()
+    finally:
+        for host in hosts:
+            host.kill()
     found = torch.load(tmp_path / "found.pt")
     assert (found["processes"], found["step"], found["sharded"]) == (2, 1, True)

@@ -272,7 +272,7 @@ def hybrid(task) -> tuple[DPOThenPPO, Path]:
         *("--held_out_prompts", "16", "--held_out_samples", "2", "--held_out_every", "2", "--save_steps", "2"),
         *("--pairs", '{"prompts": 96, "num_generations": 4, "truncated": "keep"}'),
         *("--dpo", '{"max_steps": 2, "per_device_train_batch_size": 16, "logging_steps": 1}'),
-        *("--expect", '{"rewards/accuracies": {"2": [0, 1]}, "ppo/kl": {"4": [-9, 9]}, "ppo/nothing": {"4": [0, 1]}}'),
+        *("--expect", '{"dpo/rewards/accuracies": {"2": [0, 1]}, "ppo/held_out/kl": {"0": [-9, 9], "4": [8, 9]}}'),
     ]
     return train_dpo_then_ppo(argv), task / "hybrid"
 
@@ -291,9 +291,10 @@ def test_all_stages_from_one_command(hybrid):
     assert run.stages[-1].measured["first_token_even"].mean == pytest.approx(
         summary["stages"][-1]["first_token_even"], abs=1e-4
     )
-    found = {band["metric"]: (band["value"], band["holds"]) for band in summary["expected"]}
-    assert found["rewards/accuracies"][1] and found["ppo/nothing"] == (None, False)
-    assert found["ppo/kl"] == (summary["stages"][-1]["kl"], True)
+    accuracy, after_dpo, after_ppo = summary["expected"]
+    assert (accuracy["metric"], accuracy["at"], accuracy["holds"]) == ("dpo/rewards/accuracies", 2, True)
+    for band, stage, holds in ((after_dpo, 1, True), (after_ppo, 2, False)):
+        assert band["value"] == pytest.approx(summary["stages"][stage]["kl"], abs=1e-3) and band["holds"] == holds
     assert "by cross-fitting in 5 folds" in (folder / "round_1/pairs/cleaning.txt").read_text()
     card = (folder / "README.md").read_text()
     assert "library_name: peft" in card and "](stages.png)" in card and "max_steps: 200" in card

@@ -3,6 +3,7 @@
 import tiny
 
 from trl_ext import DAPOTrainer
+from trl_ext.monitors.bands import Band, entries
 from trl_ext.reports.card import results_section
 from trl_ext.reports.summary import machine_in_words
 
@@ -45,16 +46,21 @@ def test_results_as_a_table():
     assert "--config a.yaml --hub_token ***" in card
     assert "hf_abc" not in card
     assert "| machine | 1 × cpu (2 cores, Linux) |" in card
-    assert card.rstrip().endswith("s on 1 × cpu (2 cores, Linux) with python 3.11.7, trl 1.16.0.")
+    assert card.rstrip().endswith("Made on 1 × cpu (2 cores, Linux) with python 3.11.7, trl 1.16.0.")
     assert "expected" not in card
 
 
 def test_expected_numbers_and_what_became_of_them():
-    band = {"metric": "reward", "step": 20, "low": 0.2, "high": 0.5, "value": 0.41, "holds": True}
-    outside, missing = band | {"value": 0.1, "holds": False}, band | {"metric": "kl", "value": None, "holds": False}
-    card = results_section(SUMMARY | {"expected": [band, outside, missing]})
-    assert "| reward | 20 | 0.2 | 0.5 | 0.41 |\n| reward | 20 | 0.2 | 0.5 | 0.1, outside |" in card
-    assert "| kl | 20 | 0.2 | 0.5 | not logged |" in card
+    bands = [
+        Band("reward", 20, 0.2, 0.5, 0.41, 20),
+        Band("reward", 20, 0.2, 0.5, 0.1, 22),
+        Band("kl", 20, 0.2, 0.5),
+        Band("kl", 40, 0.2, 0.5, reached=False),
+        Band("loss", 20, 0.2, 0.5, float("nan"), 20),
+    ]
+    card = results_section(SUMMARY | {"expected": entries(bands)})
+    found = [line.split(" | ")[-1].strip(" |") for line in card.splitlines() if " | 0.2 | 0.5 | " in line]
+    assert found == ["0.41", "0.1, outside", "not logged", "the run ended before", "no number, outside"]
 
 
 def test_devices_in_words():

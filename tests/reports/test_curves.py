@@ -13,7 +13,7 @@ def test_no_curve_goes_over_the_end_of_a_stage(tmp_path):
     steps, _ = _course(run, loss)
     (dpo, values), *others = _by_stage(run, _course(run, loss))
     assert dpo == list(range(1, 11)) and set(values) == {0.5}
-    assert sum((part for part, _ in others), []) == steps[10:]
+    assert [step for part, _ in others for step in part] == steps[10:]
 
 
 def test_a_plain_run_has_one_part_with_its_start(tmp_path):

@@ -3,14 +3,17 @@
 import ast
 import inspect
 import json
+import os
+import subprocess
 import sys
 import textwrap
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
 from trl_ext.rewards import reasoning_gym
-from trl_ext.rewards.reasoning_gym import EVALUATING, build_dataset, reasoning_gym_reward
+from trl_ext.rewards.reasoning_gym import EVALUATING, EVALUATING_ROWS, build_dataset, reasoning_gym_reward
 
 
 EASY = {"max_terms": 2, "max_digits": 1, "size": 30, "test_size": 10}
@@ -38,16 +41,32 @@ def test_the_seed_decides_the_questions():
     assert first == again != other
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "arc_agi", "knights_knaves", "time_intervals", "rubiks_cube"])
+@pytest.mark.parametrize("task", ["chain_sum", "arc_agi", "knights_knaves", "time_intervals"])
 def test_verifiers_accept_what_the_generator_knows_and_nothing_else(task):
     """Also where a verifier compares tuples, which JSON doesn't have."""
     rows = build_dataset([task], {"size": 3, "test_size": 1})["train"]
-    if task == "rubiks_cube":  # which has a verifier, and no answer
-        assert "completion" not in rows.column_names
-        return
     assert reasoning_gym_reward(rows["completion"][:], rows["entry"][:]) == [1.0] * 3
     wrong = [said(f"<answer>{text}</answer>") for text in ("", "none", "((((")]
     assert max(reasoning_gym_reward(wrong, rows["entry"][:])) <= 0.05
+
+
+def test_a_task_without_a_known_answer_has_nothing_to_imitate():
+    rows = build_dataset(["rubiks_cube"], {"size": 2, "test_size": 1})["train"]
+    assert rows.column_names == ["prompt", "task", "entry"]
+    assert reasoning_gym_reward([said("<answer>F R U</answer>")] * 2, rows["entry"][:]) <= [0.1] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["ransom_note", "isomorphic_strings", "acre"])
+def test_every_process_makes_the_same_rows(task):
+    """Though Python orders sets of texts differently in each, and one generator draws from the global state."""
+    code = f"from trl_ext.rewards.reasoning_gym import build_dataset as b; print(b(['{task}'], SIZES)['train'][:])"
+    command = [sys.executable, "-c", code.replace("SIZES", "{'size': 6, 'test_size': 2}")]
+    printed = []
+    for seed in ("1", "2"):  # new processes: a fork would have the order of this one
+        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])}
+        printed.append(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+    assert printed[0] == printed[1] and task in printed[0]
 
 
 def test_the_last_answer_between_tags_counts():
@@ -107,8 +126,15 @@ def runs_text(function) -> bool:
 
 def test_every_task_that_runs_answers_as_code_is_known():
     found = {name for name, (dataset, _) in reasoning_gym._registry().items() if runs_text(dataset.score_answer)}
-    # This one evaluates the answer that the generator knows, and reads the policy's as JSON
-    assert found - {"number_sorting"} == set(EVALUATING)
+    # Of two, it is what the row has that is run; in one of them, by a function that its verifier calls
+    assert found | {"bitwise_arithmetic"} == {*EVALUATING, *EVALUATING_ROWS}
+
+
+def test_rows_from_elsewhere_run_no_code():
+    for task in (*EVALUATING, *EVALUATING_ROWS):
+        row = json.dumps([task, "{}", {"answer": "[1]", "metadata": {"source_dataset": task}}])
+        with pytest.raises(ValueError, match=f"Make it anew, as reasoning_gym:{task}"):
+            reasoning_gym_reward([said("<answer>[1]</answer>")], [row])
 
 
 def test_answers_are_run_as_code_only_where_it_is_asked_for():
@@ -124,6 +150,8 @@ def test_answers_are_run_as_code_only_where_it_is_asked_for():
         ([], {}, "no task of Reasoning Gym is named"),
         (["chain_sun"], {}, r"'chain_sun' is no task of Reasoning Gym\. Did you mean 'chain_sum'"),
         (["composite"], {}, r"'composite' is no task"),
+        (["gcd", "chain_sum", "gcd"], {}, "a task is named twice"),
+        (["chain_sum"], {"chain_sum.size": 9}, r"can't be told 'chain_sum\.size'"),
         (["chain_sum"], {"terms": 2}, r"chain_sum can't be told 'terms', only allow_negation, .*, max_terms"),
         (["chain_sum"], {"gcd.max_terms": 2}, r"can't be told 'gcd\.max_terms'"),
         (["chain_sum"], {"min_terms": 9}, r"chain_sum refuses \{'min_terms': 9\}: max_terms must be >= min_terms"),

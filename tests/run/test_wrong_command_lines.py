@@ -55,6 +55,8 @@ sort_digits  | --sft_size few                          | --sft_size is 'few', bu
 dapo         | --loss_type dapoo                       | loss_type='dapoo' is unknown. Choose one of …'dapo'
 maxrl        | --scale_rewards group                   | scale_rewards='group' … Set scale_rewards to 'none'
 dpo          | --loss_type sigmod                      | loss_type…'sigmod'… Choose …'sigmoid'
+dpo_then_ppo | --expect {"reward":{"1":[0,1]}}         | --expect has reward, of no stage. Write dpo/reward or ppo/reward
+make_pairs   | --expect {"reward":{"1":[0,1]}}         | --expect compares the logs of a training, and this recipe trains nothing
 gspo         | --expect reward                         | --expect is 'reward', which is no JSON
 dapo         | --dataset_name reasoning_gym:chain_sun  | --dataset_name is 'reasoning_gym:chain_sun': 'chain_sun' is no task of Reasoning Gym. Did you mean 'chain_sum'?
 grpo         | --dataset_name reasoning_gym:n_queens   | the verifier of n_queens runs what the policy writes as Python code

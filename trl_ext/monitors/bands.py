@@ -1,6 +1,6 @@
 """
 Numbers that a configuration expects of a run: a band for a logged quantity at a step, from runs that went well. A run
-says when it leaves one, as soon as it has got there.
+says when it is outside of one, as soon as it has got there.
 
 ```yaml
 expect:
@@ -11,7 +11,7 @@ expect:
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +37,10 @@ class Band:
             The band's ends, which belong to it.
         value (`float`, *optional*):
             What the quantity was; `None` until it is logged.
+        at (`int`, *optional*):
+            The step of that log.
+        reached (`bool`, *optional*, defaults to `True`):
+            `False`: the run ended before `step`.
     """
 
     metric: str
@@ -44,17 +48,27 @@ class Band:
     low: float
     high: float
     value: float | None = None
+    at: int | None = None
+    reached: bool = True
 
     @property
     def holds(self) -> bool:
         """Whether the value is there, and in the band."""
         return self.value is not None and self.low <= self.value <= self.high
 
+    def __str__(self) -> str:
+        expected = f"expected from {self.low:g} to {self.high:g} at step {self.step}"
+        if self.value is not None:
+            return f"{self.metric} is {self.value:.4g} at step {self.at}, {expected}"
+        return (
+            f"{self.metric} was not logged from then on, {expected}" if self.reached else f"{self.metric}: {expected}"
+        )
+
 
 class Bands(TrainerCallback):
     """
-    Compares a run with the numbers that are expected of it, and warns when it leaves a band. What was logged before a
-    resume counts.
+    Compares a run with the numbers that are expected of it, and warns when it is outside of a band. What was logged
+    before a resume counts.
 
     Args:
         expect (`Mapping[str, Mapping[int, Sequence[float]]]`):
@@ -82,45 +96,38 @@ class Bands(TrainerCallback):
                 )
                 for end in ends:
                     require_number(named, end)
+                    require(not math.isnan(end), f"{named} has an end that is no number: {list(ends)}.")
                 low, high = ends
                 require(low <= high, f"{named} is {list(ends)}. The lower end comes first.")
                 self.bands.append(Band(metric, number, float(low), float(high)))
         self.bands.sort(key=lambda band: band.step)
 
-    def judge(self, metric: str, step: int, value: Any) -> list[Band]:
-        """Takes a quantity at a step into account, and returns the bands that it is the first to be judged by."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-            return []
-        found = [b for b in self.bands if b.metric == metric and b.step <= step and b.value is None]
-        for band in found:
-            band.value = float(value)
-        return found
-
-    @property
-    def lines(self) -> list[str]:
-        """How the run compares with all bands, for people."""
-        if not self.bands:
-            return []
-        held = sum(band.holds for band in self.bands)
-        lines = [f"expected numbers: {held} of {len(self.bands)} are in their bands"]
+    def judge(self, logs: Mapping[str, Any], step: int) -> list[Band]:
+        """Takes a log into account, and returns the bands that it is the first to be judged by."""
+        judged = []
         for band in self.bands:
-            if band.value is None:
-                lines.append(f"  {band.metric} was not logged from step {band.step} on")
-            elif not band.holds:
-                lines.append(f"  {_told(band)}")
-        return lines
+            value = logs.get(band.metric)
+            if band.value is not None or step < band.step or isinstance(value, bool):
+                continue
+            if isinstance(value, int | float):
+                band.value, band.at = float(value), step
+                judged.append(band)
+        return judged
 
-    @property
-    def entries(self) -> list[dict[str, Any]]:
-        """All bands, as a summary has them."""
-        return [{**asdict(band), "holds": band.holds} for band in self.bands]
+    def replay(self, log_history: Iterable[Mapping[str, Any]]) -> None:
+        """[`judge`] for every entry of a trainer's `log_history`."""
+        for entry in log_history:
+            self.judge(entry, int(entry.get("step", 0)))
+
+    def end(self, step: int) -> None:
+        """Has the bands after the last step of a run count as not reached."""
+        for band in self.bands:
+            band.reached = band.step <= step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for entry in state.log_history:  # of a resumed run
-            for metric, value in entry.items():
-                self.judge(metric, int(entry.get("step", 0)), value)
+        self.replay(state.log_history)  # of a resumed run
 
     def on_log(
         self,
@@ -130,21 +137,41 @@ class Bands(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        judged = [
-            band for metric, value in (logs or {}).items() for band in self.judge(metric, state.global_step, value)
-        ]
-        for band in judged:
+        for band in self.judge(logs or {}, state.global_step):
             if not band.holds and state.is_world_process_zero:
-                logger.warning(
-                    f"{_told(band)}. The configuration was measured with other numbers: compare what was changed, or "
-                    "leave `expect` out."
-                )
+                logger.warning(f"{band}. That is outside of what `expect` says: compare what was changed.")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.end(state.global_step)
 
 
-def bands_of(trainer: Any) -> Bands | None:
-    """The bands that a trainer is compared with, if there are any."""
-    return next((found for found in trainer.callback_handler.callbacks if isinstance(found, Bands)), None)
+def bands_of(trainer: Any) -> list[Band]:
+    """The bands that a trainer is compared with."""
+    return [band for found in trainer.callback_handler.callbacks if isinstance(found, Bands) for band in found.bands]
 
 
-def _told(band: Band) -> str:
-    return f"{band.metric} is {band.value:.4g} at step {band.step}, expected from {band.low:g} to {band.high:g}"
+def of_stage(expect: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """What is expected of one stage of several: the quantities whose names begin with `stage/`, without that."""
+    begin = f"{stage}/"
+    return {name.removeprefix(begin): bands for name, bands in expect.items() if name.startswith(begin)}
+
+
+def lines(bands: Sequence[Band]) -> list[str]:
+    """How a run compares with its bands, for people: a count, and a line for each that doesn't hold."""
+    reached = [band for band in bands if band.reached]
+    if not reached:
+        return []
+    held = sum(band.holds for band in reached)
+    first = f"expected numbers: {held} of {len(reached)} are in their bands"
+    return [first, *(f"  {band}" for band in reached if not band.holds)]
+
+
+def entries(bands: Sequence[Band]) -> list[dict[str, Any]]:
+    """Bands as a summary has them. A value that is no number, which JSON doesn't have, is `None`."""
+    found = []
+    for band in bands:
+        value = None if band.value is None or not math.isfinite(band.value) else band.value
+        found.append({**asdict(band), "value": value, "holds": band.holds})
+    return found

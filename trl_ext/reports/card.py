@@ -156,7 +156,13 @@ def _expected(summary: dict[str, Any]) -> list[str]:
         return []
     rows = ["| expected | at step | from | to | found |", "|---|---|---|---|---|"]
     for band in summary["expected"]:
-        found = "not logged" if band["value"] is None else f"{band['value']:.4g}{'' if band['holds'] else ', outside'}"
+        if not band["reached"]:
+            found = "the run ended before"
+        elif band["at"] is None:
+            found = "not logged"
+        else:
+            value = "no number" if band["value"] is None else f"{band['value']:.4g}"
+            found = value if band["holds"] else f"{value}, outside"
         rows.append(f"| {band['metric']} | {band['step']} | {band['low']:g} | {band['high']:g} | {found} |")
     return ["\n".join(rows)]
 
@@ -169,7 +175,7 @@ def _repeat(summary: dict[str, Any], config: str | None) -> list[str]:
         if config:
             parts.append(f"with this configuration:\n\n```yaml\n{redact(config.strip())}\n```")
     versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
-    return [*parts, f"Made in {summary['seconds']:,.0f} s on {machine_in_words(summary['machine'])} with {versions}."]
+    return [*parts, f"Made on {machine_in_words(summary['machine'])} with {versions}."]
 
 
 def _headline(summary: dict[str, Any]) -> str:

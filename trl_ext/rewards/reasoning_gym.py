@@ -15,10 +15,14 @@ On the command line: `--dataset_name reasoning_gym:chain_sum --reward_funcs reas
 import dataclasses
 import json
 import logging
+import os
+import random
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TextIO
 
 from datasets import Dataset, DatasetDict
 
@@ -35,13 +39,17 @@ EVALUATING = (
     *("binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24"),
     *("simple_integration", "spiral_matrix", "string_insertion"),
 )
+# Verifiers that run what is in a row of the data set: harmless in rows that were made here
+EVALUATING_ROWS = ("bitwise_arithmetic", "number_sorting")
 APART = 1_000_003  # generators make row i from seed + i: splits whose seeds were closer would share rows
 _TUPLE = "__tuple__"
+_made_here: set[str] = set()  # tasks whose verifiers may run code in this process
 
 
 def build_dataset(tasks: Sequence[str], settings: Mapping[str, Any] | None = None) -> DatasetDict:
     """
-    Questions of one task, or of several in turn, with different questions in the two splits.
+    Questions of one task, or of several in turn, with different questions in the two splits. The same arguments give
+    the same rows on every process and in every run.
 
     Args:
         tasks (`Sequence[str]`):
@@ -63,6 +71,7 @@ def build_dataset(tasks: Sequence[str], settings: Mapping[str, Any] | None = Non
         ValueError: for an unknown task or setting, or one that the generator refuses.
     """
     require(len(tasks) > 0, "no task of Reasoning Gym is named. Write e.g. reasoning_gym:chain_sum.")
+    require(len(set(tasks)) == len(tasks), f"{', '.join(tasks)}: a task is named twice.")
     told = OWN | dict(settings or {})
     sizes = {"test": told.pop("test_size"), "train": told.pop("size")}
     require_count("size", sizes["train"])
@@ -76,30 +85,65 @@ def build_dataset(tasks: Sequence[str], settings: Mapping[str, Any] | None = Non
         "set evaluate_answers to true, on a machine that has nothing to lose.",
     )
     own = {task: _settings_of(task, told, tasks) for task in tasks}
+    for task in tasks:
+        _generator(task, own[task] | {"seed": seed, "size": 1})  # what it refuses, it refuses here
+    splits = _made_apart({"own": own, "sizes": sizes, "seed": seed})
+    require(
+        len(splits["train"]) > 0,
+        f"{', '.join(tasks)} with these settings has no question that isn't in the test split. Make harder ones, "
+        "or fewer with test_size.",
+    )
+    _made_here.update(tasks)
+    data = DatasetDict({split: Dataset.from_list(splits[split]) for split in ("train", "test")})
+    knows_answers = all(row["completion"] is not None for rows in splits.values() for row in rows)
+    return data if knows_answers else data.remove_columns("completion")
+
+
+def _made_apart(asked: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """
+    The rows of both splits, made in a process whose sets have a fixed order: some generators choose from sets of
+    texts, which Python orders differently in every process.
+    """
+    code = "import sys; from trl_ext.rewards.reasoning_gym import _make; _make(sys.stdin, sys.stdout)"
+    # It sees no devices, and finds trl_ext where this process has found it
+    env = os.environ | {"PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(asked),
+        env=env,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"Reasoning Gym could not make {', '.join(asked['own'])}:\n{done.stderr[-2000:]}")
+    made: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
+    return made
+
+
+def _make(source: TextIO, target: TextIO) -> None:
+    """What the process of [`_made_apart`] does."""
+    asked = json.load(source)
+    printed, sys.stdout = sys.stdout, sys.stderr  # generators may print
+    random.seed(asked["seed"])  # which one of them draws from
     seen: set[str] = set()
-    splits, knows_answers = {}, True
-    for number, (split, size) in enumerate(sizes.items()):  # the test split first: a small task runs out of questions
-        counts = [size // len(tasks) + (place < size % len(tasks)) for place in range(len(tasks))]
+    splits: dict[str, list[dict[str, Any]]] = {}
+    own: dict[str, dict[str, Any]] = asked["own"]
+    for number, (split, size) in enumerate(asked["sizes"].items()):  # the test split first: a small task runs out
+        counts = [size // len(own) + (place < size % len(own)) for place in range(len(own))]
         made = {
-            task: _generator(task, own[task] | {"seed": seed + number * APART, "size": count})
-            for task, count in zip(tasks, counts, strict=True)
+            task: _generator(task, settings | {"seed": asked["seed"] + number * APART, "size": count})
+            for (task, settings), count in zip(own.items(), counts, strict=True)
             if count
         }
-        rows = []
+        splits[split] = []
         for place in range(max(counts)):
             for task, generator in made.items():
                 if place < len(generator) and (entry := generator[place])["question"] not in seen:
                     seen.add(entry["question"])
-                    rows.append(_row(task, own[task], entry))
-                    knows_answers &= entry["answer"] is not None
-        require(
-            len(rows) > 0,
-            f"{', '.join(tasks)} with these settings has no question that isn't in the test split. Make harder ones, "
-            "or fewer with test_size.",
-        )
-        splits[split] = rows
-    data = DatasetDict({split: Dataset.from_list(splits[split]) for split in ("train", "test")})
-    return data if knows_answers else data.remove_columns("completion")
+                    splits[split].append(_row(task, own[task], entry))
+    sys.stdout = printed
+    json.dump(splits, target)
 
 
 def reasoning_gym_reward(completions: list[Any], entry: list[str], **kwargs: Any) -> list[float]:
@@ -112,6 +156,9 @@ def reasoning_gym_reward(completions: list[Any], entry: list[str], **kwargs: Any
             Texts, or conversations whose last message is the completion.
         entry (`list[str]`):
             Column of [`build_dataset`].
+
+    Raises:
+        ValueError: for a row of a task whose verifier runs code, if the row was not made in this process.
     """
     texts = [said if isinstance(said, str) else str(said[-1]["content"]) for said in completions]
     return [_score(text, row) for text, row in zip(texts, entry, strict=True)]
@@ -122,6 +169,11 @@ def _score(text: str, row: str) -> float:
     if not answers:
         return 0.0
     task, settings, entry = json.loads(row, object_hook=_unpacked)
+    require(
+        task in _made_here or task not in (*EVALUATING, *EVALUATING_ROWS),
+        f"the verifier of {task} runs Python code from rows or answers, and this data set was not made by this "
+        f"process. Make it anew, as reasoning_gym:{task}.",
+    )
     try:
         return float(_verifier(task, settings)(answers[-1], entry))
     except Exception as error:  # some verifiers fail on what they can't read
@@ -130,9 +182,10 @@ def _score(text: str, row: str) -> float:
 
 
 def _row(task: str, settings: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    right = entry["answer"]
     return {
         "prompt": [{"role": "user", "content": f"{entry['question']}\n\n{INSTRUCTION}"}],
-        "completion": [{"role": "assistant", "content": f"<answer>{entry['answer']}</answer>"}],
+        "completion": None if right is None else [{"role": "assistant", "content": f"<answer>{right}</answer>"}],
         "task": task,
         # Some verifiers look into their settings, too
         "entry": json.dumps([task, json.dumps(settings), _packed(dict(entry))]),
@@ -168,7 +221,11 @@ def _settings_of(task: str, told: Mapping[str, Any], tasks: Sequence[str]) -> di
     if task not in known:
         instead = meant(task, known) or f" There are {', '.join(sorted(known))}."
         raise ValueError(f"'{task}' is no task of Reasoning Gym.{instead}")
-    fields = {name: [field.name for field in dataclasses.fields(known[name][1])] for name in tasks if name in known}
+    fields = {
+        name: [field.name for field in dataclasses.fields(known[name][1]) if field.name not in OWN]
+        for name in tasks
+        if name in known
+    }
     for name in told:
         of, _, field = name.rpartition(".")
         takers = [other for other in fields if of in ("", other) and field in fields[other]]

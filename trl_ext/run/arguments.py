@@ -58,7 +58,8 @@ class DataArguments(ScriptArguments):
             Start a run that doesn't fit by its plan.
         expect (`dict` or `str`, *optional*):
             Numbers that the run should show at which steps; it says when it leaves them
-            ([`~trl_ext.monitors.bands.Bands`]): a mapping in a yaml file, JSON on the command line.
+            ([`~trl_ext.monitors.bands.Bands`]): a mapping in a yaml file, JSON on the command line. Of `dpo_then_ppo`
+            with the stage before the name: `dpo/loss`, `ppo/reward`.
 
     `config_file` is the yaml file that the arguments were read from, `None` if there was none. The files that it names
     may lie beside it. `on_gpus` is the trainer's configuration as it would be on the GPUs of `layout`, `None` without.
@@ -78,7 +79,7 @@ class DataArguments(ScriptArguments):
     layout: str | None = field(default=None, metadata={"help": "GPUs to plan memory for, such as 4xa100-80g."})
     force: bool = field(default=False, metadata={"help": "Start a run that doesn't fit by its plan."})
     expect: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Numbers to expect by name and step: {reward: {20: [0.2, 0.5]}}."}
+        default=None, metadata={"help": 'Numbers to expect, by name and step: {"reward": {"20": [0.2, 0.5]}}.'}
     )
     config_file: Path | None = field(default=None, init=False)  # no argument
     on_gpus: Any = field(default=None, init=False)  # no argument

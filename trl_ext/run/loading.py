@@ -161,13 +161,16 @@ def _load_reward(spec: str, training_args: Any, config_file: Path | None) -> Rew
         return trl.rewards.get_soft_overlong_punishment(longest, training_args.soft_punish_cache or longest // 5)
     if spec == reasoning_gym.reasoning_gym_reward.__name__:
         return reasoning_gym.reasoning_gym_reward
-    if hasattr(trl.rewards, spec) and not spec.startswith("get_"):
+    if callable(getattr(trl.rewards, spec, None)) and not spec.startswith("get_"):
         return getattr(trl.rewards, spec)
     if "/" in spec:  # no dotted path has one: a model on the Hub
         return spec
     if "." in spec:
         return load_function(spec, "reward_funcs")
-    known = [reasoning_gym.reasoning_gym_reward.__name__, *(name for name in dir(trl.rewards) if "_reward" in name)]
+    known = [
+        reasoning_gym.reasoning_gym_reward.__name__,
+        *(name for name in dir(trl.rewards) if name.endswith("_reward")),
+    ]
     close = difflib.get_close_matches(spec, known, n=1)
     raise UserError(
         f"--reward_funcs has '{spec}', which is no reward function of TRL's"
@@ -253,15 +256,17 @@ def _read(script_args: DataArguments, argument: str = "dataset_name") -> Any:
 
 def _of_the_gym(name: str, told: str | None, named: str) -> DatasetDict:
     """Reasoning Gym's tasks, after `GYM` and between commas, with the settings of `dataset_config`."""
-    text = re.sub(r"([\w.]+)\s*=\s*", r"\1: ", told or "")
     try:
-        settings = yaml.safe_load(text if text.startswith("{") else f"{{{text}}}")
-    except yaml.YAMLError:
-        settings = {"": None}
-    if None in settings.values():
+        # A mapping, or `name=value` between commas, of which YAML makes one
+        pairs = re.sub(r"(^|,)\s*([\w.]+)\s*=", r"\1 \2: ", told or "")
+        settings = yaml.safe_load(told if told and told.startswith("{") else f"{{{pairs}}}")
+    except (yaml.YAMLError, ValueError):
+        settings = {None: None}
+    if None in settings.values() or not all(isinstance(key, str) for key in settings):
         raise UserError(f"--dataset_config is '{told}'. Write settings of {name} as max_terms=3,size=500.")
+    tasks = [task.strip() for task in name.removeprefix(GYM).split(",")]
     try:
-        return reasoning_gym.build_dataset(name.removeprefix(GYM).split(","), settings)
+        return reasoning_gym.build_dataset(tasks, settings)
     except (ImportError, TypeError, ValueError) as error:
         raise UserError(f"{named}: {error}") from error
 

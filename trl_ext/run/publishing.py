@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..evaluation.credit import TokenCredit
 from ..evaluation.held_out import Estimate
-from ..monitors.bands import bands_of
+from ..monitors.bands import bands_of, entries, lines
 from ..reports.card import results_section
 from ..reports.card_sections import details
 from ..reports.plots import plot_learning, plot_reliability, plot_tokens
@@ -79,9 +79,8 @@ def write_results(
         command=None if argv is None else command_line(sys.argv[0], argv, trainer.accelerator.num_processes),
         reward_model=reward_model,
     )
-    bands = bands_of(trainer)
-    if bands is not None:
-        summary["expected"] = bands.entries
+    if bands_of(trainer):
+        summary["expected"] = entries(bands_of(trainer))
     write_summary(summary, Path(trainer.args.output_dir) / SUMMARY)
     after = summary["after"] or {}
     trainer.card.metrics |= {metric: after[metric] for metric in after.get("intervals", ())}
@@ -137,11 +136,9 @@ def publish(trainer: Any, dataset_name: str | None, summary: Mapping[str, Any] |
         trainer.card.sections.append(lambda: details(run, trainer.hub_model_id or as_written(folder), example))
     trainer.create_model_card(model_name=folder.name, dataset_name=dataset)
     trainer.accelerator.print(f"Saved to {folder}. How to use the model: {folder / 'README.md'}")
-    bands = bands_of(trainer)
-    lines = [] if bands is None else bands.lines
-    lines += [] if summary is None else closing_lines(summary, folder)
-    if lines:
-        trainer.accelerator.print("\n".join(lines), flush=True)
+    told = [*lines(bands_of(trainer)), *([] if summary is None else closing_lines(summary, folder))]
+    if told:
+        trainer.accelerator.print("\n".join(told), flush=True)
     if trainer.args.push_to_hub:
         repo_id = trainer.hub_model_id or trainer.args.hub_model_id or folder.name  # without an id if the Hub was away
         with uploading(

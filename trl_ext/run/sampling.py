@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from ..curriculum.difficulty import drop_solved, pass_rates
+from ..errors import UserError
 from ..preferences.flags import flag_pairs
 from ..preferences.pairs import make_pairs
 from ..trainers.grpo import GRPOTrainer
@@ -94,6 +95,8 @@ def filter_prompts(argv: list[str] | None = None) -> Dataset:
 
 
 def _sampler(arguments: ParsedArguments, data: Any) -> GRPOTrainer:
+    if arguments.script.expect:
+        raise UserError("--expect compares the logs of a training, and this recipe trains nothing. Leave it out.")
     rewards: Any = load_reward_funcs(arguments.script, arguments.training)
     check_models(arguments.script, arguments.model)
     settings = trainer_arguments(arguments.script, arguments.training, arguments.model, data)

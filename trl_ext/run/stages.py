@@ -1,8 +1,8 @@
 """The recipe of several stages: DPO, then PPO or a different method, from arguments to a published adapter."""
 
 import sys
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from accelerate import PartialState
@@ -12,13 +12,13 @@ from trl import get_peft_config
 import trl_ext
 
 from ..errors import UserError
-from ..monitors.bands import Bands
+from ..monitors.bands import Band, Bands, entries, lines, of_stage
 from ..monitors.verify import verify
 from ..pipelines.dpo_then_ppo import DPOThenPPO
 from ..reports.card import stages_section, write_stages_card
 from ..reports.card_sections import details
 from ..reports.plots import plot_stages
-from ..reports.run_files import read_run
+from ..reports.run_files import TrainedStage, read_run
 from ..reports.summary import SUMMARY, summarize_stages, write_summary
 from ..rewards.implicit import IMPLICIT_REWARD
 from ..trainers.cards import as_written, example_of
@@ -81,9 +81,15 @@ def train_dpo_then_ppo(argv: list[str] | None = None) -> DPOThenPPO:
     argv = sys.argv[1:] if argv is None else argv
     with preparing():
         method = peek(argv, "method", METHODS)
+        stages = ("dpo", method.lower())
         config, trainer = getattr(trl_ext, f"{method}Config"), getattr(trl_ext, f"{method}Trainer")
         arguments = parse_arguments(HybridArguments, config, argv)
         script_args, training_args, model_args, mixture_args = arguments
+        for name in as_mapping(script_args.expect, "expect"):
+            if not name.startswith(tuple(f"{stage}/" for stage in stages)):
+                raise UserError(
+                    f"--expect has {name}, of no stage. Write {' or '.join(f'{s}/{name}' for s in stages)}."
+                )
         data = load_data(script_args, mixture_args)
         check_models(script_args, model_args)
         rewards = load_reward_funcs(script_args, training_args, learned=[IMPLICIT_REWARD])
@@ -92,7 +98,6 @@ def train_dpo_then_ppo(argv: list[str] | None = None) -> DPOThenPPO:
         prompts = get_split(data, script_args.dataset_train_split, "dataset_train_split")
         first = preference_stage(script_args, training_args, data)
         before_loading(_stages(arguments, data, prompts, first, Stage(trainer, further)), arguments, data)
-        bands = Bands(as_mapping(script_args.expect, "expect"))
         schedule = DPOThenPPO(
             model_args.model_name_or_path,
             further.pop("reward_funcs"),
@@ -105,10 +110,10 @@ def train_dpo_then_ppo(argv: list[str] | None = None) -> DPOThenPPO:
             peft_config=get_peft_config(model_args),
             model_init_kwargs=shared_model_settings(training_args, model_args),
             held_out=held_out_rows(data, script_args),
-            prepare=lambda _, trainer: _watch_stage(trainer, script_args, bands),
+            prepare=lambda stage, trainer: _watch_stage(stage, trainer, script_args),
             **{name: getattr(script_args, name) for name in SCHEDULE_SETTINGS},
         )
-    return train_stages(schedule, arguments, argv, bands)
+    return train_stages(schedule, arguments, argv)
 
 
 def _stages(
@@ -157,16 +162,14 @@ def preference_stage(script_args: HybridArguments, training_args: Any, data: Map
     }
 
 
-def _watch_stage(trainer: Any, script_args: PolicyArguments, bands: Bands) -> None:
+def _watch_stage(stage: str, trainer: Any, script_args: PolicyArguments) -> None:
     """Adds to a stage's trainer the progress lines and checks that the arguments ask for."""
-    watch(trainer, script_args, bands)
+    watch(trainer, script_args, stage)
     if script_args.verify and isinstance(trainer, GRPOTrainer):
         verify(trainer)
 
 
-def train_stages(
-    schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[str], bands: Bands | None = None
-) -> DPOThenPPO:
+def train_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[str]) -> DPOThenPPO:
     """
     Trains all stages that aren't finished, writes `summary.json`, `stages.png` and a model card, and publishes them.
 
@@ -177,9 +180,6 @@ def train_stages(
             Arguments that the schedule was made from.
         argv (`list[str]`):
             The same arguments as words of the command line.
-        bands ([`~trl_ext.monitors.bands.Bands`], *optional*):
-            What is expected of the stages: what their trainers log, and what is measured after each, as `ppo/reward`
-            or `ppo/kl`.
 
     Returns:
         [`DPOThenPPO`]: `schedule`, after its last stage.
@@ -201,7 +201,7 @@ def train_stages(
         write_arguments(folder, arguments)
     schedule.train()
     if state.is_main_process:
-        _report_stages(schedule, arguments, argv, hub_id, bands or Bands({}))
+        _report_stages(schedule, arguments, argv, hub_id)
     state.print(f"Saved to {folder}.")
     if hub_id is not None and state.is_main_process:
         with uploading(folder, hub_id, NOT_PUSHED, private=training_args.hub_private_repo):
@@ -212,20 +212,27 @@ def train_stages(
     return schedule
 
 
-def _report_stages(
-    schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[str], hub_id: str | None, bands: Bands
-) -> None:
+def _expected(expect: dict[str, Any], stages: Sequence[TrainedStage]) -> list[Band]:
+    """What is expected of the stages, compared with their logs, those of earlier starts among them."""
+    found = []
+    for stage in stages:
+        bands = Bands(of_stage(expect, stage.name.partition(" ")[0]))  # without the round
+        bands.replay(stage.log_history)
+        bands.end(stage.steps)
+        found += [replace(band, metric=f"{stage.name}/{band.metric}") for band in bands.bands]
+    return found
+
+
+def _report_stages(schedule: DPOThenPPO, arguments: ParsedArguments, argv: list[str], hub_id: str | None) -> None:
     """Writes summary, figure and card, and prints the result of each stage."""
     folder, script_args, model = schedule.output_dir, arguments.script, arguments.model.model_name_or_path
     method, dataset = f"DPO, then {schedule.policy_trainer.__name__.removesuffix('Trainer')}", script_args.dataset_name
     state: Any = PartialState()
     command = command_line(sys.argv[0], argv, state.num_processes)
     summary = summarize_stages(schedule.stages, method, model, dataset, command, script_args.start_name)
-    for stage in summary["stages"]:
-        for metric, value in stage.items():
-            bands.judge(f"{stage['name']}/{metric}", stage["steps"], value)
-    if bands.bands:
-        summary["expected"] = bands.entries
+    expected = _expected(as_mapping(script_args.expect, "expect"), read_run(folder).stages)
+    if expected:
+        summary["expected"] = entries(expected)
     write_summary(summary, folder / SUMMARY)
     figure = plot_stages(schedule.stages, folder / "stages.png", f"{method} · {model} · {dataset}")
     section = stages_section(summary, figure.name, config_text(script_args.config_file))
@@ -236,4 +243,4 @@ def _report_stages(
     for stage in summary["stages"]:
         found = f"{summary['metric']} {stage[summary['metric']]:.3f}"
         print(f"{stage['name']}: {found} ({stage['low']:.3f} to {stage['high']:.3f})")
-    print("\n".join([*bands.lines, f"pictures: {figure}"]))
+    print("\n".join([*lines(expected), f"pictures: {figure}"]))

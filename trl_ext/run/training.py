@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..monitors.bands import Bands
+from ..monitors.bands import Bands, of_stage
 from ..monitors.health import HealthChecks
 from ..monitors.progress import ProgressLines
 from ..monitors.verify import verify
@@ -22,14 +22,15 @@ from .publishing import add_results, publish, write_arguments, write_results
 from .supervised import SFTTrainer
 
 
-def watch(trainer: Any, script_args: DataArguments | None = None, bands: Bands | None = None) -> None:
+def watch(trainer: Any, script_args: DataArguments | None = None, stage: str | None = None) -> None:
     """
-    Prints progress on single lines, and adds the health checks and the expected numbers that the arguments ask for;
-    the latter as `bands`, where several trainers are compared with the same.
+    Prints progress on single lines, and adds the health checks and the expected numbers that the arguments ask for, of
+    several stages those of `stage`.
     """
     ProgressLines.instead_of_bars(trainer)
-    if script_args is not None and script_args.expect:
-        trainer.add_callback(bands or Bands(as_mapping(script_args.expect, "expect")))
+    expect = {} if script_args is None else as_mapping(script_args.expect, "expect")
+    if expect:
+        trainer.add_callback(Bands(expect if stage is None else of_stage(expect, stage)))
     if getattr(script_args, "health_checks", False):
         HealthChecks().add_to(trainer)
 

@@ -109,10 +109,15 @@ class ProcessWatch:
         self._thread = Thread(target=self._watch, name="trl_ext watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch, in a thread, and return when the others would notice if this process ended."""
+        """Begin to watch, in a thread. Returns when the first process would notice the end of this one."""
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._thread.start()
-        self._connected.wait(CONNECT)
+        if not self._connected.wait(CONNECT):
+            logger.warning(
+                f"Process {self.rank} has not reached the first one after {CONNECT:.0f} s. Training begins; if it "
+                "dies soon, the others wait for it.",
+                main_process_only=False,
+            )
 
     def leave(self, error: BaseException | None = None) -> None:
         """Tell the others that this process needs none of them any more, or with which error it stops."""
@@ -274,8 +279,8 @@ def watching_processes(trainer: Any) -> Iterator[None]:
         return
     store = distributed_c10d._get_default_store()
     watch = ProcessWatch(accelerator.process_index, accelerator.num_processes, store, host)
-    watch.start()
     try:
+        watch.start()
         yield
     except BaseException as error:
         watch.leave(error)
