@@ -111,10 +111,17 @@ def test_examples_of_data_sets():
     tokenizer = tiny.tokenizer()
     assert example_of(tiny.prompts(), tokenizer) == "w0 w0"
     assert example_of(Dataset.from_dict({"prompt_ids": [[4, 5]]}), tokenizer) == "w0 w1"
+    assert example_of(tiny.prompts(conversational=True), tokenizer) == "w0 w0"  # of a conversation, what was asked
     for nothing in (
         None,
-        tiny.prompts(conversational=True),
+        Dataset.from_list([{"prompt": [{"role": role, "content": "w1"} for role in ("system", "user")]}]),
         tiny.prompts().to_iterable_dataset(),
         Dataset.from_dict({}),
     ):
         assert example_of(nothing, tokenizer) == "The capital of France is"
+
+
+def test_a_chat_model_is_asked_what_it_was_trained_on():
+    asked = str(card(CardFacts("mine", False, True, example='What is "1 + 1"?\nSay it.')))
+    assert 'question = "What is \\"1 + 1\\"?\\nSay it."' in asked
+    assert 'question = "If you had a time machine' in str(card(CardFacts("mine", False, True)))

@@ -18,17 +18,22 @@ from peft import PeftModel
 
 CARD = "README.md"
 PLAIN_EXAMPLE = "The capital of France is"
+# TRL's cards ask this
+CHAT_EXAMPLE = (
+    "If you had a time machine, but could only go to the past or the future once and never return, which would you "
+    "choose and why?"
+)
 _EXAMPLE = re.compile(r"```python\n.*?\n```", re.DOTALL)  # the first one is how the model is used
 _NO_BASE = "[None](https://huggingface.co/None)"
 
 _CHAT = """
 from transformers import pipeline
 
-question = "If you had a time machine, but could only go to the past or the future once and never return, which would you choose and why?"
+question = {question}
 generator = pipeline("text-generation", {model}, device_map="auto")
 output = generator([{{"role": "user", "content": question}}], max_new_tokens=128, return_full_text=False)[0]
 print(output["generated_text"])
-"""  # noqa: E501 -- TRL's
+"""
 _TEXT = """
 from transformers import pipeline
 
@@ -137,7 +142,10 @@ def _usage(facts: CardFacts) -> str:
     name = json.dumps(facts.model)
     # Of an adapter, a pipeline takes the tokenizer of the base model, which may lack the chat template
     model = f"model={name}, tokenizer={name}" if facts.adapter else f"model={name}"
-    return template.format(model=model, name=name, example=json.dumps(facts.example))
+    question = CHAT_EXAMPLE if facts.example == PLAIN_EXAMPLE else facts.example
+    written = {"example": facts.example, "question": question}
+    texts = {key: json.dumps(text, ensure_ascii=False) for key, text in written.items()}
+    return template.format(model=model, name=name, **texts)
 
 
 @dataclass
@@ -212,9 +220,14 @@ def base_of(folder: str) -> str | None:
 
 
 def example_of(dataset: Any, tokenizer: Any) -> str:
-    """The first prompt of a data set in plain text, or ids; otherwise [`PLAIN_EXAMPLE`]."""
+    """
+    The first prompt of a data set: its text, its ids in words, or of a conversation that is one message its content;
+    otherwise [`PLAIN_EXAMPLE`].
+    """
     row = dataset[0] if isinstance(dataset, Dataset) and len(dataset) else {}
     prompt, ids = row.get("prompt"), row.get("prompt_ids")
     if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0].get("content"), str):
+        return str(prompt[0]["content"])
     return str(tokenizer.decode(ids)) if ids else PLAIN_EXAMPLE
