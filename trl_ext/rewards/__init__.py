@@ -1,1 +1,1 @@
-"""Rewards: guards around reward functions, and (to come) implicit, adapter and step rewards."""
+"""Rewards: guards around reward functions, services, step and implicit rewards, adapters, objectives, verifiers."""
