@@ -60,9 +60,7 @@ class Band:
         expected = f"expected from {self.low:g} to {self.high:g} at step {self.step}"
         if self.value is not None:
             return f"{self.metric} is {self.value:.4g} at step {self.at}, {expected}"
-        return (
-            f"{self.metric} was not logged from then on, {expected}" if self.reached else f"{self.metric}: {expected}"
-        )
+        return f"{self.metric} was not logged from then on, {expected}"
 
 
 class Bands(TrainerCallback):
